@@ -1,0 +1,56 @@
+# Copyright 2026 The peft-linear authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Checks that the functions on Gram matrices share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import KernelError
+
+
+def checked_gram(gram: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in float64 on the Gram matrix's device, after checking that they belong together.
+
+    Raises:
+        KernelError: gram is not a symmetric (n, n) matrix, rows does not have n rows, or a value is not finite.
+    """
+    if gram.ndim != 2 or gram.shape[0] != gram.shape[1] or not len(gram):
+        raise KernelError(f"gram must be a non-empty square matrix, got shape {tuple(gram.shape)}")
+    if rows.ndim not in (1, 2) or len(rows) != len(gram):
+        raise KernelError(f"a gram of {len(gram)} rows needs (n,) or (n, k) values, got shape {tuple(rows.shape)}")
+    gram, rows = gram.detach().double(), rows.detach().to(gram.device).double()
+    for name, tensor in (("gram", gram), ("the values beside it", rows)):
+        if not tensor.isfinite().all():
+            raise KernelError(f"{name}: {int((~tensor.isfinite()).sum())} entries are NaN or infinite")
+    asymmetry = (gram - gram.mT).abs().max().item()
+    if asymmetry > 1e-6 * gram.abs().max().item():
+        raise KernelError(f"gram is not symmetric: K and its transpose differ by up to {asymmetry:.3g}")
+    return gram, rows
+
+
+def check_cross_gram(cross_gram: Tensor, columns: int, outputs0: Tensor) -> None:
+    """Raises KernelError unless cross_gram is (M·C, columns) for outputs0 (M, C)."""
+    if cross_gram.shape != (outputs0.numel(), columns):
+        raise KernelError(
+            f"cross_gram has shape {tuple(cross_gram.shape)}, but outputs of shape {tuple(outputs0.shape)} against "
+            f"{columns} rows need ({outputs0.numel()}, {columns})"
+        )
+
+
+def largest_eigenvalue(gram: Tensor) -> float:
+    """λ1 of a symmetric positive semidefinite float64 matrix; O(n³)."""
+    return max(float(torch.linalg.eigvalsh(gram)[-1]), 0.0)
