@@ -173,7 +173,7 @@ def _cholesky(gram: Tensor, ridge: float) -> Tensor:
 
 def _apply_inverse(factor: Tensor, right: Tensor) -> Tensor:
     columns = right if right.ndim == 2 else right[:, None]
-    return torch.cholesky_solve(columns, factor).view_as(right)
+    return torch.cholesky_solve(columns, factor).reshape(right.shape)
 
 
 def _check_blocks(n: int, block_size: int) -> None:
@@ -187,4 +187,4 @@ def _diagonal_blocks(matrix: Tensor, size: int) -> Tensor:  # (n/size, size, siz
 
 
 def _divide_blocks(blocks: Tensor, right: Tensor) -> Tensor:  # (n/size, size, size), (n,) or (n, k) -> like right
-    return torch.linalg.solve(blocks, right.reshape(*blocks.shape[:2], -1)).view_as(right)
+    return torch.linalg.solve(blocks, right.reshape(*blocks.shape[:2], -1)).reshape(right.shape)

@@ -227,11 +227,11 @@ def _rates(
         return [1.0 / curvature if curvature > 0 else 1.0] * steps
     if callable(learning_rate):
         return [float(learning_rate(step)) for step in range(steps)]
-    if isinstance(learning_rate, Sequence | Tensor) and getattr(learning_rate, "ndim", 1):
-        if len(learning_rate) < steps:
-            raise KernelError(f"{len(learning_rate)} learning rates for {steps} steps; pass one a step")
-        return [float(rate) for rate in learning_rate[:steps]]
-    return [float(learning_rate)] * steps  # type: ignore[arg-type]
+    if isinstance(learning_rate, (int, float)):
+        return [float(learning_rate)] * steps
+    if len(learning_rate) < steps:
+        raise KernelError(f"{len(learning_rate)} learning rates for {steps} steps; pass one a step")
+    return [float(rate) for rate in learning_rate[:steps]]
 
 
 def _ends(curve: Tensor) -> str:

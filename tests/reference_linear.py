@@ -1,0 +1,67 @@
+# Copyright 2026 The peft-linear authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Slow, obviously right twins of the linear theory: explicit features, explicit refits, autograd in the parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+
+def ridge_solution(
+    features: Tensor,  # (n, P)
+    residual: Tensor,  # (n,)
+    ridge: float,
+) -> Tensor:  # (P,)
+    """The minimiser of ½‖Jδ − r‖² + (λ/2)‖δ‖² from its normal equations in the parameters."""
+    normal = features.T @ features + ridge * torch.eye(features.shape[1], dtype=features.dtype)
+    return torch.linalg.solve(normal, features.T @ residual)
+
+
+def refit_without_each_example(features: Tensor, residual: Tensor, ridge: float, block_size: int) -> Tensor:
+    """Leave-one-example-out residuals by fitting N times."""
+    errors = torch.empty_like(residual)
+    for first in range(0, len(residual), block_size):
+        keep = torch.ones(len(residual), dtype=torch.bool)
+        keep[first : first + block_size] = False
+        displacement = ridge_solution(features[keep], residual[keep], ridge)
+        errors[~keep] = residual[~keep] - features[~keep] @ displacement
+    return errors
+
+
+def descend_in_parameters(
+    features: Tensor,  # (n, P)
+    outputs0: Tensor,  # (N, C)
+    loss: Callable[[Tensor, Tensor], Tensor],  # mean over the examples it is given
+    labels: Tensor,
+    rates: Sequence[float],
+    ridge: float = 0.0,
+    batches: Sequence[Tensor] | None = None,
+) -> list[Tensor]:  # displacement (P,) at every step, the start included
+    """torch's SGD on mean loss + (λ/2)‖δ‖² with the gradient of autograd."""
+    displacement = torch.zeros(features.shape[1], dtype=features.dtype, requires_grad=True)
+    optimizer = torch.optim.SGD([displacement], lr=1.0)
+    path = [displacement.detach().clone()]
+    for step, rate in enumerate(rates):
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.zero_grad()
+        outputs = outputs0 + (features @ displacement).view_as(outputs0)
+        chosen = slice(None) if batches is None else batches[step]
+        (loss(outputs[chosen], labels[chosen]) + 0.5 * ridge * displacement.square().sum()).backward()
+        optimizer.step()
+        path.append(displacement.detach().clone())
+    return path
