@@ -1,0 +1,46 @@
+# Copyright 2026 The peft-linear authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Example scripts as modules. They are no package: each is loaded by its path, with its own folder importable."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.fixture(scope="session")
+def load_script():
+    """`load_script("demo/demo.py")` is the module of that example."""
+
+    def load(relative):
+        path = EXAMPLES / relative
+        name = path.stem
+        if name not in sys.modules:
+            sys.path[:0] = [str(path.parent), str(EXAMPLES)]
+            try:
+                spec = importlib.util.spec_from_file_location(name, path)
+                sys.modules[name] = importlib.util.module_from_spec(spec)
+                spec.loader.exec_module(sys.modules[name])
+            except BaseException:
+                sys.modules.pop(name, None)
+                raise
+            finally:
+                del sys.path[:2]
+        return sys.modules[name]
+
+    return load
