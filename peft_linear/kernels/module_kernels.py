@@ -33,6 +33,7 @@ from ..functional.spectrum import Spectrum
 
 
 FORMAT = "peft_linear.ModuleKernels/1"
+PEFT_PREFIX = "base_model.model."  # names are those of the base model; a PeftModel's longer ones are understood
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,9 +91,10 @@ class ModuleKernels:
 
     def __getitem__(self, name: str) -> Tensor:
         """The (n, n) float64 block of one module, without `base`."""
-        if name not in self.blocks:
+        block = self.blocks.get(name.removeprefix(PEFT_PREFIX))
+        if block is None:
             raise TargetError(f"no kernel of a module {name!r}; there are: {', '.join(self.names)}")
-        return self.blocks[name]
+        return block
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.blocks)
@@ -101,7 +103,7 @@ class ModuleKernels:
         return len(self.blocks)
 
     def __contains__(self, name: object) -> bool:
-        return name in self.blocks
+        return isinstance(name, str) and name.removeprefix(PEFT_PREFIX) in self.blocks
 
     def __repr__(self) -> str:
         return (
@@ -129,7 +131,9 @@ class ModuleKernels:
         """The same kernels on the examples `indices`, in that order (repeats allowed, as a bootstrap needs)."""
         index = torch.as_tensor(indices, dtype=torch.long)
         if index.ndim != 1 or not len(index) or index.min() < 0 or index.max() >= self.num_examples:
-            raise KernelError(f"indices must be a non-empty list of numbers in [0, {self.num_examples}), got {indices}")
+            raise KernelError(
+                f"indices must be a non-empty list of numbers in [0, {self.num_examples}), got {indices}"
+            )
         columns = torch.arange(self.num_outputs)
         rows = (index[:, None] * self.num_outputs + columns).reshape(-1)
         return replace(

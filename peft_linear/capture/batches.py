@@ -1,0 +1,162 @@
+# Copyright 2026 The peft-linear authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Batches as a model takes them: on its device, without the labels (kept beside), checked before long work starts."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..errors import OutputError, PeftLinearError
+from .outputs import OutputFunction
+from .targets import base_model
+
+
+LABEL_KEYS = ("labels", "label")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The keyword arguments of one forward pass, and the labels of its examples (None where it has none)."""
+
+    inputs: dict[str, Any]
+    labels: Tensor | None
+
+    @property
+    def size(self) -> int:
+        return next(len(value) for value in self.inputs.values() if isinstance(value, Tensor) and value.ndim)
+
+    def head(self, count: int) -> Batch:
+        """The first `count` examples."""
+        size = self.size
+        inputs = {
+            key: value[:count] if isinstance(value, Tensor) and value.ndim and len(value) == size else value
+            for key, value in self.inputs.items()
+        }
+        return Batch(inputs, None if self.labels is None else self.labels[:count])
+
+    def to(self, device: torch.device) -> Batch:
+        inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.inputs.items()}
+        return Batch(inputs, None if self.labels is None else self.labels.to(device))
+
+
+def read_batches(batches: Iterable[Any], model: nn.Module, needs_labels: bool, what: str) -> list[Batch]:
+    """All batches, checked: mappings of tensors, not empty, with labels where `needs_labels`.
+
+    Keys that the model's `forward` does not take (ids, texts) are left out, as the Trainer does; labels go to the
+    model only where it makes its decoder's inputs from them.
+
+    Raises:
+        PeftLinearError: no batches, an empty one, or one that is not a mapping of tensors.
+        OutputError: labels are needed and a batch has none.
+    """
+    if isinstance(batches, Mapping):
+        batches = [batches]
+    accepted = _accepted_keys(model)
+    feeds_labels = _feeds_labels(model)
+    read = []
+    for number, raw in enumerate(batches):
+        if not isinstance(raw, Mapping):
+            raise PeftLinearError(
+                f"batch {number} is a {type(raw).__name__}, expected a dict of tensors as a DataLoader with a "
+                "data collator gives; tokenise and collate the data first"
+            )
+        labels = next((raw[key] for key in LABEL_KEYS if raw.get(key) is not None), None)
+        labels = None if labels is None else torch.as_tensor(labels)
+        inputs = {
+            key: value for key, value in raw.items() if key not in LABEL_KEYS and (accepted is None or key in accepted)
+        }
+        if not any(isinstance(value, Tensor) and value.ndim for value in inputs.values()):
+            raise PeftLinearError(
+                f"batch {number} has no tensor that {type(base_model(model)).__name__} takes; its keys are "
+                f"{', '.join(map(str, raw))}. Call the tokenizer with return_tensors='pt'"
+            )
+        if feeds_labels and labels is not None and "decoder_input_ids" not in inputs:
+            inputs["labels"] = labels
+        batch = Batch(inputs, labels)
+        if not batch.size:
+            raise PeftLinearError(f"batch {number} is empty; pass batches of at least one example")
+        if needs_labels and labels is None:
+            raise OutputError(
+                f"batch {number} has no labels, which {what} needs; its keys are {', '.join(map(str, raw))}. "
+                f"Add them under one of {', '.join(map(repr, LABEL_KEYS))}"
+            )
+        read.append(batch)
+    if not read:
+        raise PeftLinearError("`batches` is empty; pass at least one batch (an exhausted generator gives none)")
+    return read
+
+
+def evaluate(model: nn.Module, batch: Batch, function: OutputFunction, number: int) -> Tensor:
+    """f of one batch, (B, C), with its graph.
+
+    Raises:
+        OutputError: f has NaN or inf, or no row an example.
+    """
+    outputs = function(model(**batch.inputs), batch.labels)
+    if outputs.shape[0] != batch.size:
+        raise OutputError(
+            f"the model gave {outputs.shape[0]} rows of outputs for the {batch.size} examples of batch {number}"
+        )
+    finite = torch.isfinite(outputs.detach()).all(1)
+    if not bool(finite.all()):
+        example = int((~finite).nonzero()[0])
+        raise OutputError(
+            f"the model's outputs of example {example} in batch {number} are NaN or inf; "
+            "check the weights and the inputs, or compute in float32"
+        )
+    return outputs
+
+
+def gather_labels(batches: list[Batch], outputs: Tensor, function: OutputFunction) -> Tensor | None:
+    """One label an example, (N,), int64 for classes and float64 for regression; None where there is no such thing.
+
+    Raises:
+        OutputError: a class label lies outside the model's logits.
+    """
+    if any(batch.labels is None or batch.labels.ndim != 1 for batch in batches):
+        return None
+    labels = torch.cat([batch.labels.cpu() for batch in batches if batch.labels is not None])
+    if labels.is_floating_point():
+        return labels.double()
+    classes = outputs.shape[1]
+    if function.kind == "logits" and classes > 1 and (int(labels.min()) < 0 or int(labels.max()) >= classes):
+        raise OutputError(
+            f"labels must lie in [0, {classes}) for {classes} logits, got values from {int(labels.min())} to "
+            f"{int(labels.max())}; load the model with num_labels={int(labels.max()) + 1}, or fix the labels"
+        )
+    return labels.long()
+
+
+def progress_bar(batches: list[Batch], progress: bool, description: str) -> Iterable[Batch]:
+    return tqdm(batches, desc=description, unit="batch", disable=not progress)
+
+
+def _accepted_keys(model: nn.Module) -> set[str] | None:
+    parameters = inspect.signature(base_model(model).forward).parameters.values()
+    named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    return named or None
+
+
+def _feeds_labels(model: nn.Module) -> bool:
+    root = base_model(model)
+    config = getattr(root, "config", None)
+    generates = getattr(root, "get_output_embeddings", lambda: None)() is not None
+    return generates and bool(getattr(config, "is_encoder_decoder", False))

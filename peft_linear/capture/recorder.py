@@ -1,0 +1,156 @@
+# Copyright 2026 The peft-linear authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The only place that hooks an nn.Module: inputs and output cotangents of chosen modules, model left as found.
+
+The graph begins at the output of the first chosen module: all parameters are frozen while we look, so nothing below
+it is saved or differentiated, and no parameter gradient is ever computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import TargetError
+
+
+@dataclass
+class Call:
+    """One call of a module: its input, and the cotangent of its output once a backward pass has reached it."""
+
+    inputs: Tensor  # as the module saw it
+    leaf: Tensor | None = None  # where the graph begins here
+    cotangent: Tensor | None = None
+
+
+@dataclass
+class Recorder:
+    """Records the calls of `modules` between `clear()`s; `backward` fills in their cotangents."""
+
+    modules: Mapping[str, nn.Module]
+    on_cotangent: Callable[[str, int, Tensor], None] | None = None  # (module, number of the call, cotangent)
+    calls: dict[str, list[Call]] = field(default_factory=dict)
+
+    def clear(self) -> None:
+        self.calls = {name: [] for name in self.modules}
+
+    def backward(self, scalar: Tensor, keep_graph: bool) -> None:
+        """One backward pass from `scalar` to the recorded outputs; no parameter takes part."""
+        for calls in self.calls.values():
+            for call in calls:
+                call.cotangent = None
+        leaves = [
+            (name, number, call.leaf)
+            for name, calls in self.calls.items()
+            for number, call in enumerate(calls)
+            if call.leaf is not None
+        ]
+        if not leaves or not scalar.requires_grad:
+            return
+        gradients = torch.autograd.grad(
+            scalar, [leaf for _, _, leaf in leaves], retain_graph=keep_graph, allow_unused=True
+        )
+        for (name, number, _), gradient in zip(leaves, gradients, strict=True):
+            if gradient is not None:
+                self._receive(name, number, gradient)
+
+    def _receive(self, name: str, number: int, cotangent: Tensor) -> None:
+        if self.on_cotangent is not None:
+            self.on_cotangent(name, number, cotangent.detach())
+        else:
+            self.calls[name][number].cotangent = cotangent.detach()
+
+    def hook(self, name: str) -> Callable:
+        def record(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Tensor:
+            if not isinstance(output, Tensor):
+                raise TargetError(
+                    f"{name} ({type(module).__name__}) returned {type(output).__name__}, not a tensor; "
+                    "leave it out of `targets`"
+                )
+            number = len(self.calls[name])
+            call = Call(_first_tensor(name, args, kwargs).detach())
+            self.calls[name].append(call)
+            if output.requires_grad:
+                output.register_hook(lambda gradient: self._receive(name, number, gradient))
+                return output
+            call.leaf = output.detach().requires_grad_(True)
+            return call.leaf.clone()  # a copy, so that the model may go on in place
+
+        return record
+
+
+@contextmanager
+def recording(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    on_cotangent: Callable[[str, int, Tensor], None] | None = None,
+) -> Iterator[Recorder]:
+    """Hooks `modules` of `model`, which is in eval mode with frozen parameters inside the block and as before after it.
+
+    Restored also when the block raises: hooks, train/eval mode of every module, `requires_grad` of every parameter.
+    `.grad`, buffers and random states are never touched.
+    """
+    recorder = Recorder(modules, on_cotangent)
+    recorder.clear()
+    modes = [(module, module.training) for module in model.modules()]
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    handles = []
+    try:
+        for name, module in modules.items():
+            handles.append(module.register_forward_hook(recorder.hook(name), with_kwargs=True))
+        for module, training in modes:
+            if training:
+                module.training = False
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        with torch.enable_grad():
+            yield recorder
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, training in modes:
+            module.training = training
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+        recorder.clear()
+
+
+def _first_tensor(name: str, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor):
+            return value
+    raise TargetError(f"{name} was called without a tensor; leave it out of `targets`")
+
+
+def by_example(
+    tensor: Tensor,  # (B, d), (B, …, d) or (B·T, d)
+    batch_size: int,  # B
+    name: str,
+) -> Tensor:  # (B, T, d)
+    """The layer's input or cotangent with one row an example; T runs over everything between.
+
+    Raises:
+        TargetError: the first dimension is no multiple of the batch, so examples cannot be told apart.
+    """
+    if tensor.ndim < 2 or tensor.shape[0] % batch_size:
+        raise TargetError(
+            f"{name} works on a tensor of shape {tuple(tensor.shape)}, in which the {batch_size} examples of the batch "
+            "cannot be told apart; pass batches of one example"
+        )
+    return tensor.reshape(batch_size, -1, tensor.shape[-1])

@@ -1,0 +1,240 @@
+# Copyright 2026 The peft-linear authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Which modules can carry an adapter, and which parameters are trained whatever is chosen.
+
+Names are those of the base model, also when a `PeftModel` is passed, so that they can go into a config's
+`target_modules` as they stand.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import TargetError
+from ..kernels.module_kernels import PEFT_PREFIX
+
+
+Targets = str | Sequence[str]
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The model that names refer to: what a `PeftModel` (or a bare tuner) wraps, any other model itself."""
+    if isinstance(model, PeftModel):
+        return model.get_base_model()
+    tuner = getattr(model, "base_model", None)  # of a PeftMixedModel
+    tuner = tuner if isinstance(tuner, BaseTuner) else model
+    return tuner.model if isinstance(tuner, BaseTuner) else model
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int] | None:
+    """(d_in, d_out) of a linear map: nn.Linear, GPT-2's Conv1D, quantised linears, an adapter around one; else None."""
+    if isinstance(module, BaseTunerLayer):
+        return linear_shape(module.get_base_layer())
+    if isinstance(module, Conv1D):
+        d_in, d_out = module.weight.shape
+        return int(d_in), int(d_out)
+    sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if isinstance(module, nn.Linear) or ("Linear" in type(module).__name__ and all(type(s) is int for s in sizes)):
+        return sizes  # type: ignore[return-value]
+    return None
+
+
+def resolve_targets(
+    model: nn.Module, targets: Targets = "all-linear", reserved: Iterable[str] = ()
+) -> dict[str, nn.Module]:
+    """The modules that `targets` names, by peft's own matching rules, in model order.
+
+    Args:
+        model: the model; names are matched against its base model's `named_modules()`.
+        targets: "all-linear" (every linear map but the output embeddings and the task head), another string (a
+            regular expression that the full name must match), or a list of names and suffixes.
+        reserved: names of modules that are trained in full; they and what lies in them cannot be targets.
+
+    Raises:
+        TargetError: a target that matches nothing (all of those, with near matches), a module that is no linear map,
+            or one that is reserved.
+    """
+    root = base_model(model)
+    modules = _adaptable(root)
+    reserved = tuple(reserved)
+    linear = {name: module for name, module in modules.items() if linear_shape(module) is not None}
+    if isinstance(targets, str) and targets.lower() == "all-linear":
+        excluded = _output_embeddings(root)
+        chosen = {
+            name: module
+            for name, module in linear.items()
+            if not _inside(name, reserved) and not any(module is other for other in excluded)
+        }
+        if not chosen:
+            raise TargetError(
+                f"{type(root).__name__} has no linear module outside its head; pass `targets` by name if it has others"
+            )
+        return chosen
+
+    if isinstance(targets, str):
+        chosen = _match(targets, modules)
+        unknown = [] if chosen else [targets]
+    else:
+        targets = [target.removeprefix(PEFT_PREFIX) for target in targets]
+        if not targets:
+            raise TargetError('`targets` is empty; name at least one module, or pass "all-linear"')
+        chosen = _match(targets, modules)
+        unknown = [target for target in targets if not _match([target], modules)]
+    if unknown:
+        raise TargetError(_unknown(unknown, list(linear), type(root).__name__, regex=isinstance(targets, str)))
+    wrong = [f"{name} ({type(module).__name__})" for name, module in chosen.items() if name not in linear]
+    if wrong:
+        raise TargetError(
+            f"not a linear map, so it has no kernel of this kind: {', '.join(wrong)}; "
+            "nn.Linear, Conv1D and quantised linears are supported"
+        )
+    taken = [name for name in chosen if _inside(name, reserved)]
+    if taken:
+        raise TargetError(
+            f"trained in full whatever is chosen, so no candidate: {', '.join(taken)}; "
+            "leave it out of `targets`, or out of `always_trained`"
+        )
+    return chosen
+
+
+def resolve_always_trained(model: nn.Module, names: Sequence[str] | None = None) -> dict[str, nn.Module]:
+    """The modules whose own parameters are trained whatever adapters are chosen, by name in the base model.
+
+    By default: `modules_to_save` of a PeftModel's active adapters; in a plain transformers model with a task head (one
+    without output embeddings) every child beside the base model that has parameters; nothing elsewhere.
+
+    Raises:
+        TargetError: a name that is not a module with parameters.
+    """
+    root = base_model(model)
+    if names is None:
+        return _saved_modules(root) or ({} if model is not root else _task_head(root))
+    if isinstance(names, str):
+        names = [names]
+    modules = dict(root.named_modules())
+    found: dict[str, nn.Module] = {}
+    for name in names:
+        matches = {key: module for key, module in modules.items() if key == name or key.endswith(f".{name}")}
+        matches = {key: module for key, module in matches.items() if any(True for _ in module.parameters())}
+        if not matches:
+            raise TargetError(_unknown([name], list(modules), type(root).__name__, what="always_trained"))
+        for key, module in matches.items():
+            if not _inside(key, found):
+                found[key] = _active(module)
+    return found
+
+
+def _adaptable(root: nn.Module) -> dict[str, nn.Module]:
+    """Modules by name, without what lies inside adapters or trained copies."""
+    modules: dict[str, nn.Module] = {}
+    closed: list[str] = []
+    for name, module in root.named_modules():
+        if not name or _inside(name, closed):
+            continue
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            closed.append(name)
+        modules[name] = module
+    return modules
+
+
+def _match(targets: Targets, modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    config = LoraConfig(target_modules=targets if isinstance(targets, str) else list(targets))
+    return {name: module for name, module in modules.items() if check_target_module_exists(config, name)}
+
+
+def _inside(name: str, parents: Iterable[str]) -> bool:
+    return any(name == parent or name.startswith(f"{parent}.") for parent in parents)
+
+
+def _output_embeddings(root: nn.Module) -> list[nn.Module]:
+    found = []
+    for module in root.modules():
+        if isinstance(module, PreTrainedModel):
+            embeddings = module.get_output_embeddings()
+            if embeddings is not None:
+                found.append(embeddings)
+    return found
+
+
+def _saved_modules(root: nn.Module) -> dict[str, nn.Module]:
+    return {
+        name: _active(module)
+        for name, module in root.named_modules()
+        if isinstance(module, ModulesToSaveWrapper) and module.active_adapters
+    }
+
+
+def _active(module: nn.Module) -> nn.Module:
+    """The copy that a ModulesToSaveWrapper trains; any other module itself."""
+    if isinstance(module, ModulesToSaveWrapper):
+        return module.modules_to_save[module.active_adapters[0]]
+    return module
+
+
+def _task_head(root: nn.Module) -> dict[str, nn.Module]:
+    prefix = getattr(root, "base_model_prefix", "")
+    if not isinstance(root, PreTrainedModel) or not prefix or not hasattr(root, prefix) or _output_embeddings(root):
+        return {}
+    body = getattr(root, prefix)
+    return {
+        name: module
+        for name, module in root.named_children()
+        if module is not body and any(True for _ in module.parameters())
+    }
+
+
+def _unknown(
+    names: Sequence[str], known: Sequence[str], model: str, regex: bool = False, what: str = "targets"
+) -> str:
+    suffixes = sorted({name.rpartition(".")[2] for name in known})
+    parts = []
+    for name in names:
+        near = difflib.get_close_matches(name, [*suffixes, *known], n=3, cutoff=0.5)
+        parts.append(repr(name) + (f" (did you mean {', '.join(map(repr, near))}?)" if near else ""))
+    rule = "a single string is a regular expression for the full name" if regex else "names or their suffixes"
+    return (
+        f"`{what}` matches no module of {model}: {'; '.join(parts)}. Pass {rule}; "
+        f"the model's modules end in: {', '.join(suffixes)}"
+    )
+
+
+def require_plain_lora(name: str, layer: LoraLayer) -> str | None:
+    """The one active adapter of a LoRA layer that is plain LoRA; None where no adapter is active on it.
+
+    Raises:
+        TargetError: several adapters are active, or the adapter is a variant (DoRA and others) or merged.
+    """
+    active = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
+    if len(active) > 1:
+        raise TargetError(f"{name}: several adapters are active ({', '.join(active)}); activate one with set_adapter")
+    if not active or layer.disable_adapters:
+        return None
+    adapter = active[0]
+    if getattr(layer, "use_dora", {}).get(adapter) or adapter in getattr(layer, "lora_variant", {}):
+        raise TargetError(
+            f"{name}: adapter {adapter!r} is a LoRA variant (DoRA or another), whose kernel is not LoRA's; "
+            'use space="weight", or a plain LoRA adapter'
+        )
+    if layer.merged:
+        raise TargetError(f"{name}: adapter {adapter!r} is merged; call unmerge_adapter() first")
+    return adapter
