@@ -85,12 +85,21 @@ def model_path(name: str) -> str:
 
 
 def load_texts(name: str) -> datasets.DatasetDict:
-    """Splits of labelled texts: a set of `examples/data`, a local folder, or `name` or `name/config` on the Hub."""
-    if (DATA / name).is_dir():
-        splits = {split: str(DATA / name / f"{split}.jsonl") for split in SPLITS}
-        return datasets.DatasetDict({split: read_jsonl(path) for split, path in splits.items()})
-    path, config = (name, None) if Path(name).exists() or name.count("/") != 1 else name.split("/")
-    return with_three_splits(datasets.load_dataset(path, config))
+    """Splits of labelled texts: a set of `examples/data`, a local folder, or a data set of the Hub.
+
+    On the Hub, "owner/name", "owner/name/configuration", "name" and "name/configuration" ("glue/sst2") are understood.
+    """
+    if "/" not in name and (DATA / name).is_dir():
+        return datasets.DatasetDict({split: read_jsonl(str(DATA / name / f"{split}.jsonl")) for split in SPLITS})
+    path, _, config = name.rpartition("/")
+    if Path(name).exists() or not path:
+        return with_three_splits(datasets.load_dataset(name))
+    if "/" in path:
+        return with_three_splits(datasets.load_dataset(path, config))
+    try:
+        return with_three_splits(datasets.load_dataset(name))
+    except (datasets.exceptions.DatasetNotFoundError, ConnectionError):
+        return with_three_splits(datasets.load_dataset(path, config))
 
 
 def read_jsonl(path: str) -> datasets.Dataset:

@@ -1,0 +1,149 @@
+# Copyright 2026 The peft-linear authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The arms of the demo's comparison, and their training with the Hugging Face Trainer, the same for each of them."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from common import Task
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+
+from peft_linear import ModuleKernels
+
+
+PILOT_SEED = 1000  # of the runs that choose a learning rate; none of the seeds that are compared
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to spend adapter parameters."""
+
+    key: str
+    label: str
+    modules: tuple[str, ...]
+    make_config: Callable[[], LoraConfig]  # anew for each run: peft writes into the config it is given
+    rank: int
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How every arm is trained."""
+
+    steps: int
+    batch_size: int
+    learning_rates: tuple[float, ...]  # each arm gets the one with the least validation loss
+
+
+@dataclass(frozen=True)
+class Run:
+    """What was measured of one arm and seed."""
+
+    arm: str
+    seed: int
+    learning_rate: float
+    test_loss: float
+    test_accuracy: float
+    weight_distance: float  # ‖ΔW‖_F over all adapted weights: how far the backbone is from the pretrained one
+    parameter_distance: float  # ‖θ − θ0‖ over the LoRA factors
+    adapter_parameters: int
+    trainable_parameters: int  # with the task head
+    train_seconds: float
+
+
+def matching_rank(parameters: int, modules: Sequence[str], kernels: ModuleKernels) -> int:
+    """The rank at which LoRA on `modules` has as nearly as possible that many parameters."""
+    of_rank_one = sum(kernels.num_parameters[name] for name in modules) / kernels.rank
+    return max(1, round(parameters / of_rank_one))
+
+
+def lora_factors(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" in name}
+
+
+def parameter_distance(model: nn.Module, start: Mapping[str, Tensor]) -> float:
+    now = lora_factors(model)
+    return sum(float((now[name] - value).square().sum()) for name, value in start.items()) ** 0.5
+
+
+@torch.no_grad()
+def weight_distance(model: nn.Module) -> float:
+    """`‖ΔW‖_F` of all adapted weights together, ΔW = (α/r)·BA."""
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    return sum(float(layer.get_delta_weight(layer.active_adapters[0]).square().sum()) for layer in layers) ** 0.5
+
+
+def train(
+    task: Task, arm: Arm, seed: int, learning_rate: float, protocol: Protocol, folder: Path, split: str = "test"
+) -> tuple[Run, PeftModel]:
+    """Trains one arm from the head, the A matrices and the batch order of `seed`; measures on `split`."""
+    model = get_peft_model(task.new_model(seed), arm.make_config())
+    start = lora_factors(model)
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=protocol.steps,
+        per_device_train_batch_size=protocol.batch_size,
+        per_device_eval_batch_size=4 * protocol.batch_size,
+        learning_rate=learning_rate,
+        lr_scheduler_type="linear",
+        weight_decay=0.0,
+        seed=seed,
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+    )
+    trainer = Trainer(model=model, args=arguments, train_dataset=task.train, data_collator=task.collator)
+    began = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - began
+    measured = trainer.predict(getattr(task, split))
+    logits, labels = torch.as_tensor(measured.predictions).double(), torch.as_tensor(measured.label_ids)
+    run = Run(
+        arm=arm.key,
+        seed=seed,
+        learning_rate=learning_rate,
+        test_loss=float(nn.functional.cross_entropy(logits, labels)),
+        test_accuracy=float((logits.argmax(-1) == labels).double().mean()),
+        weight_distance=weight_distance(model),
+        parameter_distance=parameter_distance(model, start),
+        adapter_parameters=sum(value.numel() for value in start.values()),
+        trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        train_seconds=seconds,
+    )
+    return run, model
+
+
+def choose_learning_rate(task: Task, arm: Arm, protocol: Protocol, folder: Path) -> float:
+    """The learning rate of the protocol with the least validation loss in one pilot run each."""
+    if len(protocol.learning_rates) == 1:
+        return protocol.learning_rates[0]
+    losses = {
+        rate: train(task, arm, PILOT_SEED, rate, protocol, folder, split="validation")[0].test_loss
+        for rate in protocol.learning_rates
+    }
+    return min(losses, key=losses.__getitem__)
+
+
+def mean_and_deviation(values: Iterable[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation (0 of a single value)."""
+    values = list(values)
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0

@@ -1,0 +1,247 @@
+# Copyright 2026 The peft-linear authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The demo: choose modules before training, train them and two rivals, and compare what was predicted with what came.
+
+    python examples/demo/demo.py                    # MiniLM, topics of Debian packages; minutes on two CPU cores
+    python examples/demo/demo.py --quick            # the same steps in seconds, too short to mean anything
+    python examples/demo/demo.py --model roberta-base --dataset glue/sst2 --steps 500
+
+Writes report.md, results.json, recommendation/, recommendation.png, results.png, adapter/ and exported/ into --output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # examples/common.py, from wherever this is started
+
+import torch
+from arms import Arm, Protocol, Run, choose_learning_rate, matching_rank, train
+from common import DEMO_DATASET, DEMO_MODEL, Task, load_task
+from figure import draw_results
+from peft import LoraConfig, PeftModel
+from summary import Summary, summarize
+from tqdm.auto import tqdm
+
+from peft_linear import ModuleKernels, ProximalLoraConfig, Recommendation, compute_ntk, export_lora, recommend
+from peft_linear.selection.baselines import query_value
+from peft_linear.selection.prediction import predict
+from peft_linear.selection.problem import Problem
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse(argv)
+    began = time.perf_counter()
+    output = Path(options.output)
+    output.mkdir(parents=True, exist_ok=True)
+
+    step(1, f"Loading {options.model} and {options.dataset}")
+    limits = (256, 64, 64) if options.quick else (None, options.max_eval, options.max_eval)
+    task = load_task(options.model, options.dataset, options.max_length, limits)
+
+    step(2, f"The kernel of every candidate module on {options.examples} training examples, before training")
+    batches = task.batches("train", options.examples)
+    model = task.new_model(options.seeds[0])
+    kernels = compute_ntk(model, batches, space="lora", rank=options.rank, lora_alpha=2 * options.rank)
+    print(kernels)
+
+    step(3, "The recommendation")
+    rivals = tuple(name for name in kernels.names if name in query_value(kernels))
+    budget = options.budget or str(sum(kernels.num_parameters[name] for name in rivals))
+    recommendation = recommend(kernels, budget=budget, criterion=options.criterion)
+    print(recommendation)
+    recommendation.plot(output / "recommendation.png")
+    recommendation.save(output / "recommendation")
+
+    step(4, "Training the recommendation and its rivals, each with the same protocol")
+    arms = make_arms(task, kernels, recommendation, rivals, options)
+    protocol = Protocol(options.steps, options.batch_size, tuple(options.learning_rates))
+    predicted = predict_arms(kernels, recommendation, arms)
+    runs, adapted = train_arms(task, arms, protocol, options.seeds)
+
+    step(5, "Saving the adapter, loading it back, exporting it as plain LoRA")
+    checks = save_and_reload(task, adapted, options.seeds[0], output)
+    print("\n".join(f"{words}: {value}" for words, value in checks.items()))
+
+    step(6, "What came of it")
+    summary = summarize(arms, runs, predicted, protocol, options.seeds)
+    seconds = time.perf_counter() - began
+    print(f"{summary.table}\n\n{summary.predictions}\n\n{summary.verdict}")
+    draw_results(summary, arms, output / "results.png")
+    write(output, options, recommendation, summary, runs, predicted, checks, seconds)
+    print(f"\n{seconds:.0f} s in all. The report: {output / 'report.md'}")
+    return 0
+
+
+def make_arms(
+    task: Task,
+    kernels: ModuleKernels,
+    recommendation: Recommendation,
+    rivals: tuple[str, ...],
+    options: argparse.Namespace,
+) -> tuple[Arm, ...]:
+    """The recommendation with ProximalLoRA; query and value with as many parameters; every linear module."""
+    rank = matching_rank(recommendation.parameters, rivals, kernels)
+
+    def lora(modules: Sequence[str], r: int) -> LoraConfig:
+        return LoraConfig(r=r, lora_alpha=2 * r, target_modules=list(modules), task_type="SEQ_CLS")
+
+    def proximal() -> ProximalLoraConfig:
+        return recommendation.to_config(task_type="SEQ_CLS", proximal_lambda=options.proximal_lambda)
+
+    return (
+        Arm("recommended", "recommended, ProximalLoRA", recommendation.modules, proximal, kernels.rank),
+        Arm("query_value", "query and value, LoRA", rivals, lambda: lora(rivals, rank), rank),
+        Arm("all_linear", "all linear, LoRA", kernels.names, lambda: lora(kernels.names, kernels.rank), kernels.rank),
+    )
+
+
+def predict_arms(kernels: ModuleKernels, recommendation: Recommendation, arms: Sequence[Arm]) -> dict[str, dict]:
+    """What the linear theory says of each arm, from the kernels alone."""
+    settings = {key: recommendation.settings[key] for key in ("learning_rate", "steps", "folds", "seed")}
+    problem = Problem.of(kernels, recommendation.ridge, **settings)
+    return {arm.key: predict(kernels, arm.modules, problem) for arm in arms}
+
+
+def train_arms(
+    task: Task, arms: Sequence[Arm], protocol: Protocol, seeds: Sequence[int]
+) -> tuple[list[Run], PeftModel]:
+    """All runs, and the model of the first arm and seed."""
+    runs, adapted = [], None
+    with tempfile.TemporaryDirectory() as folder:
+        pilots = len(protocol.learning_rates) if len(protocol.learning_rates) > 1 else 0
+        with tqdm(total=len(arms) * (pilots + len(seeds)), desc="all runs", unit="run") as bar:
+            for arm in arms:
+                rate = choose_learning_rate(task, arm, protocol, Path(folder))
+                bar.update(pilots)
+                for seed in seeds:
+                    run, model = train(task, arm, seed, rate, protocol, Path(folder))
+                    bar.write(f"{arm.label}, seed {seed}: loss {run.test_loss:.3f}, accuracy {run.test_accuracy:.1%}")
+                    bar.update()
+                    runs.append(run)
+                    adapted = adapted or model
+    assert adapted is not None
+    return runs, adapted
+
+
+@torch.inference_mode()
+def save_and_reload(task: Task, adapted: PeftModel, seed: int, output: Path) -> dict[str, str]:
+    """Saves the adapter, reads it into a fresh model, exports it as plain LoRA; equal logits or an error.
+
+    Raises:
+        RuntimeError: a reloaded adapter computes something else.
+    """
+    adapted.save_pretrained(output / "adapter")
+    export_lora(output / "adapter", output / "exported", overwrite=True)
+    batch = task.batches("test", 16)[0]
+    expected = adapted.eval()(**batch).logits
+    checks = {}
+    for folder in ("adapter", "exported"):
+        model = PeftModel.from_pretrained(task.new_model(seed), output / folder).eval()
+        difference = float((model(**batch).logits - expected).abs().max())
+        kind = str(getattr(model.peft_config["default"].peft_type, "value", model.peft_config["default"].peft_type))
+        if difference > 1e-4 * float(expected.abs().max()):
+            raise RuntimeError(f"the logits of the reloaded {folder} differ by {difference:.2e}")
+        checks[f"{folder}/ reloaded as {kind}, largest difference of a logit"] = f"{difference:.1e}"
+    return checks
+
+
+def write(
+    output: Path,
+    options: argparse.Namespace,
+    recommendation: Recommendation,
+    summary: Summary,
+    runs: Sequence[Run],
+    predicted: dict[str, dict],
+    checks: dict[str, str],
+    seconds: float,
+) -> None:
+    """report.md for people and results.json for programs."""
+    record = {
+        "options": vars(options),
+        "modules": recommendation.modules,
+        "criterion": recommendation.criterion,
+        "predicted": predicted,
+        "runs": [asdict(run) for run in runs],
+        "verdict": summary.verdict,
+        "checks": checks,
+        "seconds": round(seconds, 1),
+        "machine": {"cores": torch.get_num_threads(), "torch": torch.__version__},
+    }
+    (output / "results.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    sections = [
+        "# Demo: modules chosen before training",
+        f"`{options.model}` on `{options.dataset}`, {seconds:.0f} s in all.",
+        f"## Result\n\n{summary.verdict}",
+        summary.table,
+        summary.protocol,
+        "![test loss and accuracy of each arm](results.png)",
+        f"## Predicted before training, and measured\n\n{summary.predictions}",
+        "\n".join(f"- `{words}`: {value}" for words, value in checks.items()),
+        recommendation.to_markdown().replace("\n#", "\n##").replace("# Rec", "## Rec", 1),
+        "![spectra and scores](recommendation.png)",
+    ]
+    (output / "report.md").write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+
+
+def step(number: int, text: str) -> None:
+    print(f"\n[{number}/6] {text}", flush=True)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=DEMO_MODEL, help="a folder or a name on the Hugging Face Hub")
+    parser.add_argument(
+        "--dataset", default=DEMO_DATASET, help="a set of examples/data, a folder, or a name on the Hub"
+    )
+    parser.add_argument("--budget", type=read_budget, help='modules ("8"), a fraction ("0.25") or parameters ("100k")')
+    parser.add_argument("--criterion", default="default-by-evidence")
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--proximal-lambda", type=float, default=0.1)
+    parser.add_argument("--examples", type=int, default=64, help="for the kernels")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--learning-rates", type=float, nargs="+", default=[1e-3, 3e-3], help="each arm gets its best")
+    parser.add_argument("--max-length", type=int, default=64)
+    parser.add_argument("--max-eval", type=int, default=1000, help="examples of the validation and of the test split")
+    parser.add_argument("--output", default="demo_output")
+    parser.add_argument("--quick", action="store_true", help="a few examples and steps, one learning rate, two seeds")
+    options = parser.parse_args(argv)
+    if options.quick:
+        options.examples, options.steps, options.learning_rates = 8, 3, options.learning_rates[:1]
+        options.seeds = options.seeds[:2]
+    return options
+
+
+def read_budget(text: str) -> int | float | str:
+    """A number of modules, a fraction, or a number of parameters with a unit, as `recommend` takes it."""
+    if text.isdigit():
+        return int(text)
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+if __name__ == "__main__":
+    sys.exit(main())
