@@ -26,7 +26,7 @@ from .terms import Term
 
 
 class TermAccumulator:
-    """Collects one term of one module, batch by batch, as Jacobian rows or as (inputs, cotangents), what is smaller."""
+    """Collects one term of one module, batch by batch, as Jacobian rows or as (inputs, cotangents)."""
 
     def __init__(self, name: str, term: Term) -> None:
         self.name = name
@@ -75,7 +75,7 @@ class TermAccumulator:
         self._inputs, self._rows, self._cotangents = {}, {}, {}
 
     def gram(self, max_bytes: int = DEFAULT_MAX_BYTES) -> tuple[Tensor, Tensor | None, str]:
-        """The term's (n, n) float64 kernel, those of its draws (draws, n, n) if there are several, and the way taken."""
+        """The term's (n, n) float64 kernel; those of its draws (draws, n, n) if there are several; the way taken."""
         n = sum(part if isinstance(part, int) else _num_rows(part) for part in self.parts)
         if not self.received:
             return torch.zeros(n, n, dtype=torch.float64), None, "zero"
@@ -127,7 +127,7 @@ class TermAccumulator:
 
 
 def relative_spread(grams: Tensor) -> float:
-    """Standard deviation of the draws' kernels (draws, n, n) about their mean, in Frobenius norm, over the mean's norm."""
+    """Standard deviation of kernels (draws, n, n) about their mean, in Frobenius norm, over the mean's norm."""
     mean = grams.mean(0)
     norm = float(mean.norm())
     variance = float((grams - mean).square().sum()) / (len(grams) - 1)

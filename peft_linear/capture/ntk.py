@@ -166,7 +166,7 @@ def _probe(
     batch: Batch,
     function: OutputFunction,
 ) -> None:
-    """Two examples, one backward pass: does any candidate take a gradient, and does example 0 stay out of example 1?"""
+    """Two examples, one backward pass: does any candidate take a gradient, and are the examples independent?"""
     batch = batch.head(2)
     with recording(model, hooked) as recorder:
         outputs = evaluate(model, batch, function, 0)

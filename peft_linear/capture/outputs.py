@@ -40,7 +40,7 @@ IGNORED = -100  # transformers' label of tokens that do not count
 
 
 class OutputFunction:
-    """Turns what a model returns into f of shape (B, C). `shift` is 1 for causal models: logits predict the next token."""
+    """Turns what a model returns into f (B, C). `shift` is 1 where logits predict the next token (causal models)."""
 
     def __init__(self, kind: str, *, shift: int = 0, num_projections: int = 16, seed: int = 0) -> None:
         if kind not in OUTPUT_KINDS:
@@ -140,7 +140,7 @@ class OutputFunction:
 
 
 def logits_of(model_output: Any) -> Tensor:
-    """The logits in what a model returned: a ModelOutput or mapping with `logits`, a tuple's first tensor, a tensor."""
+    """The logits in what a model returned: a mapping or object with `logits`, a tuple's first tensor, or a tensor."""
     if isinstance(model_output, Tensor):
         return model_output
     if isinstance(model_output, Mapping) and isinstance(model_output.get("logits"), Tensor):

@@ -101,7 +101,7 @@ def recording(
     modules: Mapping[str, nn.Module],
     on_cotangent: Callable[[str, int, Tensor], None] | None = None,
 ) -> Iterator[Recorder]:
-    """Hooks `modules` of `model`, which is in eval mode with frozen parameters inside the block and as before after it.
+    """Hooks `modules` of `model`, which is in eval mode with frozen parameters inside the block, and as before after.
 
     Restored also when the block raises: hooks, train/eval mode of every module, `requires_grad` of every parameter.
     `.grad`, buffers and random states are never touched.
@@ -150,7 +150,7 @@ def by_example(
     """
     if tensor.ndim < 2 or tensor.shape[0] % batch_size:
         raise TargetError(
-            f"{name} works on a tensor of shape {tuple(tensor.shape)}, in which the {batch_size} examples of the batch "
-            "cannot be told apart; pass batches of one example"
+            f"{name} works on a tensor of shape {tuple(tensor.shape)}, in which the {batch_size} examples of the "
+            "batch cannot be told apart; pass batches of one example"
         )
     return tensor.reshape(batch_size, -1, tensor.shape[-1])

@@ -47,7 +47,7 @@ def base_model(model: nn.Module) -> nn.Module:
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
-    """(d_in, d_out) of a linear map: nn.Linear, GPT-2's Conv1D, quantised linears, an adapter around one; else None."""
+    """(d_in, d_out) of nn.Linear, GPT-2's Conv1D, quantised linears and adapters around them; None for others."""
     if isinstance(module, BaseTunerLayer):
         return linear_shape(module.get_base_layer())
     if isinstance(module, Conv1D):
@@ -80,6 +80,7 @@ def resolve_targets(
     linear = {name: module for name, module in modules.items() if linear_shape(module) is not None}
     if isinstance(targets, str) and targets.lower() == "all-linear":
         excluded = _output_embeddings(root)
+        reserved = (*reserved, *_task_head(root))
         chosen = {
             name: module
             for name, module in linear.items()

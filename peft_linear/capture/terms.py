@@ -21,7 +21,7 @@ import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -135,13 +135,16 @@ def check_adapter_arguments(space: str, rank: int, lora_alpha: float, draws: int
 
 def _existing_lora(layer: LoraLayer, adapter: str, d_in: int, d_out: int) -> tuple[list[Term], int]:
     scaling = float(layer.scaling[adapter])
-    a = scaling * layer.lora_A[adapter].weight.data.to(torch.float64)  # type: ignore[union-attr,operator]
-    b = scaling * layer.lora_B[adapter].weight.data.to(torch.float64)  # type: ignore[union-attr,operator]
+    a, b = (scaling * _weight(factor[adapter]) for factor in (layer.lora_A, layer.lora_B))
     rank = a.shape[0]
     terms = [Term(_linear(a), _same, features=rank, channels=d_out)]
     if b.any():
         terms.append(Term(_same, _linear(b.T), features=d_in, channels=rank))
     return terms, sum(p.numel() for p in (*layer.lora_A[adapter].parameters(), *layer.lora_B[adapter].parameters()))
+
+
+def _weight(module: nn.Module) -> Tensor:
+    return cast(Tensor, module.weight).detach().to(torch.float64)
 
 
 def _linear(matrix: Tensor) -> Map:

@@ -33,6 +33,7 @@ from ..functional.spectrum import Spectrum
 
 
 FORMAT = "peft_linear.ModuleKernels/1"
+_FLOATS = {str(dtype): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
 PEFT_PREFIX = "base_model.model."  # names are those of the base model; a PeftModel's longer ones are understood
 
 
@@ -107,12 +108,12 @@ class ModuleKernels:
 
     def __repr__(self) -> str:
         return (
-            f"ModuleKernels({len(self)} modules, {self.num_examples} examples x {self.num_outputs} {self.output_kind}, "
-            f"space={self.space!r}, rank={self.rank}, base={'yes' if self.base.any() else 'none'})"
+            f"ModuleKernels({len(self)} modules, {self.num_examples} examples x {self.num_outputs} "
+            f"{self.output_kind}, space={self.space!r}, rank={self.rank}, base={'yes' if self.base.any() else 'none'})"
         )
 
     def subset(self, names: Iterable[str] | None = None) -> Tensor:
-        """`base` + the sum of the blocks of `names` (default: all): the kernel of training that set, (n, n) float64."""
+        """`base` + the blocks of `names` (default: all): the kernel of training that set, (n, n) float64."""
         if isinstance(names, str):
             names = [names]
         chosen = self.names if names is None else tuple(names)
@@ -124,8 +125,14 @@ class ModuleKernels:
         return total
 
     def spectrum(self, names: Iterable[str] | None = None) -> Spectrum:
-        """Eigenvalues of `subset(names)`; O(n³)."""
-        return Spectrum.from_gram(self.subset(names))
+        """Eigenvalues of `subset(names)`; O(n³).
+
+        The noise floor follows the precision of the Jacobian rows, which the provenance names: relative errors of
+        about 10·eps in the rows are errors of about (10·eps)²·λ1 in the small eigenvalues of K = J Jᵀ.
+        """
+        dtype = _FLOATS.get(str(self.provenance.get("dtype")), torch.float64)
+        eps = max(torch.finfo(torch.float64).eps, (10 * torch.finfo(dtype).eps) ** 2)
+        return Spectrum.from_gram(self.subset(names), eps=eps)
 
     def select_examples(self, indices: Sequence[int] | Tensor) -> ModuleKernels:
         """The same kernels on the examples `indices`, in that order (repeats allowed, as a bootstrap needs)."""

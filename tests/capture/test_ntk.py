@@ -1,0 +1,469 @@
+# Copyright 2026 The peft-linear authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""compute_ntk against Jacobians taken one example and one output at a time, and its laws."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import reference
+import small_models as small
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch.testing import assert_close
+
+from peft_linear.capture.ntk import compute_ntk
+from peft_linear.capture.terms import initial_lora_a
+from peft_linear.errors import OutputError, PeftLinearError, TargetError
+
+
+EXACT = {"rtol": 1e-10, "atol": 1e-12}
+ARCHITECTURES = {
+    "bert": (small.bert, small.text_batches()),
+    "bert-eager": (lambda: small.bert(attn_implementation="eager"), small.text_batches()),
+    "roberta": (small.roberta, small.text_batches()),
+    "distilbert": (small.distilbert, small.text_batches()),
+    "gpt2": (small.gpt2, small.text_batches()),
+    "llama": (small.llama, small.text_batches()),
+    "llama-left": (small.llama, small.text_batches(padding="left")),
+    "qwen3": (small.qwen3, small.text_batches()),
+    "t5": (small.t5, small.t5_batches()),
+    "vit": (small.vit, small.image_batches()),
+}
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def case(request):
+    factory, batches = ARCHITECTURES[request.param]
+    return small.seeded(factory), batches
+
+
+def ntk(model, batches, **kwargs):
+    return compute_ntk(model, batches, progress=False, **kwargs)
+
+
+def test_weight_kernels_and_the_head_are_exact(case):
+    model, batches = case
+    kernels = ntk(model, batches, space="weight")
+    parameters = dict(model.named_parameters())
+    for name in kernels.names:
+        expected = reference.kernel(model, [parameters[f"{name}.weight"]], batches, reference.logits)
+        assert_close(kernels[name], expected, **EXACT)
+    head = [p for key, p in parameters.items() if key.split(".")[0] in kernels.provenance["always_trained"]]
+    assert head
+    assert_close(kernels.base, reference.kernel(model, head, batches, reference.logits), **EXACT)
+    expected = torch.cat([reference.logits(model, one) for b in batches for one in reference.example_batches(b)])
+    assert_close(kernels.outputs.reshape(-1), expected.detach(), **EXACT)
+    assert kernels.labels.tolist() == [int(label) for batch in batches for label in batch["labels"]]
+
+
+@pytest.mark.parametrize("b_scale", [0.0, 0.3])
+def test_lora_kernels_are_exact(case, b_scale):
+    model, batches = case
+    fresh = ntk(model, batches, rank=3, lora_alpha=5)
+    peft_model = reference.with_lora(model, fresh.names, rank=3, lora_alpha=5, b_scale=b_scale)
+    carried = ntk(peft_model, batches)
+    assert carried.names == fresh.names
+    for name in fresh.names:
+        parameters = reference.lora_parameters(peft_model, name)
+        expected = reference.kernel(peft_model, parameters, batches, reference.logits)
+        assert_close(carried[name], expected, **EXACT)
+        assert_close(carried[f"base_model.model.{name}"], expected, **EXACT)
+        if b_scale == 0.0:
+            assert_close(fresh[name], expected, **EXACT)
+        assert fresh.num_parameters[name] == carried.num_parameters[name] == sum(p.numel() for p in parameters)
+
+
+@pytest.mark.parametrize("space", ["rows", "columns", "bias"])
+def test_other_spaces_are_slices_of_the_weight_and_bias_jacobians(space):
+    model, batches = small.seeded(small.bert), small.text_batches()
+    kernels = ntk(model, batches, space=space, rank=5)
+    parameters = dict(model.named_parameters())
+    for name in kernels.names:
+        weight = parameters[f"{name}.weight"]
+        if space == "bias":
+            rows = reference.jacobian(model, [parameters[f"{name}.bias"]], batches, reference.logits)
+        else:
+            rows = reference.jacobian(model, [weight], batches, reference.logits).view(-1, *weight.shape)
+            rows = (rows[:, :5] if space == "rows" else rows[..., :5]).flatten(1)
+        assert_close(kernels[name], rows @ rows.T, **EXACT)
+        assert kernels.num_parameters[name] == rows.shape[1]
+
+
+def test_a_module_called_three_times_and_one_never_called():
+    model, batches = small.seeded(small.Recurrent), small.text_batches()
+    kernels = ntk(model, batches, space="weight", targets=["step", "gate", "unused"], always_trained=["head"])
+    for name in ("step", "gate"):
+        expected = reference.kernel(
+            model, [getattr(model, name).weight], batches, lambda m, b: m(b["input_ids"], b["attention_mask"])[0]
+        )
+        assert_close(kernels[name], expected, **EXACT)
+    assert not kernels["unused"].any()
+    assert kernels.provenance["no_gradient"] == ["unused"]
+
+
+def test_log_likelihood_of_a_causal_model():
+    for padding in ("right", "left"):
+        model, batches = small.seeded(small.llama, causal=True), small.causal_batches(padding=padding)
+        kernels = ntk(model, batches, space="weight", outputs="log_likelihood")
+        parameters = dict(model.named_parameters())
+        for name in kernels.names:
+            expected = reference.kernel(
+                model, [parameters[f"{name}.weight"]], batches, reference.sequence_log_likelihood
+            )
+            assert_close(kernels[name], expected, **EXACT)
+        assert "lm_head" not in kernels
+        assert not kernels.base.any()
+
+
+def test_scalar_outputs_are_exact():
+    model, batches = small.seeded(small.bert), small.text_batches()
+
+    def expected(function):
+        rows = []
+        weight = model.bert.encoder.layer[0].output.dense.weight
+        for batch in batches:
+            for one in reference.example_batches(batch):
+                value = function(reference.logits(model, one), int(one["labels"]))
+                rows.append(torch.autograd.grad(value, weight)[0].reshape(-1))
+        rows = torch.stack(rows)
+        return rows @ rows.T
+
+    functions = {
+        "label_logit": lambda f, y: f[y],
+        "margin": lambda f, y: f[y] - torch.logsumexp(torch.cat([f[:y], f[y + 1 :]]), 0),
+        "log_likelihood": lambda f, y: torch.log_softmax(f, 0)[y],
+        "loss": lambda f, y: -torch.log_softmax(f, 0)[y],
+    }
+    for kind, function in functions.items():
+        kernels = ntk(model, batches, space="weight", targets=["layer.0.output.dense"], outputs=kind)
+        (name,) = kernels.names
+        assert_close(kernels[name], expected(function), **EXACT)
+
+
+def test_random_projections_are_unbiased_for_the_trace_kernel():
+    model, batches = small.seeded(small.bert), small.text_batches()
+    options = {"space": "weight", "targets": ["layer.1.output.dense"]}
+    full = ntk(model, batches, **options)
+    (name,) = full.names
+    count = full.num_examples
+    trace = full[name].view(count, 3, count, 3).diagonal(dim1=1, dim2=3).sum(-1)
+    errors = []
+    for k in (16, 1024):
+        projected = ntk(model, batches, outputs="random_projection", num_projections=k, **options)
+        estimate = projected[name].view(count, k, count, k).diagonal(dim1=1, dim2=3).sum(-1)
+        errors.append(float((estimate - trace).norm() / trace.norm()))
+    assert errors[1] < 0.12
+    assert errors[1] < errors[0]
+
+
+def test_draws_average_to_the_weight_kernel():
+    """E over A of the LoRA kernel is s²·r·Var(A)·K_weight, Var(A) = 1/(3·d_in)."""
+    model, batches = small.seeded(small.bert), small.text_batches()
+    weight = ntk(model, batches, space="weight")
+    one = ntk(model, batches, rank=4, lora_alpha=8, draws=1)
+    many = ntk(model, batches, rank=4, lora_alpha=8, draws=400)
+    for name in weight.names:
+        expected = weight[name] * 4 * (8 / 4) ** 2 / (3 * weight.shapes[name][0])
+        assert float((many[name] - expected).norm() / expected.norm()) < 0.1
+    assert not one.spread
+    assert all(0.05 < many.spread[name] < 2 for name in many.names)
+
+
+def test_the_mean_and_spread_of_draws_are_those_of_single_draws():
+    model, batches = small.seeded(small.bert), small.text_batches()
+    three = ntk(model, batches, rank=2, draws=3, targets=["query"])
+    for name in three.names:
+        singles = []
+        for draw in range(3):
+            peft_model = reference.with_lora(copy.deepcopy(model), [name], rank=2, lora_alpha=16.0, draw=draw)
+            parameters = reference.lora_parameters(peft_model, name)
+            singles.append(reference.kernel(peft_model, parameters, batches, reference.logits))
+        stacked = torch.stack(singles)
+        assert_close(three[name], stacked.mean(0), **EXACT)
+        deviation = stacked.std(0, unbiased=True).norm() / stacked.mean(0).norm()
+        assert three.spread[name] == pytest.approx(float(deviation), rel=1e-10)
+
+
+def test_lora_a_has_pefts_distribution_and_depends_on_name_seed_and_draw_only():
+    a = initial_lora_a("x", 4096, 64, seed=3)
+    assert float(a.abs().max()) <= 1 / 64
+    assert float(a.var()) == pytest.approx(1 / (3 * 4096), rel=0.01)
+    assert_close(a, initial_lora_a("x", 4096, 64, seed=3))
+    for other in (
+        initial_lora_a("y", 4096, 64, 3),
+        initial_lora_a("x", 4096, 64, 4),
+        initial_lora_a("x", 4096, 64, 3, 1),
+    ):
+        assert float((a - other).abs().max()) > 1e-3
+
+
+def test_two_adapters_factor_both_ways_of_storing_agree(monkeypatch):
+    """Rows kept as they come, explicit and ghost contraction give one number."""
+    model, batches = small.seeded(small.bert), small.text_batches()
+    expected = ntk(model, batches, space="weight")
+    for way in ("explicit", "ghost"):
+        monkeypatch.setattr("peft_linear.capture.accumulate.cheapest", lambda pairs, way=way: way)
+        got = ntk(model, batches, space="weight", max_bytes=2**12)
+        for name in expected.names:
+            assert_close(got[name], expected[name], **EXACT)
+
+
+@settings(max_examples=8, deadline=None)
+@given(order=st.permutations(range(5)), size=st.integers(1, 5), extra=st.integers(0, 4))
+def test_order_batch_size_and_padding_change_nothing(order, size, extra):
+    model, batches = small.seeded(small.bert), small.text_batches()
+    expected = ntk(model, batches).select_examples(order)
+    ones = [one for batch in batches for one in reference.example_batches(batch)]
+    length = 8 + extra
+    padded = [
+        {k: torch.nn.functional.pad(v, (0, length - v.shape[1])) if v.ndim > 1 else v for k, v in one.items()}
+        for one in ones
+    ]
+    padded = [padded[i] for i in order]
+    regrouped = [
+        {key: torch.cat([one[key] for one in padded[i : i + size]]) for key in padded[0]} for i in range(0, 5, size)
+    ]
+    got = ntk(model, regrouped)
+    for name in expected.names:
+        assert_close(got[name], expected[name], **EXACT)
+    assert_close(got.base, expected.base, **EXACT)
+    assert_close(got.outputs, expected.outputs, **EXACT)
+
+
+def test_kernels_are_symmetric_to_the_bit_positive_semidefinite_and_independent_of_company():
+    model, batches = small.seeded(small.bert, dtype=torch.float32), small.text_batches()
+    everything = ntk(model, batches)
+    alone = ntk(model, batches, targets=["layer.1.output.dense"])
+    for name in everything.names:
+        block = everything[name]
+        assert block.dtype == torch.float64
+        assert torch.equal(block, block.T)
+        assert float(torch.linalg.eigvalsh(block)[0]) > -1e-12 * float(block.norm())
+    assert torch.equal(alone[alone.names[0]], everything[alone.names[0]])
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.1)])
+def test_lower_precision_is_close_to_float64(dtype, tolerance):
+    batches = small.text_batches()
+    exact = ntk(small.seeded(small.bert), batches).subset()
+    low = ntk(small.seeded(small.bert, dtype=dtype), batches).subset()
+    assert float((low - exact).norm() / exact.norm()) < tolerance
+
+
+class Snapshot:
+    """Everything of a model (and of the process) that a look at it must not change."""
+
+    def __init__(self, model):
+        self.model = model
+        self.values = self.take()
+
+    def take(self):
+        modules = list(self.model.named_modules())
+        return {
+            "modes": [(name, module.training) for name, module in modules],
+            "trainable": [
+                (name, p.requires_grad, p.dtype, p.grad is None) for name, p in self.model.named_parameters()
+            ],
+            "hooks": [
+                (name, len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks)) for name, m in modules
+            ],
+            "types": [type(module) for _, module in modules],
+            "state": {key: value.clone() for key, value in self.model.state_dict().items()},
+            "random": torch.get_rng_state(),
+        }
+
+    def check(self):
+        now = self.take()
+        for key in ("modes", "trainable", "hooks", "types"):
+            assert now[key] == self.values[key], key
+        assert torch.equal(now["random"], self.values["random"])
+        for key, value in self.values["state"].items():
+            assert torch.equal(now["state"][key], value), key
+
+
+def test_the_model_is_left_as_it_was_found():
+    model = small.seeded(small.roberta, dtype=torch.float32)
+    model.train()
+    model.roberta.encoder.layer[0].eval()
+    model.roberta.embeddings.requires_grad_(False)
+    snapshot = Snapshot(model)
+    ntk(model, small.text_batches())
+    snapshot.check()
+    peft_model = get_peft_model(
+        model, LoraConfig(target_modules=["query"], lora_dropout=0.5, modules_to_save=["classifier"])
+    )
+    peft_model.train()
+    snapshot = Snapshot(peft_model)
+    ntk(peft_model, small.text_batches())
+    snapshot.check()
+
+
+def test_the_model_is_left_as_it_was_found_after_an_error():
+    model = small.seeded(small.bert, dtype=torch.float32).train()
+    batches = small.text_batches()
+    batches[1]["inputs_embeds"] = torch.full((2, 8, 16), torch.nan)
+    del batches[1]["input_ids"]
+    snapshot = Snapshot(model)
+    with pytest.raises(OutputError, match="example 0 in batch 1 are NaN or inf"):
+        ntk(model, batches)
+    snapshot.check()
+
+
+def test_head_parameters_that_are_not_linear_maps_count():
+    model = small.seeded(small.bert)
+    model.classifier = torch.nn.Sequential(torch.nn.LayerNorm(16), torch.nn.Linear(16, 3)).double()
+    batches = small.text_batches()
+    kernels = ntk(model, batches, targets=["query"])
+    expected = reference.kernel(model, list(model.classifier.parameters()), batches, reference.logits)
+    assert_close(kernels.base, expected, **EXACT)
+
+
+def test_modules_to_save_are_the_base_of_a_peft_model():
+    model, batches = small.seeded(small.bert), small.text_batches()
+    config = LoraConfig(task_type="SEQ_CLS", target_modules=["query", "value"], r=2)
+    peft_model = get_peft_model(model, config)
+    kernels = ntk(peft_model, batches, targets=["query", "value"])
+    head = list(peft_model.base_model.model.classifier.modules_to_save["default"].parameters())
+    assert_close(kernels.base, reference.kernel(peft_model, head, batches, reference.logits), **EXACT)
+    assert isinstance(peft_model, PeftModel)
+
+
+def test_always_trained_can_be_chosen():
+    model, batches = small.seeded(small.bert), small.text_batches()
+    assert not ntk(model, batches, always_trained=()).base.any()
+    both = ntk(model, batches, targets=["query"], always_trained=["classifier", "pooler"])
+    parameters = [*model.classifier.parameters(), *model.bert.pooler.parameters()]
+    assert_close(both.base, reference.kernel(model, parameters, batches, reference.logits), **EXACT)
+
+
+BAD_ARGUMENTS = [
+    ({"rank": 0}, PeftLinearError, "rank must be a positive integer, got 0"),
+    ({"lora_alpha": 0}, PeftLinearError, "lora_alpha must be a positive number"),
+    ({"draws": 0}, PeftLinearError, "draws must be a positive integer"),
+    ({"draws": 2, "space": "weight"}, PeftLinearError, "draws=2 are draws of LoRA's A"),
+    ({"space": "loraa"}, PeftLinearError, "space must be one of"),
+    ({"outputs": "logit"}, PeftLinearError, "outputs must be one of"),
+    ({"num_projections": 0}, PeftLinearError, "num_projections must be a positive integer"),
+    (
+        {"targets": ["querry", "value", "kee"]},
+        TargetError,
+        "'querry' .did you mean 'query'.*'kee' .did you mean 'key'",
+    ),
+    ({"targets": "query"}, TargetError, "regular expression"),
+    ({"targets": []}, TargetError, "`targets` is empty"),
+    ({"targets": ["word_embeddings"]}, TargetError, "not a linear map.*word_embeddings .Embedding"),
+    ({"targets": ["classifier"]}, TargetError, "trained in full whatever is chosen.*classifier"),
+    ({"always_trained": ["clasifier"]}, TargetError, "always_trained.*did you mean 'classifier'"),
+    ({"rank": 17, "space": "rows"}, TargetError, "has 16 rows, fewer than rank=17"),
+]
+
+
+@pytest.mark.parametrize("arguments, error, message", BAD_ARGUMENTS)
+def test_bad_arguments_stop_before_any_forward_pass(arguments, error, message):
+    model = small.seeded(small.bert)
+    model.forward = None  # a forward pass would fail otherwise
+    with pytest.raises(error, match=message):
+        ntk(model, small.text_batches(), **arguments)
+
+
+BAD_BATCHES = [
+    ([], "`batches` is empty"),
+    (iter([]), "`batches` is empty"),
+    (["text"], "batch 0 is a str, expected a dict of tensors"),
+    ([{"text": ["a"]}], "batch 0 has no tensor that BertForSequenceClassification takes"),
+    ([{"input_ids": torch.zeros(0, 3, dtype=torch.long)}], "batch 0 is empty"),
+]
+
+
+@pytest.mark.parametrize("batches, message", BAD_BATCHES)
+def test_bad_batches(batches, message):
+    with pytest.raises(PeftLinearError, match=message):
+        ntk(small.seeded(small.bert), batches)
+
+
+def test_labels_that_are_missing_or_out_of_range():
+    model, batches = small.seeded(small.bert), small.text_batches()
+    for batch in batches:
+        batch["labels"] = batch["labels"] + 3
+    with pytest.raises(OutputError, match="num_labels=6"):
+        ntk(model, batches)
+    for kind in ("label_logit", "margin", "loss"):
+        with pytest.raises(OutputError, match=r"labels must lie in \[0, 3\)"):
+            ntk(model, batches, outputs=kind)
+    del batches[1]["labels"]
+    with pytest.raises(OutputError, match="batch 1 has no labels, which outputs='margin' needs"):
+        ntk(model, batches, outputs="margin")
+    assert ntk(model, [{k: v for k, v in b.items() if k != "labels"} for b in batches]).labels is None
+
+
+def test_logits_of_a_language_model_are_refused_with_the_alternatives():
+    model = small.seeded(small.llama, causal=True)
+    with pytest.raises(OutputError, match="log_likelihood.*random_projection"):
+        ntk(model, small.causal_batches())
+
+
+def test_candidates_without_gradient_are_an_error():
+    model = small.seeded(small.Recurrent)
+    with pytest.raises(TargetError, match="no target takes a gradient"):
+        ntk(model, small.text_batches(), targets=["unused"])
+
+
+class Mixing(torch.nn.Module):
+    """Centres over the batch: example 0 depends on example 1."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 3)
+
+    def forward(self, x):
+        y = self.linear(x)
+        return (y - y.mean(0)).pow(3)
+
+
+class Transposed(torch.nn.Module):
+    """Flattens tokens before examples, so rows of one example do not lie together."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.linear(x.transpose(0, 1).reshape(-1, 4)).view(x.shape[1], x.shape[0], 3).pow(2).sum(0)
+
+
+@pytest.mark.parametrize("factory, shape", [(Mixing, (3, 4)), (Transposed, (3, 5, 4))])
+def test_examples_that_cannot_be_told_apart_are_refused(factory, shape):
+    model = factory().double()
+    with pytest.raises(TargetError, match="mixes the examples"):
+        ntk(model, [{"x": torch.randn(*shape, dtype=torch.float64)}], targets=["linear"])
+
+
+def test_dora_and_several_adapters_are_refused():
+    model, batches = small.seeded(small.bert), small.text_batches()
+    dora = get_peft_model(copy.deepcopy(model), LoraConfig(target_modules=["query"], use_dora=True))
+    with pytest.raises(TargetError, match="LoRA variant"):
+        ntk(dora, batches)
+    several = get_peft_model(model, LoraConfig(target_modules=["query"]))
+    several.add_adapter("second", LoraConfig(target_modules=["query"]))
+    several.base_model.set_adapter(["default", "second"])
+    with pytest.raises(TargetError, match="several adapters are active"):
+        ntk(several, batches)
+    several.set_adapter("default")
+    several.merge_adapter()
+    with pytest.raises(TargetError, match="is merged"):
+        ntk(several, batches)

@@ -1,0 +1,100 @@
+# Copyright 2026 The peft-linear authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Slow, obviously right twins: one example, one output, one backward pass at a time, by ordinary reverse mode.
+
+They share no code with the package but `initial_lora_a` (the random A whose kernel is asked for).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from peft_linear.capture.terms import initial_lora_a
+
+
+def example_batches(batch: dict) -> list[dict]:
+    """The batch as batches of one example."""
+    size = len(next(iter(batch.values())))
+    return [{key: value[i : i + 1] for key, value in batch.items()} for i in range(size)]
+
+
+def jacobian(
+    model: nn.Module,
+    parameters: list[nn.Parameter],
+    batches: list[dict],
+    output: Callable[[nn.Module, dict], Tensor],
+) -> Tensor:  # (n, P)
+    """Rows ∂f_a(x_i)/∂θ, example-major; `output(model, batch of one)` is the (C,) vector f(x_i)."""
+    was_training = model.training
+    model.eval()
+    frozen = [parameter for parameter in parameters if not parameter.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    rows = []
+    for batch in batches:
+        for single in example_batches(batch):
+            for value in output(model, single):
+                gradients = torch.autograd.grad(
+                    value, parameters, retain_graph=True, allow_unused=True, materialize_grads=True
+                )
+                rows.append(torch.cat([gradient.reshape(-1) for gradient in gradients]))
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    model.train(was_training)
+    return torch.stack(rows).detach()
+
+
+def kernel(model, parameters, batches, output) -> Tensor:
+    rows = jacobian(model, parameters, batches, output)
+    return rows @ rows.T
+
+
+def logits(model: nn.Module, batch: dict) -> Tensor:
+    """All logits of a classifier, (C,)."""
+    return model(**{k: v for k, v in batch.items() if k != "labels"}).logits[0]
+
+
+def sequence_log_likelihood(model: nn.Module, batch: dict) -> Tensor:
+    """Σ_t log p(label_{t+1} | …) of a causal language model, one token at a time, (1,)."""
+    scores = model(**{k: v for k, v in batch.items() if k != "labels"}).logits[0]
+    total = scores.new_zeros(1)
+    for t, label in enumerate(batch["labels"][0].tolist()[1:]):
+        if label != -100:
+            total = total + torch.log_softmax(scores[t], 0)[label]
+    return total
+
+
+def with_lora(
+    model: nn.Module, names, rank: int, lora_alpha: float, seed: int = 0, draw: int = 0, b_scale: float = 0.0
+):
+    """A peft LoRA model whose A are the ones `compute_ntk` considers; B is 0, or random of the given scale."""
+    config = LoraConfig(r=rank, lora_alpha=lora_alpha, target_modules=list(names), lora_dropout=0.0)
+    peft_model = get_peft_model(model, config)
+    modules = dict(peft_model.get_base_model().named_modules())
+    for name in names:
+        layer = modules[name]
+        a = layer.lora_A["default"].weight
+        b = layer.lora_B["default"].weight
+        a.data = initial_lora_a(name, a.shape[1], rank, seed, draw).to(a.dtype)
+        b.data = torch.randn(b.shape, dtype=torch.float64).to(b.dtype) * b_scale
+    return peft_model
+
+
+def lora_parameters(peft_model: nn.Module, name: str) -> list[nn.Parameter]:
+    layer = dict(peft_model.get_base_model().named_modules())[name]
+    return [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
