@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-quick style quality clean
+.PHONY: demo test test-quick style quality docs clean
 .DEFAULT_GOAL := test
 
 # torch comes first and pinned: left to itself pip would fetch gigabytes of CUDA packages on a machine without a GPU.
@@ -33,5 +33,8 @@ quality: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(VENV)/.installed
+	$(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) demo_output build *.egg-info
+	rm -rf $(VENV) demo_output site build *.egg-info
