@@ -11,3 +11,6 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+"""ProximalLoRA and neural-tangent-kernel guided choice of modules, as a plugin for Hugging Face peft."""
+
+from .training.proximal import attach_proximal, proximal_distance  # noqa: F401  (registers PROXIMAL_LORA and its hooks)

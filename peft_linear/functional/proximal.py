@@ -1,0 +1,227 @@
+# Copyright 2026 The peft-linear authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The proximal term of fine-tuning, on tensors alone: distances, gradients, proximal operators, the selective rule.
+
+Notation. A LoRA module has the factors `A` of shape (r, d_in) and `B` of shape (d_out, r) and adds `s·B·A` to its
+weight, s being the scaling (alpha/r). `θ` are the factors of all modules, `θ0` their anchor: the pretrained model.
+The training objective is `R(θ) + (λ/2)·D(θ)` ("Linearization Explains Fine-Tuning in Large Language Models",
+arXiv 2602.08239, section 3), with
+
+- **factor space** (the paper's) `D = Σ ‖A−A0‖² + ‖B−B0‖²`;
+- **delta space** `D = Σ ‖s·BA − s·B0A0‖_F²`, the distance of the weights, the same for every way of writing BA.
+
+An anchor of `None` stands for zeros, so that the `B0 = 0` of a fresh adapter is never stored. Functions on lists work
+on the factors of many modules at once (`torch._foreach_*`); those on one `(A, B)` also take leading batch dimensions.
+`step` is η·λ (learning rate times λ), a float, or a tensor when a decision taken on the device scales it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+Anchor = Tensor | None
+
+
+def inner_product(gradients: Sequence[Tensor], parameters: Sequence[Tensor], anchors: Sequence[Anchor]) -> Tensor:
+    """⟨∇R(θ), θ−θ0⟩ over all given tensors: the selective rule acts where it is >= 0 (arXiv 2602.08239, eq. 8).
+
+    Returns a float64 scalar on the first tensor's device (float32 where the device has no float64). O(number of
+    parameters), a fixed number of kernels per device and dtype.
+    """
+    if not parameters:
+        return torch.zeros((), dtype=torch.float64)
+    groups: dict[tuple, list[int]] = {}
+    for index, parameter in enumerate(parameters):
+        groups.setdefault((parameter.device, parameter.dtype), []).append(index)
+    home = parameters[0].device
+    total = torch.zeros((), dtype=_wide(home), device=home)
+    for members in groups.values():
+        differences = _differences([parameters[i] for i in members], [anchors[i] for i in members])
+        wide = _wide(differences[0].device)
+        flat_gradient = torch.cat([gradients[i].reshape(-1) for i in members]).to(wide)
+        flat_difference = torch.cat([difference.reshape(-1) for difference in differences]).to(wide)
+        total += torch.dot(flat_gradient, flat_difference).to(home)
+    return total
+
+
+def squared_distance(parameters: Sequence[Tensor], anchors: Sequence[Anchor]) -> Tensor:
+    """‖θ−θ0‖² in factor space, a float64 scalar (float32 where the device has no float64). O(number of parameters)."""
+    if not parameters:
+        return torch.zeros((), dtype=torch.float64)
+    home = parameters[0].device
+    total = torch.zeros((), dtype=_wide(home), device=home)
+    for parameter, anchor in zip(parameters, anchors, strict=True):
+        wide = parameter.detach().to(_wide(parameter.device))
+        total += (wide if anchor is None else wide - anchor.to(wide)).square().sum().to(home)
+    return total
+
+
+def factor_gradient(parameters: Sequence[Tensor], anchors: Sequence[Anchor], strength: float | Tensor) -> list[Tensor]:
+    """λ·(θ−θ0), the gradient of (λ/2)·‖θ−θ0‖², `strength` being λ. New tensors, shaped as the parameters."""
+    return [difference * _on(strength, difference) for difference in _differences(parameters, anchors)]
+
+
+def factor_proximal_step_(parameters: Sequence[Tensor], anchors: Sequence[Anchor], step: float | Tensor) -> None:
+    """In place `θ ← θ0 + (θ−θ0)/(1+ηλ)`: the exact proximal operator of η·(λ/2)·‖·−θ0‖², `step` being ηλ.
+
+    Proof: the minimiser of ½‖x−θ‖² + (ηλ/2)‖x−θ0‖² has x−θ + ηλ(x−θ0) = 0. A step of 0 leaves every bit as it was;
+    for step → ∞ the result is θ0.
+    """
+    weight = step / (1 + step)
+    if isinstance(weight, Tensor):
+        groups: dict[tuple, list[int]] = {}
+        for index, parameter in enumerate(parameters):
+            groups.setdefault((parameter.device, parameter.dtype), []).append(index)
+        for members in groups.values():
+            moved = [parameters[i] for i in members]
+            changes = torch._foreach_mul(_differences(moved, [anchors[i] for i in members]), _on(weight, moved[0]))
+            torch._foreach_sub_(moved, changes)
+        return
+    pulled = [(p, a) for p, a in zip(parameters, anchors, strict=True) if a is not None]
+    shrunk = [p for p, a in zip(parameters, anchors, strict=True) if a is None]
+    if pulled:
+        torch._foreach_lerp_([p for p, _ in pulled], [a for _, a in pulled], weight)
+    if shrunk:
+        torch._foreach_mul_(shrunk, 1 / (1 + step))
+
+
+def delta_squared_distance(
+    a: Tensor,  # (..., r, d_in)
+    b: Tensor,  # (..., d_out, r)
+    a0: Anchor,  # (..., r0, d_in)
+    b0: Anchor,  # (..., d_out, r0)
+    scaling: float,
+) -> Tensor:  # (...)
+    """‖s·BA − s·B0A0‖_F² from r×r Gram matrices, float64 where the device has it; d_out×d_in is never formed.
+
+    With a zero anchor product (a0 or b0 is None): s²·tr(BᵀB·AAᵀ). Otherwise BA − B0A0 = (B−B0)A + B0(A−A0) = PQ with
+    P = [B−B0, B0] and Q = [A; A−A0], and the distance is s²·tr(PᵀP·QQᵀ). Written with differences, it has no
+    cancellation near the anchor. Cost O((d_in + d_out)·r²).
+    """
+    left, right = b, a
+    wide = _wide(a.device)
+    if a0 is not None and b0 is not None:
+        left = torch.cat([b.to(wide) - b0.to(wide), b0.to(wide)], dim=-1)
+        right = torch.cat([a.to(wide), a.to(wide) - a0.to(wide)], dim=-2)
+    product = (_columns_gram(left) * _rows_gram(right).mT).sum(dim=(-2, -1))
+    return product.clamp_min(0) * float(scaling) ** 2
+
+
+def delta_gradient(
+    a: Tensor,  # (..., r, d_in)
+    b: Tensor,  # (..., d_out, r)
+    a0: Anchor,
+    b0: Anchor,
+    strength: float | Tensor,  # λs², a scalar or (..., 1, 1)
+) -> tuple[Tensor, Tensor]:  # shaped as a, b
+    """Gradient of (λ/2)·‖s·BA − s·B0A0‖² with respect to (A, B): (λs²·BᵀE, λs²·EAᵀ), E = BA − B0A0.
+
+    E is never formed: with X = B−B0 and Y = A−A0, E·Aᵀ = X(AAᵀ) + B0(YAᵀ) and Bᵀ·E = (BᵀX)A + (BᵀB0)Y. Cost
+    O((d_in + d_out)·r²).
+    """
+    a_work, b_work = _working(a), _working(b)
+    scale = _on(strength, a_work)
+    if a0 is None or b0 is None:
+        gradient_a = _columns_gram(b).to(a_work) @ a_work
+        gradient_b = b_work @ _rows_gram(a).to(b_work)
+    else:
+        x, y = b_work - b0.to(b_work), a_work - a0.to(a_work)
+        gradient_a = (b_work.mT @ x) @ a_work + (b_work.mT @ b0.to(b_work)) @ y
+        gradient_b = x @ _rows_gram(a).to(b_work) + b0.to(b_work) @ (y @ a_work.mT)
+    return (gradient_a * scale).to(a.dtype), (gradient_b * scale).to(b.dtype)
+
+
+def delta_proximal_step(
+    a: Tensor,  # (..., r, d_in)
+    b: Tensor,  # (..., d_out, r)
+    a0: Anchor,
+    b0: Anchor,
+    step_a: float | Tensor,  # η_A·λs², a scalar or (..., 1, 1)
+    step_b: float | Tensor,  # η_B·λs², a scalar or (..., 1, 1)
+) -> tuple[Tensor, Tensor]:  # the new a, b
+    """One sweep of exact block-proximal steps of (λ/2)·‖s·BA − s·B0A0‖²: first in B, then in A with the new B.
+
+    The joint proximal operator has no closed form, because the penalty is not convex in (A, B); in either factor alone
+    it is quadratic. With step μ, the minimiser over B of ½‖B−B̃‖² + (μ/2)‖BA − B0A0‖² has, for X = B−B0 and
+    E = XA + B0(A−A0),  X·(I + μAAᵀ) = X̃ − μB0(A−A0)Aᵀ: one r×r solve. Likewise for A, with Y = A−A0 and
+    E = BY + (B−B0)A0:  (I + μBᵀB)·Y = Ỹ − μBᵀ(B−B0)A0. Each block never increases its objective, whatever μ (an
+    explicit gradient step diverges for μ‖A‖² > 2); for μ → ∞, B0A0 = 0 and A of full row rank, B → 0, the pretrained
+    weight. To first order in μ the sweep is the gradient step. μ = 0 leaves every bit as it was: the change is
+    computed, not the value, which also keeps it small where matrix products are rounded to TF32.
+    Cost O((d_in + d_out)·r²).
+    """
+    a_work, b_work = _working(a), _working(b)
+    zero = a0 is None or b0 is None
+    gram = _rows_gram(a)
+    x = b_work if zero else b_work - b0.to(b_work)
+    b_new = b_work - x @ _shrinkage(gram, step_b).to(b_work)
+    if not zero:
+        cross = (a_work - a0.to(a_work)) @ a_work.mT
+        b_new = b_new - b0.to(b_work) @ (cross @ _resolvent(gram, step_b).to(b_work) * _on(step_b, cross))
+    gram = _columns_gram(b_new)
+    y = a_work if zero else a_work - a0.to(a_work)
+    a_new = a_work - _shrinkage(gram, step_a).to(a_work) @ y
+    if not zero:
+        cross = b_new.mT @ (b_new - b0.to(b_work))
+        a_new = a_new - (_resolvent(gram, step_a).to(a_work) @ cross * _on(step_a, cross)) @ a0.to(a_work)
+    return a_new.to(a.dtype), b_new.to(b.dtype)
+
+
+def _resolvent(gram: Tensor, step: float | Tensor) -> Tensor:
+    """(I + μG)⁻¹ for a positive semidefinite r×r G."""
+    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    system = identity + gram * _on(step, gram)
+    return torch.linalg.solve_ex(system, identity.expand_as(system))[0]
+
+
+def _shrinkage(gram: Tensor, step: float | Tensor) -> Tensor:
+    """I − (I + μG)⁻¹ = (I + μG)⁻¹μG, without the cancellation."""
+    scaled = gram * _on(step, gram)
+    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    return torch.linalg.solve_ex(identity + scaled, scaled)[0]
+
+
+def _rows_gram(matrix: Tensor) -> Tensor:
+    wide = matrix.to(_wide(matrix.device))
+    return wide @ wide.mT
+
+
+def _columns_gram(matrix: Tensor) -> Tensor:
+    return _rows_gram(matrix.mT)
+
+
+def _differences(parameters: Sequence[Tensor], anchors: Sequence[Anchor]) -> list[Tensor]:
+    result = list(parameters)
+    moved = [i for i, anchor in enumerate(anchors) if anchor is not None]
+    if moved:
+        held = [anchor for anchor in anchors if anchor is not None]
+        for i, difference in zip(moved, torch._foreach_sub([parameters[i] for i in moved], held), strict=True):
+            result[i] = difference
+    return result
+
+
+def _working(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def _wide(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def _on(value: float | Tensor, like: Tensor) -> float | Tensor:
+    return value.to(device=like.device, dtype=like.dtype) if isinstance(value, Tensor) else value

@@ -1,0 +1,84 @@
+# Copyright 2026 The peft-linear authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The tuner: LoRA's own, whose adapters are recorded when they are made and forgotten when they go."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraModel
+from peft.utils import save_and_load
+from torch import nn
+
+from .config import ProximalLoraConfig
+from .peft_compat import as_lora
+from .state import find_adapters, forget_adapter, track_adapter
+
+
+class ProximalLoraModel(LoraModel):
+    """LoRA with a proximal term; made by `get_peft_model(model, ProximalLoraConfig(...))`.
+
+    The layers are LoRA's layers, quantised back ends included, and the forward pass is LoRA's. The term acts in the
+    optimizer's step (see `peft_linear.attach_proximal`), on the adapters this class records.
+
+    Args:
+        model (`torch.nn.Module`): the model to adapt.
+        config (`ProximalLoraConfig`): the configuration of the adapter, or a dict of them by adapter name.
+        adapter_name (`str`): the name of the adapter.
+        low_cpu_mem_usage (`bool`): make the adapter on the meta device, to be loaded later.
+    """
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Makes the adapter's layers as LoRA does, then records the factors as they start."""
+        config = self.peft_config[adapter_name]
+        with as_lora(config):
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if isinstance(config, ProximalLoraConfig):
+            track_adapter(model, adapter_name, config)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Deletes the adapter and its record."""
+        super().delete_adapter(adapter_name)
+        forget_adapter(self.model, adapter_name)
+
+    def add_weighted_adapter(self, adapters: list[str], weights: Any, adapter_name: str, **kwargs: Any) -> None:
+        """As LoRA's; the combined weights are anchored as loaded ones are: at a zero product."""
+        exists = adapter_name in self.peft_config
+        super().add_weighted_adapter(adapters, weights, adapter_name, **kwargs)
+        if not exists:
+            with torch.no_grad():
+                for adapter in find_adapters(self.model, adapter_name):
+                    adapter.capture_continuing()
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        forget_adapter(self.model)
+        return model
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
+        selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        validate = getattr(save_and_load, "_validate_lora_adapter_state_dict", None)  # peft asks for LORA by name
+        if validate is not None:
+            validate(selected, adapter_name=adapter_name)
+        return selected
+
+    @classmethod
+    def _convert_state_dict_for_initial_model(cls, peft_model, peft_config, path, output_state_dict, kwargs):
+        # peft resets the initialisation of the adapter at `path` for LORA by name only; without that, loading it would
+        # subtract the decomposition from the base weights a second time.
+        peft_config.init_lora_weights = True
+        peft_config.save_pretrained(path)
+        return super()._convert_state_dict_for_initial_model(peft_model, peft_config, path, output_state_dict, kwargs)

@@ -1,0 +1,189 @@
+# Copyright 2026 The peft-linear authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The places where peft and transformers ask for `PeftType.LORA` by name, or have no hook for what a plugin must do.
+
+Every function here changes one thing, does nothing to adapters of other types, and can be applied again.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+from peft import PeftModel, PeftType
+from torch import nn
+from transformers.integrations import PeftAdapterMixin
+
+from .anchors import ANCHOR_NAME, AnchorSource, write_anchors
+from .config import ProximalLoraConfig
+from .peft_type import PROXIMAL_LORA
+from .state import TrackedAdapter, find_records, track_adapter
+
+
+@contextmanager
+def as_lora(config: Any) -> Iterator[None]:
+    """Within the block, a ProximalLoRA configuration says it is LORA (conversion of MoE targets, guard for Mamba)."""
+    if getattr(config, "peft_type", None) != PROXIMAL_LORA:
+        yield
+        return
+    config.peft_type = PeftType.LORA
+    try:
+        yield
+    finally:
+        config.peft_type = PROXIMAL_LORA
+
+
+def apply_all() -> None:
+    """Applies every change below."""
+    _convert_moe_weights_of_our_adapters()
+    _hotswap_our_adapters()
+    _mix_our_adapters()
+    _tag_our_adapters_as_lora()
+    _save_anchor_with_adapter()
+    _load_anchor_with_adapter()
+
+
+def _convert_moe_weights_of_our_adapters() -> None:
+    """Adapters of transformers v4's MoE layers are converted to v5's for LORA only."""
+    module = _optional("peft.utils.transformers_weight_conversion")
+    name = "convert_peft_adapter_state_dict_for_transformers"
+    if module is None or not hasattr(module, name):
+        return
+
+    def convert(original: Callable, *args: Any, **kwargs: Any) -> Any:
+        config = inspect.signature(original).bind(*args, **kwargs).arguments["peft_config"]
+        with as_lora(config):
+            return original(*args, **kwargs)
+
+    _wrap(module, name, convert)
+
+
+def _hotswap_our_adapters() -> None:
+    """Hotswapping looks up, by type, the settings that must agree."""
+    module = _optional("peft.utils.hotswap")
+    if module is not None:
+        module.CONFIG_KEYS_TO_CHECK[PROXIMAL_LORA] = module.CONFIG_KEYS_TO_CHECK[PeftType.LORA]
+
+
+def _mix_our_adapters() -> None:
+    """PeftMixedModel holds a tuple of the types it accepts, and makes the layers without the type's own tuner."""
+    package, module = _optional("peft.tuners.mixed"), _optional("peft.tuners.mixed.model")
+    if package is None or module is None:
+        return
+    if PROXIMAL_LORA not in module.COMPATIBLE_TUNER_TYPES:
+        module.COMPATIBLE_TUNER_TYPES = package.COMPATIBLE_TUNER_TYPES = (
+            *module.COMPATIBLE_TUNER_TYPES,
+            PROXIMAL_LORA,
+        )
+
+    def inject_adapter(original: Callable, self: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any):
+        config = self.peft_config[adapter_name]
+        with as_lora(config):
+            original(self, model, adapter_name, *args, **kwargs)
+        if isinstance(config, ProximalLoraConfig):
+            track_adapter(model, adapter_name, config)
+
+    _wrap(module.MixedModel, "inject_adapter", inject_adapter)
+
+
+def _tag_our_adapters_as_lora() -> None:
+    """Model cards on the Hub carry `lora` for LORA only; our adapters are LoRA adapters to every consumer."""
+
+    def tags(original: Callable, self: PeftModel) -> list[str]:
+        found = original(self)
+        return [*found, "lora"] if self.active_peft_config.peft_type == PROXIMAL_LORA else found
+
+    if hasattr(PeftModel, "_get_peft_specific_model_tags"):
+        _wrap(PeftModel, "_get_peft_specific_model_tags", tags)
+
+
+def _save_anchor_with_adapter() -> None:
+    """`save_pretrained` writes the weights and the configuration; the anchor goes beside them."""
+
+    def save_pretrained(original: Callable, self: PeftModel, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, save_directory, *args, **kwargs)
+        call = inspect.signature(original).bind(self, save_directory, *args, **kwargs)
+        call.apply_defaults()
+        if call.arguments["is_main_process"]:
+            converted = call.arguments["path_initial_model_for_weight_conversion"] is not None
+            for name in call.arguments["selected_adapters"] or list(self.peft_config):
+                folder = Path(save_directory) if name == "default" else Path(save_directory) / name
+                adapter = _tracked(self, name)
+                if adapter is not None and adapter.config.proximal_lambda > 0 and not converted:
+                    write_anchors(folder / ANCHOR_NAME, adapter.anchors())
+                elif adapter is not None:
+                    (folder / ANCHOR_NAME).unlink(missing_ok=True)  # of an adapter that was saved here before
+        return result
+
+    _wrap(PeftModel, "save_pretrained", save_pretrained)
+
+
+def _load_anchor_with_adapter() -> None:
+    """Loading sets the weights without telling the tuner; afterwards the anchor is the one stored with them.
+
+    Both ways in are covered: peft's (`from_pretrained`, the Trainer's resume) and transformers' `load_adapter`.
+    """
+    hub_names = set(inspect.signature(hf_hub_download).parameters) - {"repo_id", "filename"}
+
+    def load_adapter(original: Callable, self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        call = inspect.signature(original).bind(self, *args, **kwargs)
+        call.apply_defaults()
+        given = call.arguments
+        path = given.get("model_id", given.get("peft_model_id"))
+        if path is None:  # transformers, called by its from_pretrained
+            path = getattr(given.get("load_config"), "pretrained_model_name_or_path", None)
+        adapter = _tracked(self, given["adapter_name"] or "default")
+        if adapter is not None and path is not None:
+            extra = {**(given.get("adapter_kwargs") or {}), **given.get("kwargs", {}), **given}
+            hub = {key: value for key, value in extra.items() if key in hub_names and value is not None}
+            adapter.loaded_from(AnchorSource(str(path), hub), trainable=bool(given.get("is_trainable", False)))
+        return result
+
+    _wrap(PeftModel, "load_adapter", load_adapter)
+    _wrap(PeftAdapterMixin, "load_adapter", load_adapter)
+
+
+def _tracked(model: nn.Module, adapter_name: str) -> TrackedAdapter | None:
+    for record in find_records(model):
+        if adapter_name in record.adapters:
+            return record.adapters[adapter_name]
+    return None
+
+
+def _wrap(owner: Any, name: str, around: Callable) -> None:
+    """Replaces `owner.name` by `around(original, ...)`; a wrapper left by an earlier import is replaced, not wrapped."""
+    original = getattr(owner, name)
+    original = getattr(original, "_peft_linear_original", original)
+
+    @functools.wraps(original)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return around(original, *args, **kwargs)
+
+    wrapper._peft_linear_original = original  # type: ignore[attr-defined]
+    setattr(owner, name, wrapper)
+
+
+def _optional(name: str) -> Any:
+    """The module, or None in a version of peft that does not have it."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError:
+        return None

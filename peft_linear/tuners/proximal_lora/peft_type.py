@@ -1,0 +1,40 @@
+# Copyright 2026 The peft-linear authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""`PeftType.PROXIMAL_LORA`: peft finds adapter types in a closed enum, which has no door for plugins."""
+
+from __future__ import annotations
+
+from peft import PeftType
+
+
+def _enum_member(name: str) -> PeftType:
+    """A real member of `PeftType`, made once: iteration, lookup by value, pickle and deepcopy treat it as any other."""
+    if name in PeftType.__members__:
+        return PeftType.__members__[name]
+    member = str.__new__(PeftType, name)
+    member._name_ = name
+    member._value_ = name
+    member._sort_order_ = len(PeftType._member_names_)
+    member.__objclass__ = PeftType
+    type.__setattr__(PeftType, name, member)  # EnumType.__setattr__ guards the members that exist, not new ones
+    PeftType._member_names_.append(name)
+    PeftType._member_map_[name] = member
+    PeftType._value2member_map_[name] = member
+    hashable_values = getattr(PeftType, "_hashable_values_", None)  # Python 3.13 and later
+    if hashable_values is not None:
+        hashable_values.append(name)
+    return member
+
+
+PROXIMAL_LORA = _enum_member("PROXIMAL_LORA")
