@@ -34,5 +34,9 @@ class BudgetError(PeftLinearError):
     """A budget that selects nothing, or more than there is."""
 
 
+class CriterionError(PeftLinearError):
+    """A criterion, search strategy or baseline that does not exist, or that the kernels at hand do not allow."""
+
+
 class FileError(PeftLinearError):
     """A file or folder that is not what it should be."""

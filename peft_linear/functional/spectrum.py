@@ -98,6 +98,13 @@ class Spectrum:
     def __len__(self) -> int:
         return len(self.eigenvalues)
 
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Spectrum):
+            return NotImplemented
+        return self.eps == other.eps and torch.equal(self.eigenvalues, other.eigenvalues)
+
+    __hash__ = None  # type: ignore[assignment]
+
     def __repr__(self) -> str:
         largest = float(self.eigenvalues[0])
         rank = self.numerical_rank

@@ -11,3 +11,33 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+"""Numbers in, decision out: criteria, budgets, the search for a set of modules, and what theory predicts for it."""
+
+from .baselines import BASELINES, baseline, equal_parameter_rank, kappa_order
+from .budget import Budget, parse_budget
+from .criteria import CRITERIA, DEFAULT_CRITERION, Criterion, applicable_criteria, score_modules
+from .prediction import predict
+from .problem import Problem
+from .recommend import default_ridge, recommend
+from .recommendation import ModuleScore, Recommendation
+
+
+__all__ = [
+    "BASELINES",
+    "CRITERIA",
+    "DEFAULT_CRITERION",
+    "Budget",
+    "Criterion",
+    "ModuleScore",
+    "Problem",
+    "Recommendation",
+    "applicable_criteria",
+    "baseline",
+    "default_ridge",
+    "equal_parameter_rank",
+    "kappa_order",
+    "parse_budget",
+    "predict",
+    "recommend",
+    "score_modules",
+]

@@ -173,6 +173,14 @@ def test_repr_shows_the_rank_and_the_noise_floor():
     assert "noise_floor=1.3e-15" in text
 
 
+def test_equality_is_of_numbers():
+    one = Spectrum(torch.tensor([2.0, 1.0]), name="a")
+    assert one == Spectrum(torch.tensor([1.0, 2.0]), name="b")
+    assert one != Spectrum(torch.tensor([1.0, 2.0]), eps=0.1)
+    assert one != Spectrum(torch.tensor([1.0, 3.0]))
+    assert one != "spectrum"
+
+
 def test_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Spectrum(torch.ones(2)).eps = 1.0

@@ -1,0 +1,264 @@
+# Copyright 2026 The peft-linear authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Text data from a file, a folder or the Hub, as batches that a model takes. Shared by the CLI and the examples."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import DataCollatorForLanguageModeling, DataCollatorWithPadding, PreTrainedTokenizerBase
+
+from ..errors import FileError, PeftLinearError
+from .sources import LABEL_COLUMNS, SUFFIXES, Rows, read_file, read_folder, read_hub
+
+
+TASKS = ("classification", "causal-lm")
+
+# What text columns are called, in the order in which they are looked for; pairs first, as their halves are names too.
+TEXT_COLUMNS: tuple[tuple[str, ...], ...] = (
+    ("text", "text_pair"),
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question1", "question2"),
+    ("question", "sentence"),
+    ("question", "passage"),
+    ("text",),
+    ("sentence",),
+    ("content",),
+    ("review",),
+    ("document",),
+)
+
+
+@dataclass(frozen=True)
+class TextData:
+    """Rows of text by split, and which columns mean what.
+
+    Args:
+        splits: {"train": rows, …}; a row is a mapping from column to value.
+        text_columns: One column, or two for pairs.
+        label_column: None for language modelling.
+        label_names: Of a classification, in the order of the class numbers; None for regression and language models.
+    """
+
+    splits: Mapping[str, Rows]
+    text_columns: tuple[str, ...]
+    label_column: str | None = None
+    label_names: tuple[str, ...] | None = None
+    source: str = field(default="")
+
+    @property
+    def num_labels(self) -> int:
+        """Outputs of a classifier of these labels; 1 for regression."""
+        return len(self.label_names) if self.label_names else 1
+
+    def rows(self, split: str = "train") -> Rows:
+        """The rows of one split.
+
+        Raises:
+            FileError: there is no such split.
+        """
+        if split not in self.splits:
+            raise FileError(f"{self.source} has no split {split!r}; there are: {', '.join(self.splits)}")
+        return self.splits[split]
+
+    def label_of(self, row: Mapping[str, Any]) -> int | float:
+        """The class number of a row, or its target.
+
+        Raises:
+            FileError: the row has no label, or one that is not among the classes.
+        """
+        value = row.get(self.label_column or "")
+        if value is None or (isinstance(value, str) and not value.strip()):
+            raise FileError(f"{self.source}: a row has no {self.label_column!r}: {_excerpt(row)}")
+        if self.label_names is None:
+            return float(value)
+        if isinstance(value, str) and value in self.label_names:
+            return self.label_names.index(value)
+        number = _as_class(value)
+        if number is None or not 0 <= number < len(self.label_names):
+            raise FileError(
+                f"{self.source}: label {value!r} is none of the {len(self.label_names)} classes "
+                f"({', '.join(self.label_names[:12])}) in {_excerpt(row)}"
+            )
+        return number
+
+
+def load_text_data(
+    source: str | os.PathLike,
+    task: str = "classification",
+    text_columns: Sequence[str] | None = None,
+    label_column: str | None = None,
+) -> TextData:
+    """Reads a dataset and finds out what its columns mean.
+
+    Args:
+        source: A .jsonl, .json, .csv or .tsv file (one split, "train"); a folder with train.jsonl, validation.jsonl,
+            test.jsonl or the like (and optionally labels.json with {"labels": [names]}), or one that
+            `datasets.save_to_disk` wrote; or a name on the Hub, "glue/sst2" or "owner/name/config" for a
+            configuration.
+        task: "classification" (a number with a fraction as label makes it a regression) or "causal-lm".
+        text_columns: One column, or two for pairs; default: found by the usual names.
+        label_column: Default: found by the usual names; not used for "causal-lm".
+
+    Raises:
+        FileError: the source cannot be read, is empty, or has no columns of these names.
+        PeftLinearError: an unknown task.
+    """
+    if task not in TASKS:
+        raise PeftLinearError(f"unknown task {task!r}; there are: {', '.join(TASKS)}")
+    path = Path(source)
+    names: tuple[str, ...] | None = None
+    if path.is_dir():
+        splits, names = read_folder(path)
+    elif path.is_file():
+        splits = {"train": read_file(path)}
+    elif path.suffix.lower() in SUFFIXES or path.is_absolute() or str(source).startswith("."):
+        raise FileError(f"there is no file or folder {os.fspath(source)!r}; check the path of the dataset")
+    else:
+        splits, names = read_hub(str(source), label_column)
+    rows = next(iter(splits.values()), [])
+    if not len(rows):
+        raise FileError(f"{os.fspath(source)} has no rows; pass a dataset with at least one example")
+    columns = list(rows[0])
+    label = None if task == "causal-lm" else _find_label_column(columns, label_column, os.fspath(source))
+    texts = _find_text_columns(rows[0], text_columns, label, os.fspath(source))
+    if label is None:
+        return TextData(splits, texts, None, None, os.fspath(source))
+    return TextData(splits, texts, label, names or _label_names(splits, label), os.fspath(source))
+
+
+def sample_rows(data: TextData, count: int, split: str = "train", seed: int = 0) -> list[Mapping[str, Any]]:
+    """At most `count` rows of a split, random by `seed`; every class keeps its share, as evenly as counts allow.
+
+    Raises:
+        PeftLinearError: count < 1.
+        FileError: there is no such split, or a label that is not one.
+    """
+    if count < 1:
+        raise PeftLinearError(f"the number of examples must be at least 1, got {count}")
+    rows = data.rows(split)
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+    if data.label_names is not None and count < len(rows):
+        labels = torch.tensor([data.label_of(rows[i]) for i in order.tolist()])
+        order = order[labels.argsort(stable=True)]  # by class, random within: equal steps then take equal shares
+        order = order[torch.linspace(0, len(rows) - 1, count).round().long()]
+        order = order[torch.randperm(count, generator=torch.Generator().manual_seed(seed))]
+    return [rows[i] for i in order[:count].tolist()]
+
+
+def tokenize(
+    data: TextData,
+    rows: Iterable[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int = 128,
+) -> list[dict[str, Any]]:
+    """Features as a data collator takes them, {"input_ids", "attention_mask", …} and "labels" of a classification."""
+    features = []
+    for row in rows:
+        texts = [row.get(column) for column in data.text_columns]
+        if any(not isinstance(text, str) for text in texts):
+            raise FileError(f"{data.source}: {' and '.join(data.text_columns)} must be text in {_excerpt(row)}")
+        encoded = dict(tokenizer(*texts, truncation=True, max_length=max_length))
+        if data.label_column is not None:
+            encoded["labels"] = data.label_of(row)
+        features.append(encoded)
+    return features
+
+
+def collator(data: TextData, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The data collator of the task: padding, and labels of shifted tokens for language models."""
+    if data.label_column is None:
+        return DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    return DataCollatorWithPadding(tokenizer)
+
+
+def batches_of(features: Sequence[dict[str, Any]], collate: Any, batch_size: int = 16) -> list[dict[str, Any]]:
+    """The features in order, collated `batch_size` at a time.
+
+    Raises:
+        PeftLinearError: batch_size < 1.
+    """
+    if batch_size < 1:
+        raise PeftLinearError(f"batch_size must be at least 1, got {batch_size}")
+    parts = [features[start : start + batch_size] for start in range(0, len(features), batch_size)]
+    return [dict(collate(part)) for part in parts]
+
+
+def _find_label_column(columns: Sequence[str], wanted: str | None, source: str) -> str:
+    candidates = [wanted] if wanted else LABEL_COLUMNS
+    found = next((name for name in candidates if name in columns), None)
+    if found is None:
+        looked = repr(wanted) if wanted else f"of {', '.join(LABEL_COLUMNS)}"
+        raise FileError(f"{source} has no label column {looked}; its columns are {', '.join(columns)}")
+    return found
+
+
+def _find_text_columns(
+    row: Mapping[str, Any], wanted: Sequence[str] | None, label: str | None, source: str
+) -> tuple[str, ...]:
+    if wanted:
+        missing = [name for name in wanted if name not in row]
+        if missing or len(wanted) > 2:
+            what = f"no column {', '.join(missing)}" if missing else f"at most 2 text columns, got {len(wanted)}"
+            raise FileError(f"{source} takes {what}; its columns are {', '.join(row)}")
+        return tuple(wanted)
+    for names in TEXT_COLUMNS:
+        if all(isinstance(row.get(name), str) for name in names):
+            return names
+    texts = [name for name, value in row.items() if isinstance(value, str) and name != label]
+    if len(texts) != 1:
+        raise FileError(f"{source}: which columns hold the text? There are {', '.join(row)}; name one or two of them")
+    return (texts[0],)
+
+
+def _label_names(splits: Mapping[str, Rows], label: str) -> tuple[str, ...] | None:
+    """Names of classes from the values: sorted words, or the numbers 0…max; None for targets with a fraction."""
+    values = [row.get(label) for rows in splits.values() for row in rows]
+    values = [value for value in values if value is not None and value != ""]
+    numbers = [_as_class(value) for value in values]
+    if all(number is not None for number in numbers):
+        return tuple(str(i) for i in range(max((n for n in numbers if n is not None), default=0) + 1))
+    if all(_is_number(value) for value in values):
+        return None
+    return tuple(sorted({str(value) for value in values}))
+
+
+def _as_class(value: Any) -> int | None:
+    if isinstance(value, bool):
+        return int(value)
+    if isinstance(value, int):
+        return value
+    if isinstance(value, str):
+        text = value.strip()
+        return int(text) if text.lstrip("-").isdigit() else None
+    return int(value) if isinstance(value, float) and value.is_integer() else None
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _excerpt(row: Mapping[str, Any]) -> str:
+    text = str(dict(row))
+    return text if len(text) <= 120 else text[:117] + "…"

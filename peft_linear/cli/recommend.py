@@ -1,0 +1,114 @@
+# Copyright 2026 The peft-linear authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""`peft-linear recommend`: load, compute, choose, write."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+from transformers.utils import logging as transformers_logging
+
+from ..capture.ntk import compute_ntk
+from ..errors import BudgetError, FileError
+from ..report.writer import write_report
+from ..selection.recommend import recommend
+from ..training.workflow import check_request
+from .data import batches_of, collator, load_text_data, sample_rows, tokenize
+from .models import load_model
+
+
+KERNELS_NAME = "kernels.safetensors"
+ADAPTER_NAME = "adapter"
+
+
+def parse_budget_argument(text: str) -> int | float | str:
+    """What was typed, as `recommend` takes it: "8" is modules, "0.25" and "25%" a fraction, "1.5M" parameters.
+
+    Raises:
+        BudgetError: it reads as none of these.
+    """
+    text = text.strip()
+    if re.fullmatch(r"[+-]?\d+", text):
+        return int(text)
+    if re.fullmatch(r"[+-]?\d*\.\d+", text):
+        return float(text)
+    if re.fullmatch(r"\d+(\.\d+)?\s*%", text):
+        return float(text.rstrip("% ")) / 100
+    if re.fullmatch(r"\d+(\.\d+)?\s*[kKmMbB]", text):
+        return text
+    raise BudgetError(
+        f"cannot read the budget {text!r}; pass a number of modules (8), a fraction of the candidates' parameters "
+        "(0.25, 25%) or parameters (1.5M, 200k)"
+    )
+
+
+def run_recommend(arguments: argparse.Namespace) -> None:
+    """Runs the subcommand with its parsed arguments.
+
+    Raises:
+        PeftLinearError: or one of its kin; nothing has been written then.
+    """
+    budget = parse_budget_argument(arguments.budget)
+    output = Path(arguments.output)
+    if output.exists() and not output.is_dir():
+        raise FileError(f"{output} exists and is not a folder; pass another --output")
+    if arguments.quiet:
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+    data = load_text_data(arguments.dataset, arguments.task, arguments.text_column, arguments.label_column)
+    rows = sample_rows(data, arguments.examples, arguments.split, arguments.seed)
+    model, tokenizer = load_model(arguments.model, arguments.task, data.label_names, arguments.seed, arguments.device)
+    targets = arguments.targets[0] if arguments.targets == ["all-linear"] else arguments.targets
+    check_request(
+        model,
+        budget,
+        arguments.criterion,
+        arguments.strategy,
+        targets=targets,
+        rank=arguments.rank,
+        space=arguments.space,
+    )
+    features = tokenize(data, rows, tokenizer, arguments.max_length)
+    kernels = compute_ntk(
+        model,
+        batches_of(features, collator(data, tokenizer), arguments.batch_size),
+        targets=targets,
+        space=arguments.space,
+        rank=arguments.rank,
+        lora_alpha=arguments.alpha,
+        draws=arguments.draws,
+        outputs="log_likelihood" if arguments.task == "causal-lm" else "logits",
+        seed=arguments.seed,
+        progress=not arguments.quiet,
+    )
+    recommendation = recommend(
+        kernels, budget, arguments.criterion, arguments.ridge, arguments.strategy, arguments.seed
+    )
+    config = recommendation.to_config(
+        task_type="CAUSAL_LM" if arguments.task == "causal-lm" else "SEQ_CLS",
+        proximal_lambda=arguments.proximal_lambda,
+        base_model_name_or_path=arguments.model,
+    )
+    kernels.save(output / KERNELS_NAME)
+    written = write_report(recommendation, output)
+    config.save_pretrained(str(output / ADAPTER_NAME))
+    if not arguments.quiet:
+        print(recommendation)
+        print(f"\nwritten to {output}: {', '.join(path.name for path in written)}, {KERNELS_NAME}, {ADAPTER_NAME}/")
+        print(
+            f"next: config = PeftConfig.from_pretrained({str(output / ADAPTER_NAME)!r}); "
+            "model = get_peft_model(model, config)"
+        )

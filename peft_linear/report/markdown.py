@@ -1,0 +1,192 @@
+# Copyright 2026 The peft-linear authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""A `Recommendation` as text: a table for the terminal, a Markdown report."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from ..selection.recommendation import ModuleScore, Recommendation
+
+# Key in `Recommendation.predicted`, words, format.
+_PREDICTIONS = (
+    ("parameters", "adapter parameters", "{:,.0f}"),
+    ("loss", "held-out cross-entropy of simulated training", "{:.4f}"),
+    ("accuracy", "held-out accuracy of simulated training", "{:.1%}"),
+    ("training_loss", "training cross-entropy of simulated training", "{:.4f}"),
+    ("training_accuracy", "training accuracy of simulated training", "{:.1%}"),
+    ("leave_one_out_squared_loss", "leave-one-out squared loss", "{:.4f}"),
+    ("leave_one_out_accuracy", "leave-one-out accuracy", "{:.1%}"),
+    ("training_squared_loss", "training squared loss", "{:.4f}"),
+    ("distance", "distance from the pretrained weights ‖θ̄*−θ0‖", "{:.4g}"),
+    ("adapter_distance", "the same, adapters alone", "{:.4g}"),
+)
+_SHOWN_REJECTED = 12
+
+
+def score_table(recommendation: Recommendation) -> str:
+    """The choice and the runners-up in fixed-width columns, what the theory predicts, and the notes."""
+    rec = recommendation
+    by_name = {row.name: row for row in rec.scores}
+    rejected = [row for row in rec.scores if not row.chosen]
+    rows = [(str(place), by_name[name]) for place, name in enumerate(rec.modules, start=1)]
+    rows += [("", row) for row in rejected[:_SHOWN_REJECTED]]
+    cells = [("pick", "module", rec.criterion, "rank", "parameters", "cond. number")]
+    cells += [
+        (pick, r.name, f"{r.score:.4g}", str(r.rank), f"{r.parameters:,}", format_number(r.condition_number))
+        for pick, r in rows
+    ]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+    lines = [
+        "  ".join(c.ljust(w) if i == 1 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        for row in cells
+    ]
+    rule = "-" * len(lines[0])
+    lines[1 + len(rec.modules) : 1 + len(rec.modules)] = [rule] if rejected else []
+    if len(rejected) > _SHOWN_REJECTED:
+        lines.append(f"      … and {len(rejected) - _SHOWN_REJECTED} more candidates in .scores")
+    lines = [_headline(rec), _how(rec), "", lines[0], rule, *lines[1:], ""]
+    for key, words, form in _PREDICTIONS[1:]:
+        if key in rec.predicted:
+            everything = rec.predicted.get("all_candidates", {}).get(key)
+            beside = "" if everything is None else f"   (all candidates: {form.format(everything)})"
+            lines.append(f"predicted {words}: {form.format(rec.predicted[key])}{beside}")
+    lines += [f"note: {note}" for note in rec.notes]
+    return "\n".join(lines)
+
+
+def recommendation_markdown(recommendation: Recommendation) -> str:
+    """The whole report: choice, predictions, notes, every candidate with its reason, settings."""
+    rec = recommendation
+    sections = [
+        "# Recommended modules",
+        f"{_headline(rec)}\n\n{_how(rec)}",
+        "## The choice",
+        choice_table(rec),
+        "## What the linear theory predicts",
+        "Predictions are of the linearised model on the calibration examples; they rank choices better than they "
+        "forecast the numbers of a real run.",
+        prediction_table(rec.predicted),
+    ]
+    if rec.notes:
+        sections += ["## Before you trust it", "\n".join(f"- {note}" for note in rec.notes)]
+    sections += [
+        "## Every candidate",
+        f"Score: {rec.settings.get('criterion_label', rec.criterion)} of the module alone, with the always-trained "
+        f"parameters ({_direction(rec)}). The condition number is (λ1 + ridge)/(λn + ridge) of the same kernel.",
+        _candidates_table(rec.scores),
+        "## Settings",
+        _settings_table(rec),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def choice_table(recommendation: Recommendation) -> str:
+    """Markdown table of the chosen modules, in the order in which they were taken."""
+    by_name = {row.name: row for row in recommendation.scores}
+    return markdown_table(
+        ("#", "module", "parameters", "why"),
+        [
+            (str(place), f"`{name}`", f"{by_name[name].parameters:,}", by_name[name].reason)
+            for place, name in enumerate(recommendation.modules, start=1)
+        ],
+        right=(0, 2),
+    )
+
+
+def prediction_table(predicted: Mapping[str, Any]) -> str:
+    """Markdown table of the predictions: the choice beside all candidates, the head alone and the untrained model."""
+    columns = [("the choice", predicted)]
+    for key, title in (
+        ("all_candidates", "all candidates"),
+        ("always_trained_only", "head only"),
+        ("before_training", "before training"),
+    ):
+        if predicted.get(key):
+            columns.append((title, predicted[key]))
+    rows = [
+        (words, *(form.format(values[key]) if key in values else "" for _, values in columns))
+        for key, words, form in _PREDICTIONS
+        if any(key in values for _, values in columns)
+    ]
+    header = ("prediction", *(title for title, _ in columns))
+    return markdown_table(header, rows, right=range(1, len(header)))
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
+    """A GitHub-flavoured table; `right` are the columns aligned to the right. Pipes in cells are escaped."""
+    line = "| " + " | ".join(header) + " |"
+    rule = "|" + "|".join("---:" if column in right else "---" for column in range(len(header))) + "|"
+    body = ["| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in rows]
+    return "\n".join([line, rule, *body])
+
+
+def format_number(value: float) -> str:
+    """Four digits; ∞ as such."""
+    return "∞" if math.isinf(value) else f"{value:.4g}"
+
+
+def _headline(rec: Recommendation) -> str:
+    total = sum(row.parameters for row in rec.scores)
+    return (
+        f"{len(rec.modules)} of {len(rec.scores)} modules, {rec.parameters:,} of {total:,} adapter parameters "
+        f"({rec.parameters / total:.0%}) at rank {rec.settings.get('rank', '?')}; budget {rec.budget!r}."
+    )
+
+
+def _how(rec: Recommendation) -> str:
+    s = rec.settings
+    return (
+        f"Criterion {rec.criterion}: {s.get('formula', '')} ({_direction(rec)}), {s.get('strategy', '?')} search, "
+        f"ridge {rec.ridge:.4g}, {s.get('examples', '?')} examples "
+        f"× {s.get('outputs', '?')} {s.get('output_kind', '')}, "
+        f'space "{s.get("space", "?")}".'
+    )
+
+
+def _direction(rec: Recommendation) -> str:
+    return "higher is better" if rec.settings.get("higher_is_better") else "lower is better"
+
+
+def _candidates_table(scores: Sequence[ModuleScore]) -> str:
+    return markdown_table(
+        ("rank", "module", "score", "parameters", "condition number", "chosen", "why"),
+        [
+            (
+                str(row.rank),
+                f"`{row.name}`",
+                f"{row.score:.4g}",
+                f"{row.parameters:,}",
+                format_number(row.condition_number),
+                "yes" if row.chosen else "",
+                row.reason,
+            )
+            for row in scores
+        ],
+        right=(0, 2, 3, 4),
+    )
+
+
+def _settings_table(rec: Recommendation) -> str:
+    rows = [("criterion", rec.criterion), ("budget", repr(rec.budget)), ("ridge", f"{rec.ridge:.6g}")]
+    for key, value in rec.settings.items():
+        flat = (
+            {f"{key}: {inner}": part for inner, part in value.items()} if isinstance(value, Mapping) else {key: value}
+        )
+        rows += [(name, str(part)) for name, part in flat.items() if not isinstance(part, (Mapping, list))]
+    return markdown_table(("setting", "value"), rows)

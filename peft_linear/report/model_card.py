@@ -1,0 +1,61 @@
+# Copyright 2026 The peft-linear authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""A section of a model card that says which modules are adapted, and why."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..files import write_text
+from .markdown import choice_table, prediction_table
+
+
+if TYPE_CHECKING:
+    from ..selection.recommendation import Recommendation
+
+BEGIN = "<!-- peft_linear:recommendation:begin -->"
+END = "<!-- peft_linear:recommendation:end -->"
+
+
+def model_card_section(recommendation: Recommendation) -> str:
+    """The section's Markdown, between two comments by which it is found again."""
+    rec = recommendation
+    label = rec.settings.get("criterion_label", rec.criterion)
+    notes = "".join(f"\n- {note}" for note in rec.notes)
+    return (
+        f"{BEGIN}\n## Which modules are adapted\n\n"
+        f"{len(rec.modules)} of {len(rec.scores)} candidate modules were chosen before training by their neural "
+        f"tangent kernels ({label}, budget {rec.budget!r}), with [peft-linear](https://pypi.org/project/peft-linear); "
+        "method: [Linearization Explains Fine-Tuning in Large Language Models](https://arxiv.org/abs/2602.08239).\n\n"
+        f"{choice_table(rec)}\n\n{prediction_table(rec.predicted)}\n{notes}{chr(10) if notes else ''}{END}"
+    )
+
+
+def with_model_card_section(card: str, recommendation: Recommendation) -> str:
+    """`card` with the section appended, or in the place of the one that is there: doing it twice changes nothing."""
+    section = model_card_section(recommendation)
+    begin, end = card.find(BEGIN), card.find(END)
+    if 0 <= begin < end:
+        return card[:begin] + section + card[end + len(END) :]
+    head = card.rstrip("\n")
+    return f"{head}\n\n{section}\n" if head else f"{section}\n"
+
+
+def update_model_card(path: str | os.PathLike, recommendation: Recommendation) -> None:
+    """Writes the section into the model card at `path` (a README.md), which is made if it does not exist."""
+    file = Path(path)
+    card = file.read_text(encoding="utf-8") if file.is_file() else ""
+    write_text(file, with_model_card_section(card, recommendation))

@@ -1,0 +1,239 @@
+# Copyright 2026 The peft-linear authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Figures of a `Recommendation`, without pyplot: no global backend, figure list or rcParams is touched."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import PeftLinearError
+from ..files import atomic_file
+from .names import Grid, layer_grid, short_labels
+
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from ..selection.recommendation import Recommendation
+
+CHOSEN, ALL, REST, HEAD, INK = "#d1495b", "#30638e", "#b8c4cc", "#8d99a6", "#22303c"
+_MAX_BARS = 60
+_LOG_RANGE = 20.0  # with a best improvement so many times the median one, the axis is logarithmic
+
+
+def matplotlib_available() -> bool:
+    """Whether figures can be drawn here (the extra `[plot]`)."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def plot_recommendation(recommendation: Recommendation, path: str | os.PathLike) -> None:
+    """Spectra, scores by layer and kind, and sorted scores, written to `path` (its suffix says the format).
+
+    Raises:
+        PeftLinearError: matplotlib is not installed, or it cannot write files of this suffix.
+    """
+    figure = recommendation_figure(recommendation)
+    kind = Path(path).suffix.lstrip(".").lower() or "png"
+    if kind not in figure.canvas.get_supported_filetypes():
+        known = ", ".join(sorted(figure.canvas.get_supported_filetypes()))
+        raise PeftLinearError(f"cannot write a figure as {Path(path).name!r}: the suffix must be one of {known}")
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, format=kind, dpi=160)
+
+
+def recommendation_figure(recommendation: Recommendation) -> Figure:
+    """The figure itself, not attached to any window.
+
+    Raises:
+        PeftLinearError: matplotlib is not installed.
+    """
+    if not matplotlib_available():
+        raise PeftLinearError("figures need matplotlib; install it with: pip install 'peft-linear[plot]'")
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12, wspace=0.03, hspace=0.04)
+    grid = _grid(recommendation)
+    bars = min(len(recommendation.scores), _MAX_BARS)
+    height = max(7.5, 2.6 + 0.20 * bars, 4.2 + 0.34 * len(grid.rows))
+    figure = Figure(figsize=(15, min(height, 24)), layout=layout, facecolor="white")
+    cells = figure.add_gridspec(2, 2, width_ratios=(1.15, 1), height_ratios=(1, 1.15))
+    draw_spectra(figure.add_subplot(cells[0, 0]), recommendation)
+    draw_heat_map(figure.add_subplot(cells[1, 0]), recommendation)
+    draw_scores(figure.add_subplot(cells[:, 1]), recommendation)
+    total = sum(row.parameters for row in recommendation.scores)
+    figure.suptitle(
+        f"{len(recommendation.modules)} of {len(recommendation.scores)} modules chosen before training, "
+        f"{recommendation.parameters:,} of {total:,} adapter parameters",
+        fontsize=15,
+        color=INK,
+        fontweight="bold",
+    )
+    return figure
+
+
+def draw_spectra(axes: Axes, recommendation: Recommendation) -> None:
+    """Eigenvalues of the kernels of the choice, of all candidates and of the always-trained parameters, log scale.
+
+    With always-trained parameters the first two are of the adapters alone: the head's kernel would cover both.
+    """
+    styles = {"all": (ALL, "all candidates"), "chosen": (CHOSEN, "the choice")}
+    if "always trained" in recommendation.spectra:
+        styles = {f"{key}, adapters": style for key, style in styles.items()}
+        styles["always trained"] = (HEAD, "the head")
+    floor, low = 0.0, float("inf")
+    for key, (color, label) in styles.items():
+        spectrum = recommendation.spectra.get(key)
+        if spectrum is None or not spectrum.numerical_rank:
+            continue
+        values = spectrum.eigenvalues[: spectrum.numerical_rank]
+        text = f"{label} (numerical rank {spectrum.numerical_rank} of {len(spectrum)})"
+        marker = "o" if len(values) == 1 else None
+        axes.plot(range(1, len(values) + 1), values.tolist(), color=color, linewidth=2.2, label=text, marker=marker)
+        floor, low = max(floor, spectrum.noise_floor), min(low, float(values[-1]))
+    if not floor:
+        axes.text(0.5, 0.5, "no spectrum", ha="center", transform=axes.transAxes, color=INK)
+        return _title(axes, "Spectrum of the kernel")
+    axes.set_yscale("log")
+    bottom = min(low, recommendation.ridge) / 8
+    if floor * 100 > bottom:  # near enough to be worth the room
+        bottom = min(bottom, floor / 3)
+        axes.axhspan(bottom, floor, color="#eceff1", zorder=0)
+        axes.text(0.01, floor, " noise floor", va="top", fontsize=9, color=HEAD, transform=axes.get_yaxis_transform())
+    axes.axhline(recommendation.ridge, color=INK, linewidth=1, linestyle=(0, (5, 4)))
+    axes.text(
+        0.99,
+        recommendation.ridge,
+        "ridge λ ",
+        va="bottom",
+        ha="right",
+        color=INK,
+        transform=axes.get_yaxis_transform(),
+    )
+    axes.set_ylim(bottom=bottom)
+    axes.set_xlabel("index i", color=INK)
+    axes.set_ylabel("eigenvalue λi", color=INK)
+    axes.set_ylim(top=axes.get_ylim()[1] * 8)  # room for the legend
+    axes.legend(frameon=False, fontsize=10, loc="upper right")
+    _title(axes, "Spectrum of the kernel")
+
+
+def draw_heat_map(axes: Axes, recommendation: Recommendation) -> None:
+    """Each candidate by layer and kind, coloured by the rank of its score; the choice is framed and numbered.
+
+    Ranks, not scores, so that one outstanding module does not make all others look alike; the colour bar has scores.
+    """
+    import numpy as np
+    from matplotlib.patches import Rectangle
+
+    grid = _grid(recommendation)
+    rows = recommendation.scores
+    matrix = np.full((len(grid.rows), len(grid.columns)), np.nan)
+    for row in rows:
+        matrix[grid.cells[row.name]] = len(rows) - row.rank
+    last = max(len(rows) - 1, 1)
+    image = axes.imshow(matrix, aspect="auto", cmap="YlGnBu", vmin=0, vmax=last)
+    axes.set_facecolor("#f4f6f7")
+    for place, name in enumerate(recommendation.modules, start=1):
+        layer, x = grid.cells[name]
+        axes.add_patch(Rectangle((x - 0.46, layer - 0.44), 0.92, 0.88, fill=False, edgecolor=CHOSEN, linewidth=2.6))
+        color = "white" if matrix[layer, x] > 0.55 * last else INK
+        axes.text(x, layer, str(place), ha="center", va="center", fontsize=10, fontweight="bold", color=color)
+    axes.set_xticks(
+        range(len(grid.columns)), grid.columns, rotation=28, ha="right", fontsize=9, rotation_mode="anchor"
+    )
+    axes.set_yticks(range(len(grid.rows)), grid.rows, fontsize=9)
+    axes.set_ylabel("layer", color=INK)
+    axes.tick_params(length=0)
+    bar = axes.figure.colorbar(image, ax=axes, pad=0.015, fraction=0.05)
+    bar.outline.set_visible(False)  # type: ignore[operator]
+    marks = sorted({round(last * part) for part in (0, 0.25, 0.5, 0.75, 1)})
+    marks = [mark for mark in marks if mark < len(rows)]
+    bar.set_ticks(marks, labels=[f"{rows[len(rows) - 1 - mark].score:.4g}" for mark in marks])
+    bar.ax.tick_params(labelsize=9, length=0)
+    bar.set_label("score at this rank, best on top", fontsize=9, color=INK)
+    _title(axes, "Rank of the score by layer and kind; numbers: order of the picks")
+    for side in axes.spines.values():
+        side.set_visible(False)
+
+
+def draw_scores(axes: Axes, recommendation: Recommendation) -> None:
+    """Sorted candidates, the choice highlighted; longer is better.
+
+    Where the score without any adapter is known, a bar is the improvement over it (logarithmic if improvements span
+    decades; modules that improve nothing then have no bar); otherwise the score itself.
+    """
+    rows = recommendation.scores
+    shown = rows if len(rows) <= _MAX_BARS else _best_and_chosen(recommendation)
+    labels = short_labels(row.name for row in rows)
+    higher = bool(recommendation.settings.get("higher_is_better"))
+    start = recommendation.settings.get("start_score")
+    if start is None:
+        values, label = [row.score for row in shown], _axis_label(recommendation)
+    else:
+        values = [row.score - start if higher else start - row.score for row in shown]
+        without = "the head alone" if recommendation.settings.get("always_trained") else "no adapter"
+        label = f"improvement of the {_label(recommendation)} over {without} ({start:.4g})"
+    better = [value for value in values if value > 0]
+    logarithmic = bool(better) and max(better) > _LOG_RANGE * sorted(better)[len(better) // 2]
+    if logarithmic:
+        axes.set_xscale("log")
+        axes.set_xlim(max(min(better), 1e-7 * max(better)) / 2, max(better) * 1.5)
+    colors = [CHOSEN if row.chosen else REST for row in shown]
+    axes.barh(range(len(shown)), values, color=colors, height=0.74)
+    if not logarithmic:
+        axes.axvline(0, color=INK, linewidth=1)
+    axes.set_yticks(range(len(shown)), [labels[row.name] for row in shown], fontsize=8.5 if len(shown) <= 40 else 7)
+    for text, row in zip(axes.get_yticklabels(), shown, strict=True):
+        text.set_color(CHOSEN if row.chosen else INK)
+    axes.set_ylim(len(shown) - 0.4, -0.6)
+    axes.tick_params(axis="y", length=0)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.grid(axis="x", color="#e3e8eb", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.set_xlabel(label + (", log scale" if logarithmic else ""), color=INK)
+    hidden = len(rows) - len(shown)
+    _title(axes, "Each candidate alone, best first; red: chosen" + (f" ({hidden} more not shown)" if hidden else ""))
+
+
+def _grid(recommendation: Recommendation) -> Grid:
+    names = [row.name for row in recommendation.scores]
+    in_model = recommendation.settings.get("candidates") or names
+    return layer_grid([name for name in in_model if name in set(names)])
+
+
+def _best_and_chosen(recommendation: Recommendation) -> list[Any]:
+    budget = _MAX_BARS - len(recommendation.modules)
+    rejected = {row.name for row in [row for row in recommendation.scores if not row.chosen][: max(budget, 0)]}
+    return [row for row in recommendation.scores if row.chosen or row.name in rejected]
+
+
+def _label(recommendation: Recommendation) -> str:
+    return str(recommendation.settings.get("criterion_label", recommendation.criterion))
+
+
+def _axis_label(recommendation: Recommendation) -> str:
+    direction = "higher" if recommendation.settings.get("higher_is_better") else "lower"
+    return f"{_label(recommendation)} ({direction} is better)"
+
+
+def _title(axes: Axes, text: str) -> None:
+    axes.set_title(text, loc="left", fontsize=11.5, color=INK, fontweight="bold")
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)

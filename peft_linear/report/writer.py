@@ -1,0 +1,48 @@
+# Copyright 2026 The peft-linear authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Writes everything that is to be read about a `Recommendation` into one folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..files import write_text
+from .plots import matplotlib_available
+
+
+if TYPE_CHECKING:
+    from ..selection.recommendation import Recommendation
+
+MARKDOWN_NAME = "recommendation.md"
+FIGURE_NAME = "recommendation.png"
+
+
+def write_report(recommendation: Recommendation, directory: str | os.PathLike) -> tuple[Path, ...]:
+    """recommendation.json and its spectra, recommendation.md, and recommendation.png where matplotlib is installed.
+
+    Returns:
+        The paths of the files for people: the Markdown, and the figure if there is one.
+    """
+    folder = Path(directory)
+    recommendation.save(folder)
+    markdown, figure = folder / MARKDOWN_NAME, folder / FIGURE_NAME
+    text = recommendation.to_markdown()
+    if not matplotlib_available():
+        write_text(markdown, text)
+        return (markdown,)
+    recommendation.plot(figure)
+    write_text(markdown, text + f"\n![Spectra and scores]({FIGURE_NAME})\n")
+    return markdown, figure

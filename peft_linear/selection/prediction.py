@@ -1,0 +1,82 @@
+# Copyright 2026 The peft-linear authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What the linear theory predicts, before training, for a set of modules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+
+from ..functional.regression import dual_distance, leave_one_out_residuals, solve_ridge
+from ..functional.simulation import simulate_training
+from ..kernels.module_kernels import ModuleKernels
+from .cross_validation import cross_validate
+from .problem import Problem
+
+
+def predict(kernels: ModuleKernels, names: Iterable[str], problem: Problem) -> dict[str, float]:
+    """Predictions of linearised fine-tuning for `names` (and the always-trained parameters).
+
+    Returns:
+        `parameters`: adapter parameters. With a target to regress to (kernel ridge regression with λ from θ0, the
+        paper's linearised model, arXiv 2602.08239, section 4):
+        `distance` = ‖θ̄*−θ0‖ = sqrt(αᵀKα) over all trained parameters, `adapter_distance` the same over the adapters
+        alone, `training_squared_loss` = mean ‖y_i − f̄*(x_i)‖² and `leave_one_out_squared_loss` = mean
+        ‖y_i − f̄_{−i}(x_i)‖². With class labels also `leave_one_out_accuracy`, and of gradient descent on the
+        cross-entropy simulated in kernel space `loss` and `accuracy` (held out, cross-validated), `training_loss` and
+        `training_accuracy` (trained on all examples).
+    """
+    names = tuple(names)
+    gram = kernels.subset(names)
+    predicted: dict[str, float] = {"parameters": float(sum(kernels.num_parameters[name] for name in names))}
+    if "logits" in problem.provides:
+        assert problem.labels is not None
+        if problem.num_examples > 1:
+            held_out = cross_validate(gram, problem)
+            predicted |= {"loss": held_out.loss, "accuracy": held_out.accuracy}
+        curve = simulate_training(
+            gram, problem.outputs, problem.labels, learning_rate=problem.learning_rate, steps=problem.steps
+        )
+        predicted["training_loss"] = float(curve.train_loss[-1])
+        predicted["training_accuracy"] = float(curve.train_accuracy[-1])
+    if "residual" in problem.provides:
+        alpha = solve_ridge(gram, problem.residual, problem.ridge)
+        left_out = leave_one_out_residuals(gram, problem.residual, problem.ridge, block_size=problem.num_outputs)
+        predicted |= {
+            "leave_one_out_squared_loss": float(left_out.square().sum()) / problem.num_examples,
+            "training_squared_loss": float((problem.ridge * alpha).square().sum()) / problem.num_examples,
+            "distance": dual_distance(gram, alpha),
+            "adapter_distance": dual_distance(gram - kernels.base, alpha),
+        }
+        if "logits" in problem.provides:
+            outputs = problem.targets - left_out.view_as(problem.targets)
+            predicted["leave_one_out_accuracy"] = _accuracy(outputs, problem)
+    return predicted
+
+
+def before_training(problem: Problem) -> dict[str, float]:
+    """Loss and accuracy of the model as it is, where the outputs determine them."""
+    if "logits" in problem.provides:
+        loss = float(F.cross_entropy(problem.outputs, problem.targets))
+        return {"loss": loss, "accuracy": _accuracy(problem.outputs, problem)}
+    if problem.output_kind in ("log_likelihood", "loss"):
+        sign = -1.0 if problem.output_kind == "log_likelihood" else 1.0
+        return {"loss": sign * float(problem.outputs.mean())}
+    return {}
+
+
+def _accuracy(outputs: torch.Tensor, problem: Problem) -> float:
+    return float((outputs.argmax(dim=1) == problem.targets.argmax(dim=1)).double().mean())

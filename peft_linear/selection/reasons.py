@@ -1,0 +1,137 @@
+# Copyright 2026 The peft-linear authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Plain sentences with numbers: why each candidate was chosen or not, and what to know before trusting it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ..functional.spectrum import Spectrum
+from ..kernels.module_kernels import ModuleKernels
+from .budget import Budget
+from .criteria import Criterion
+from .problem import Problem
+from .search import SearchResult, rank_by_score
+
+
+FEW_EXAMPLES = 32
+BARELY_DIFFERENT = 0.01  # range of the candidates' scores, relative to the largest
+WIDE_SPREAD = 0.3  # relative deviation of a module's kernel between draws of A
+
+
+def explain(
+    result: SearchResult,
+    singles: Mapping[str, float],
+    criterion: Criterion,
+    budget: Budget,
+    num_parameters: Mapping[str, int],
+    strategy: str,
+) -> dict[str, str]:
+    """A sentence for every candidate."""
+    ranks = {name: rank for rank, name in enumerate(rank_by_score(dict(singles), criterion), start=1)}
+    left = (budget.parameters or 0) - sum(num_parameters[name] for name in result.order)
+    reasons = {}
+    for name, score in singles.items():
+        alone = f"alone {score:.4g}, rank {ranks[name]} of {len(singles)}"
+        if name in result.order:
+            place = result.order.index(name)
+            before = result.path[place - 1] if place else result.start
+            change = _change(criterion, before, result.path[place])
+            reasons[name] = f"pick {place + 1} of {len(result.order)}: {change}; {alone}"
+        elif budget.parameters is not None and num_parameters[name] > left and name not in result.last_round:
+            reasons[name] = (
+                f"not chosen: its {num_parameters[name]:,} parameters do not fit beside the choice, {left:,} are "
+                f"left; {alone}"
+            )
+        elif name in result.last_round:
+            reasons[name] = (
+                f"not chosen: as the last pick it would have left the {criterion.label} at "
+                f"{result.last_round[name]:.4g} instead of {result.path[-1]:.4g}; {alone}"
+            )
+        elif strategy == "exhaustive":
+            reasons[name] = (
+                f"not chosen: not in the best set, whose {criterion.label} is {result.path[-1]:.4g}; {alone}"
+            )
+        else:
+            reasons[name] = f"not chosen: {criterion.label} {alone}"
+    return reasons
+
+
+def notes_on(
+    kernels: ModuleKernels,
+    result: SearchResult,
+    singles: Mapping[str, float],
+    criterion: Criterion,
+    problem: Problem,
+    chosen: Spectrum,
+) -> tuple[str, ...]:
+    """What would make a careful reader doubt the choice; empty where nothing does."""
+    notes = []
+    if kernels.num_examples < FEW_EXAMPLES:
+        notes.append(
+            f"Only {kernels.num_examples} examples: scores from fewer than {FEW_EXAMPLES} change much with the "
+            "sample; pass more batches."
+        )
+    low, high = min(singles.values()), max(singles.values())
+    largest = max(abs(low), abs(high))
+    if len(singles) > 1 and high - low <= BARELY_DIFFERENT * largest:
+        share = (high - low) / largest if largest else 0.0
+        notes.append(
+            f"The candidates' scores differ by {share:.2%} at most ({low:.4g} to {high:.4g}): the choice is hardly "
+            "better than a random one."
+        )
+    gains = [abs(score - result.start) for score in singles.values()]
+    small = sum(gain < BARELY_DIFFERENT * max(gains) for gain in gains)
+    if small > len(singles) / 2:
+        notes.append(
+            f"{small} of {len(singles)} candidates, each alone, move the {criterion.label} by less than "
+            f"{BARELY_DIFFERENT:.0%} of what the one that moves it most does: their order says little."
+        )
+    utilities = [criterion.utility(score) for score in (result.start, *result.path)]
+    best = max(range(len(utilities)), key=utilities.__getitem__)
+    if best < len(result.path):
+        modules = "module" if best == 1 else "modules"
+        at_best = (result.start, *result.path)[best]
+        notes.append(
+            f"The {criterion.label} is best with the first {best} {modules} ({at_best:.4g}); the rest of the budget "
+            f"takes it to {result.path[-1]:.4g}. A smaller budget may do."
+        )
+    if "residual" in problem.provides and criterion.name == "leave_one_out":
+        nothing = float(problem.residual.square().sum()) / problem.num_examples
+        if result.path[-1] >= nothing:
+            notes.append(
+                f"The linear theory predicts no gain on unseen examples: leave-one-out error {result.path[-1]:.4g} "
+                f"against {nothing:.4g} of the model as it is."
+            )
+    if criterion.name == "condition_number" and chosen.numerical_rank < len(chosen):
+        notes.append(
+            f"The kernel of the choice has numerical rank {chosen.numerical_rank} of {len(chosen)}: its condition "
+            f"number is λ1/ridge + 1 and depends on the ridge ({problem.ridge:.3g})."
+        )
+    wide = {name: spread for name, spread in kernels.spread.items() if spread > WIDE_SPREAD}
+    if wide:
+        worst = max(wide, key=wide.__getitem__)
+        notes.append(
+            f"The kernels of {len(wide)} modules differ by more than {WIDE_SPREAD:.0%} between draws of LoRA's random "
+            f"A (most: {worst}, {wide[worst]:.0%}); more draws would make the scores surer."
+        )
+    return tuple(notes)
+
+
+def _change(criterion: Criterion, before: float, after: float) -> str:
+    verb = "leaves" if after == before else "lowers" if after < before else "raises"
+    judgement = ""
+    if criterion.utility(after) < criterion.utility(before):
+        judgement = ", which is worse, but the best that fits the budget"
+    return f"{verb} the {criterion.label} from {before:.4g} to {after:.4g}{judgement}"

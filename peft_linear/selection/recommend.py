@@ -1,0 +1,193 @@
+# Copyright 2026 The peft-linear authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""`recommend`: from the kernels of the candidates to the modules to adapt."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import torch
+
+from ..errors import KernelError, PeftLinearError
+from ..functional.regression import select_ridge
+from ..functional.simulation import SMOOTHNESS
+from ..functional.spectrum import Spectrum
+from ..kernels.module_kernels import ModuleKernels
+from .budget import Budget, parse_budget
+from .criteria import DEFAULT_NAME, Criterion, resolve_criterion, score_modules
+from .prediction import before_training, predict
+from .problem import Problem
+from .reasons import explain, notes_on
+from .recommendation import ModuleScore, Recommendation
+from .search import SearchResult, SubsetScorer, check_strategy, rank_by_score, search
+
+
+# The default ridge is looked for within these multiples of the mean eigenvalue tr(K)/n, and is the plain mean where
+# the outputs have nothing to regress to.
+RIDGE_RANGE = (1e-3, 10.0)
+RIDGE_STEPS = 17
+
+
+def default_ridge(kernels: ModuleKernels) -> float:
+    """One λ for every subset: the ridge with the least leave-one-out error of the kernel K of all candidates.
+
+    17 values, log-spaced from 1e-3 to 10 times the mean eigenvalue `tr(K)/n`; that mean itself where there is no
+    residual (logits without labels, random projections). O(n³).
+
+    Raises:
+        KernelError: the kernel is zero.
+    """
+    gram = kernels.subset()
+    mean = float(gram.trace()) / len(gram)
+    if not mean > 0:
+        raise KernelError(
+            f"the kernel of all {len(kernels)} candidates has trace {mean * len(gram):.3g}: the outputs do not depend "
+            "on them, so there is nothing to choose; check that the candidates take a gradient"
+        )
+    problem = Problem.of(kernels, ridge=mean)
+    if "residual" not in problem.provides or kernels.num_examples < 2:
+        return mean
+    low, high = (math.log10(factor) for factor in RIDGE_RANGE)
+    ridges = [mean * factor for factor in torch.logspace(low, high, RIDGE_STEPS, dtype=torch.float64).tolist()]
+    return select_ridge(gram, problem.residual, kernels.num_outputs, ridges)
+
+
+def recommend(
+    kernels: ModuleKernels,
+    budget: int | float | str,
+    criterion: str = DEFAULT_NAME,
+    ridge: float | None = None,
+    strategy: str = "greedy",
+    seed: int = 0,
+    *,
+    learning_rate: float | None = None,
+    steps: int = 100,
+    folds: int = 4,
+) -> Recommendation:
+    """The best set of modules within the budget by one criterion on `K_S = K_0 + Σ_{m∈S} K_m`, with its evidence.
+
+    The budget is used up: as many modules are taken as fit, also where the criterion no longer improves (a note says
+    so). Cost: one criterion evaluation for each candidate and round of the search (O(n³) for most, O(n²) for additive
+    ones), and one eigendecomposition for each candidate, whose condition number is always shown.
+
+    Args:
+        kernels: Of the candidates, from `compute_ntk`.
+        budget: int: number of modules; float in (0, 1]: fraction of all candidates' adapter parameters; str: adapter
+            parameters, "1.5M", "200k".
+        criterion: A name of `CRITERIA`, or "default-by-evidence".
+        ridge: λ > 0 of the ridge regression, in the unit of the kernel's eigenvalues; default: `default_ridge`.
+        strategy: "greedy" (forward selection), "top" (best on their own) or "exhaustive"; see `search`.
+        seed: Of the cross-validation folds.
+        learning_rate: Of simulated training (gradient descent on the mean cross-entropy). Default: the largest that
+            cannot diverge with all candidates, `2N/λ1(K)`; the same for every subset.
+        steps: Of simulated training.
+        folds: Of its cross-validation over examples.
+
+    Raises:
+        BudgetError: the budget selects nothing, more than there is, or cannot be read.
+        CriterionError: an unknown criterion or strategy.
+        OutputError: the outputs do not provide what the criterion needs.
+        KernelError: ridge ≤ 0, or a kernel that is zero or not finite.
+    """
+    limit = parse_budget(budget, kernels.num_parameters)
+    check_strategy(strategy, len(kernels), limit)
+    if ridge is not None and not (math.isfinite(ridge) and ridge > 0):
+        raise KernelError(f"ridge must be a finite number > 0 (unit: eigenvalues of the kernel), got {ridge}")
+    if steps < 1 or folds < 2 or (learning_rate is not None and not learning_rate > 0):
+        raise PeftLinearError(
+            f"simulated training needs steps ≥ 1, folds ≥ 2 and a learning rate > 0, got steps={steps}, "
+            f"folds={folds}, learning_rate={learning_rate}"
+        )
+    resolve_criterion(criterion, Problem.of(kernels, ridge=1.0))
+    ridge = default_ridge(kernels) if ridge is None else float(ridge)
+    everything = kernels.spectrum()
+    if learning_rate is None:
+        curvature = SMOOTHNESS["cross_entropy"] * float(everything.eigenvalues[0]) / kernels.num_examples
+        learning_rate = 1.0 / curvature if curvature > 0 else 1.0
+    problem = Problem.of(kernels, ridge, learning_rate=learning_rate, steps=steps, folds=folds, seed=seed)
+    chosen_criterion = resolve_criterion(criterion, problem)
+
+    singles = score_modules(kernels, chosen_criterion, problem)
+    result = search(SubsetScorer(kernels, chosen_criterion, problem, singles), limit, strategy)
+    reasons = explain(result, singles, chosen_criterion, limit, kernels.num_parameters, strategy)
+    scores = tuple(
+        ModuleScore(
+            name=name,
+            score=singles[name],
+            rank=rank,
+            parameters=kernels.num_parameters[name],
+            chosen=name in result.order,
+            reason=reasons[name],
+            condition_number=kernels.spectrum([name]).condition_number(ridge),
+        )
+        for rank, name in enumerate(rank_by_score(singles, chosen_criterion), start=1)
+    )
+    spectra = {"chosen": kernels.spectrum(result.order), "all": everything}
+    predicted: dict[str, object] = dict(predict(kernels, result.order, problem))
+    predicted["all_candidates"] = predict(kernels, kernels.names, problem)
+    if bool(kernels.base.any()):
+        spectra["always trained"] = kernels.spectrum([])
+        spectra["chosen, adapters"] = Spectrum.from_gram(kernels.subset(result.order) - kernels.base)
+        spectra["all, adapters"] = Spectrum.from_gram(kernels.subset() - kernels.base)
+        predicted["always_trained_only"] = predict(kernels, [], problem)
+    predicted["before_training"] = before_training(problem)
+    return Recommendation(
+        modules=result.order,
+        scores=scores,
+        predicted=predicted,
+        criterion=chosen_criterion.name,
+        budget=budget,
+        ridge=ridge,
+        settings=_settings(kernels, problem, chosen_criterion, limit, strategy, criterion, result),
+        notes=notes_on(kernels, result, singles, chosen_criterion, problem, spectra["chosen"]),
+        spectra=spectra,
+    )
+
+
+def _settings(
+    kernels: ModuleKernels,
+    problem: Problem,
+    criterion: Criterion,
+    limit: Budget,
+    strategy: str,
+    asked_for: str,
+    result: SearchResult,
+) -> dict[str, object]:
+    settings = {
+        "asked_for": asked_for,
+        "criterion_label": criterion.label,
+        "formula": criterion.formula,
+        "higher_is_better": criterion.higher_is_better,
+        "strategy": strategy,
+        "evaluations": result.evaluations,
+        "start_score": result.start,
+        "set_score": result.path[-1],
+        "candidates": list(kernels.names),
+        "budget_modules": limit.modules,
+        "budget_parameters": limit.parameters,
+        "seed": problem.seed,
+        "learning_rate": problem.learning_rate,
+        "steps": problem.steps,
+        "folds": problem.folds,
+        "examples": kernels.num_examples,
+        "outputs": kernels.num_outputs,
+        "output_kind": kernels.output_kind,
+        "space": kernels.space,
+        "rank": kernels.rank,
+        "lora_alpha": kernels.lora_alpha,
+        "always_trained": bool(kernels.base.any()),
+        "kernels": dict(kernels.provenance),
+    }
+    return json.loads(json.dumps(settings, default=str))  # what a file gives back, so that a saved copy is equal

@@ -1,0 +1,209 @@
+# Copyright 2026 The peft-linear authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""`Recommendation`: which modules to adapt, with the evidence, as a value that can be printed, plotted and saved."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+
+from ..errors import FileError, PeftLinearError
+from ..files import atomic_file, write_text
+from ..functional.spectrum import Spectrum
+from ..report.markdown import recommendation_markdown, score_table
+from ..report.plots import plot_recommendation
+from ..tuners.proximal_lora import ProximalLoraConfig
+
+
+FORMAT = "peft_linear.Recommendation/1"
+JSON_NAME = "recommendation.json"
+SPECTRA_NAME = "spectra.safetensors"
+
+
+@dataclass(frozen=True)
+class ModuleScore:
+    """One candidate: its own score, and why it was chosen or not."""
+
+    name: str
+    score: float  # of this module alone (with the always-trained parameters), by the recommendation's criterion
+    rank: int  # 1 is the best score
+    parameters: int  # of its adapter
+    chosen: bool
+    reason: str
+    condition_number: float  # (λ1 + ridge)/(λn + ridge) of the same kernel, whatever the criterion
+
+
+@dataclass(frozen=True, repr=False)
+class Recommendation:
+    """The modules to adapt, best first, and everything the decision rests on.
+
+    Args:
+        modules: Full names of the chosen modules, in the order in which the search took them.
+        scores: A row for each candidate, best score first.
+        predicted: What the linear theory predicts for the choice (keys of `selection.prediction.predict`), and under
+            "all_candidates", "always_trained_only" and "before_training" the same for comparison.
+        criterion: Name of the criterion.
+        budget: As it was asked for.
+        ridge: λ, in the unit of the kernel's eigenvalues.
+        settings: How the decision was made (JSON-able), `higher_is_better` and the kernels' provenance among it.
+        notes: What a reader must know before trusting it.
+        spectra: Eigenvalues of the kernels of "chosen" and "all"; where there is an always-trained block, which both
+            contain, also of that block ("always trained") and of the adapters without it ("chosen, adapters", "all,
+            adapters").
+    """
+
+    modules: tuple[str, ...]
+    scores: tuple[ModuleScore, ...]
+    predicted: Mapping[str, Any]
+    criterion: str
+    budget: int | float | str
+    ridge: float
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    spectra: Mapping[str, Spectrum] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        unknown = set(self.modules) - {row.name for row in self.scores}
+        if unknown or not self.modules:
+            raise PeftLinearError(f"a recommendation needs modules that have a score, got {sorted(unknown)} without")
+        for name in ("predicted", "settings", "spectra"):
+            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
+
+    def __reduce__(self) -> tuple[Any, ...]:  # mapping proxies cannot be pickled
+        values = (getattr(self, f.name) for f in fields(self))
+        return type(self), tuple(dict(value) if isinstance(value, Mapping) else value for value in values)
+
+    @property
+    def parameters(self) -> int:
+        """Adapter parameters of the choice at the rank of the kernels."""
+        return sum(row.parameters for row in self.scores if row.chosen)
+
+    def __repr__(self) -> str:
+        return (
+            f"Recommendation({len(self.modules)} of {len(self.scores)} modules, {self.parameters:,} parameters, "
+            f"criterion={self.criterion!r}, modules={list(self.modules)})"
+        )
+
+    def __str__(self) -> str:
+        return score_table(self)
+
+    def to_config(self, r: int | None = None, lora_alpha: float | None = None, **kwargs: Any) -> ProximalLoraConfig:
+        """A config that matches exactly these modules.
+
+        `target_modules` is the list of full names. peft also accepts a suffix as a match, so where a chosen name is
+        the end of another candidate's it is one regular expression instead.
+
+        Args:
+            r: Rank; default: the rank the kernels were computed for.
+            lora_alpha: Default: that of the kernels.
+            **kwargs: Other fields of `ProximalLoraConfig` (`proximal_lambda`, `task_type`, …).
+
+        Raises:
+            PeftLinearError: `target_modules` is passed; that is what the recommendation decides.
+        """
+        if "target_modules" in kwargs:
+            raise PeftLinearError(
+                "target_modules is what the recommendation decides; build the config by hand to change it"
+            )
+        candidates = [row.name for row in self.scores]
+        ambiguous = any(other.endswith(f".{name}") for name in self.modules for other in candidates)
+        targets: list[str] | str = list(self.modules)
+        if ambiguous:
+            targets = "|".join(re.escape(name) for name in self.modules)
+        alpha = self.settings.get("lora_alpha", 16) if lora_alpha is None else lora_alpha
+        return ProximalLoraConfig(
+            r=self.settings.get("rank", 8) if r is None else r,
+            lora_alpha=int(alpha) if alpha == int(alpha) else alpha,
+            target_modules=targets,
+            **kwargs,
+        )
+
+    def to_markdown(self) -> str:
+        """A report with every candidate, for people."""
+        return recommendation_markdown(self)
+
+    def plot(self, path: str | os.PathLike) -> None:
+        """Draws spectra and scores into an image file; the suffix says which kind. Needs matplotlib."""
+        plot_recommendation(self, path)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the spectra, as JSON-able values."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "spectra"}
+        values["scores"] = [asdict(row) for row in self.scores]
+        return {"format": FORMAT, **{k: dict(v) if isinstance(v, Mapping) else v for k, v in values.items()}}
+
+    def save(self, directory: str | os.PathLike) -> None:
+        """Writes recommendation.json and spectra.safetensors into `directory` (made if it does not exist).
+
+        The JSON is written last and holds the other file's checksum, so a pair that does not belong together is seen.
+        """
+        folder = Path(directory)
+        if folder.exists() and not folder.is_dir():
+            raise FileError(f"{folder} exists and is not a folder; choose another output path")
+        tensors = {name: spectrum.eigenvalues.contiguous() for name, spectrum in self.spectra.items()}
+        content = save_tensors(tensors, metadata={"format": FORMAT})
+        record = self.to_dict()
+        record["spectra"] = {
+            "file": SPECTRA_NAME,
+            "sha256": hashlib.sha256(content).hexdigest(),
+            "eps": {name: spectrum.eps for name, spectrum in self.spectra.items()},
+        }
+        text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False)
+        with atomic_file(folder / SPECTRA_NAME) as temporary:
+            temporary.write_bytes(content)
+        write_text(folder / JSON_NAME, text + "\n")
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike) -> Recommendation:
+        """Reads what `save` wrote; the result equals what was saved.
+
+        Raises:
+            FileError: the folder holds no recommendation, or its two files do not belong together.
+        """
+        path = Path(directory) / JSON_NAME
+        if not path.is_file():
+            raise FileError(f"there is no {JSON_NAME} in {os.fspath(directory)!r}; pass the folder given to save")
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise FileError(f"{path} is not valid JSON: {error}") from error
+        found = record.pop("format", None) if isinstance(record, dict) else None
+        if found != FORMAT:
+            raise FileError(f"{path} holds {found!r}, expected {FORMAT!r}")
+        about = record.pop("spectra")
+        spectra_path = path.with_name(about["file"])
+        content = spectra_path.read_bytes() if spectra_path.is_file() else b""
+        if hashlib.sha256(content).hexdigest() != about["sha256"]:
+            raise FileError(
+                f"{spectra_path} is missing or not the one saved with {path.name}; save the recommendation again"
+            )
+        try:
+            tensors = load_tensors(content)
+        except SafetensorError as error:  # pragma: no cover (the checksum fails first)
+            raise FileError(f"{spectra_path} is not a whole safetensors file: {error}") from error
+        record["spectra"] = {name: Spectrum(tensors[name], eps=eps) for name, eps in about["eps"].items()}
+        record["scores"] = tuple(ModuleScore(**row) for row in record["scores"])
+        record["modules"], record["notes"] = tuple(record["modules"]), tuple(record["notes"])
+        return cls(**record)

@@ -1,0 +1,108 @@
+# Copyright 2026 The peft-linear authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""From a model and data to a recommendation in one line."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from ..capture.ntk import compute_ntk
+from ..capture.targets import base_model, linear_shape, resolve_always_trained, resolve_targets
+from ..errors import CriterionError, PeftLinearError
+from ..selection.budget import parse_budget
+from ..selection.criteria import CRITERIA, DEFAULT_NAME
+from ..selection.recommend import recommend
+from ..selection.recommendation import Recommendation
+from ..selection.search import check_strategy
+
+
+def default_outputs(model: nn.Module) -> str:
+    """ "log_likelihood" for a model with output embeddings (a language model), "logits" for any other."""
+    embeddings = getattr(base_model(model), "get_output_embeddings", lambda: None)()
+    return "logits" if embeddings is None else "log_likelihood"
+
+
+def check_request(
+    model: nn.Module,
+    budget: int | float | str,
+    criterion: str = DEFAULT_NAME,
+    strategy: str = "greedy",
+    **ntk: Any,
+) -> tuple[str, ...]:
+    """Refuses a recommendation that cannot be made, before any pass through the model; returns the candidates' names.
+
+    Raises:
+        TargetError, BudgetError, CriterionError: as `recommend_modules`.
+        PeftLinearError: a keyword that `compute_ntk` does not take.
+    """
+    accepted = [name for name in inspect.signature(compute_ntk).parameters if name not in ("model", "batches")]
+    unknown = sorted(set(ntk) - set(accepted))
+    if unknown:
+        raise PeftLinearError(f"unknown arguments {', '.join(unknown)}; compute_ntk takes: {', '.join(accepted)}")
+    if criterion not in (DEFAULT_NAME, *CRITERIA):
+        raise CriterionError(f"unknown criterion {criterion!r}; there are: {', '.join([DEFAULT_NAME, *CRITERIA])}")
+    head = resolve_always_trained(model, ntk.get("always_trained"))
+    modules = resolve_targets(model, ntk.get("targets", "all-linear"), reserved=head)
+    rank = ntk.get("rank", 8)
+    shapes = {name: linear_shape(module) or (0, 0) for name, module in modules.items()}
+    limit = parse_budget(budget, {name: rank * sum(shape) for name, shape in shapes.items()})
+    check_strategy(strategy, len(modules), limit)
+    return tuple(modules)
+
+
+def recommend_modules(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    budget: int | float | str,
+    criterion: str = DEFAULT_NAME,
+    ridge: float | None = None,
+    strategy: str = "greedy",
+    *,
+    seed: int = 0,
+    learning_rate: float | None = None,
+    steps: int = 100,
+    folds: int = 4,
+    **ntk: Any,
+) -> Recommendation:
+    """`recommend(compute_ntk(model, batches), budget)`, with what can be refused refused before the first pass.
+
+    Args:
+        model, batches: As for `compute_ntk`; the model is left as it was found.
+        budget, criterion, ridge, strategy, learning_rate, steps, folds: As for `recommend`.
+        seed: Of LoRA's random A and of the cross-validation folds.
+        **ntk: Other arguments of `compute_ntk` (`targets`, `space`, `rank`, `lora_alpha`, `draws`, `outputs`, …).
+            `outputs` defaults to "log_likelihood" for language models and "logits" otherwise.
+
+    Raises:
+        PeftLinearError: or one of its kin, as `compute_ntk` and `recommend`.
+    """
+    if ntk.get("space", "lora") == "lora":  # parameters of other spaces are counted by compute_ntk itself
+        check_request(model, budget, criterion, strategy, **ntk)
+    ntk.setdefault("outputs", default_outputs(model))
+    kernels = compute_ntk(model, batches, seed=seed, **ntk)
+    return recommend(
+        kernels,
+        budget,
+        criterion,
+        ridge,
+        strategy,
+        seed,
+        learning_rate=learning_rate,
+        steps=steps,
+        folds=folds,
+    )
