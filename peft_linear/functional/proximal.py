@@ -166,19 +166,18 @@ def delta_proximal_step(
     Cost O((d_in + d_out)·r²).
     """
     a_work, b_work = _working(a), _working(b)
-    zero = a0 is None or b0 is None
     gram = _rows_gram(a)
-    x = b_work if zero else b_work - b0.to(b_work)
-    b_new = b_work - x @ _shrinkage(gram, step_b).to(b_work)
-    if not zero:
-        cross = (a_work - a0.to(a_work)) @ a_work.mT
-        b_new = b_new - b0.to(b_work) @ (cross @ _resolvent(gram, step_b).to(b_work) * _on(step_b, cross))
-    gram = _columns_gram(b_new)
-    y = a_work if zero else a_work - a0.to(a_work)
-    a_new = a_work - _shrinkage(gram, step_a).to(a_work) @ y
-    if not zero:
-        cross = b_new.mT @ (b_new - b0.to(b_work))
-        a_new = a_new - (_resolvent(gram, step_a).to(a_work) @ cross * _on(step_a, cross)) @ a0.to(a_work)
+    if a0 is None or b0 is None:
+        b_new = b_work - b_work @ _shrinkage(gram, step_b).to(b_work)
+        a_new = a_work - _shrinkage(_columns_gram(b_new), step_a).to(a_work) @ a_work
+        return a_new.to(a.dtype), b_new.to(b.dtype)
+    a_start, b_start = a0.to(a_work), b0.to(b_work)
+    cross = (a_work - a_start) @ a_work.mT
+    b_new = b_work - (b_work - b_start) @ _shrinkage(gram, step_b).to(b_work)
+    b_new = b_new - b_start @ (cross @ _resolvent(gram, step_b).to(b_work) * _on(step_b, cross))
+    gram, cross = _columns_gram(b_new), b_new.mT @ (b_new - b_start)
+    a_new = a_work - _shrinkage(gram, step_a).to(a_work) @ (a_work - a_start)
+    a_new = a_new - (_resolvent(gram, step_a).to(a_work) @ cross * _on(step_a, cross)) @ a_start
     return a_new.to(a.dtype), b_new.to(b.dtype)
 
 

@@ -35,8 +35,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from ..errors import PeftLinearError
 from ..functional.proximal import delta_squared_distance, squared_distance
 from ..tuners.proximal_lora.config import SPACES, variants_without_product
-from ..tuners.proximal_lora.state import TrackedAdapter, find_adapters, live_records
-from .proximal_step import ProximalStep, matrices
+from ..tuners.proximal_lora.state import find_adapters, live_records
+from ..tuners.proximal_lora.tracked import TrackedAdapter
+from .proximal_stack import matrices
+from .proximal_step import ProximalStep
 
 
 _under_way: weakref.WeakKeyDictionary[Any, ProximalStep] = weakref.WeakKeyDictionary()
@@ -107,8 +109,8 @@ class ProximalHandle:
 def attach_proximal(model: nn.Module, optimizer: Any) -> ProximalHandle:
     """Makes the proximal term act in an optimizer that is not a `torch.optim.Optimizer`.
 
-    `torch.optim.Optimizer`s and their subclasses (accelerate's wrapper around one included) need no call: for them this
-    only checks that the optimizer steps factors of an adapter of `model`. Any other object is attached if it has
+    `torch.optim.Optimizer`s and their subclasses (accelerate's wrapper around one included) need no call: for them
+    this only checks that the optimizer steps factors of an adapter of `model`. Any other object is attached if it has
 
     - `param_groups`: a list of dicts with `"params"` (the model's own parameters) and `"lr"`, and
     - `step(...)`: reads `.grad` of these parameters and moves them. A closure may be passed, as to torch's.
@@ -128,8 +130,8 @@ def attach_proximal(model: nn.Module, optimizer: Any) -> ProximalHandle:
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     if not any(id(a) in held or id(b) in held for adapter in adapters for _, _, a, b in adapter.layers()):
         raise PeftLinearError(
-            f"{type(optimizer).__name__} holds no factor of the adapters {[t.name for t in adapters]} of this model: it "
-            "was made for another model, before the adapter, or holds flattened or sharded copies (not supported)"
+            f"{type(optimizer).__name__} holds no factor of the adapters {[t.name for t in adapters]} of this model: "
+            "it was made for another model, before the adapter, or holds flattened or sharded copies (not supported)"
         )
     if _hooked(optimizer) or hasattr(optimizer.step, "_peft_linear_original"):
         return ProximalHandle()
@@ -208,8 +210,8 @@ def _after_step(key: Any, optimizer: Any) -> None:
         return
     if not step.prepared:
         raise PeftLinearError(
-            f"{type(optimizer).__name__}.step did not call the closure it was given, so the proximal term could not see "
-            "the gradient; call step() without a closure"
+            f"{type(optimizer).__name__}.step did not call the closure it was given, so the proximal term could not "
+            "see the gradient; call step() without a closure"
         )
     step.after(optimizer)
 
@@ -239,8 +241,8 @@ def _check_contract(optimizer: Any) -> None:
     proper = isinstance(groups, (list, tuple)) and all(isinstance(g, dict) and "params" in g for g in groups)
     if not proper or not callable(getattr(optimizer, "step", None)):
         raise PeftLinearError(
-            f"cannot attach to {type(optimizer).__name__}: an optimizer needs a method step() and param_groups, a list "
-            "of dicts with 'params' and 'lr'"
+            f"cannot attach to {type(optimizer).__name__}: an optimizer needs a method step() and param_groups, a "
+            "list of dicts with 'params' and 'lr'"
         )
 
 

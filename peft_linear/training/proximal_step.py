@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from peft.tuners.lora import ParamWrapper
 from torch import Tensor, nn
 
 from ..errors import PeftLinearError
@@ -32,16 +31,9 @@ from ..functional.proximal import (
     inner_product,
 )
 from ..tuners.proximal_lora.config import check_strength
-from ..tuners.proximal_lora.state import Factors, TrackedAdapter, live_records
-
-
-@dataclass
-class Stepped:
-    """One factor that the optimizer is about to step."""
-
-    value: nn.Parameter
-    anchor: Tensor | None
-    learning_rate: float | Tensor
+from ..tuners.proximal_lora.state import live_records
+from ..tuners.proximal_lora.tracked import TrackedAdapter
+from .proximal_stack import ModuleStep, Stepped, stack_modules
 
 
 @dataclass
@@ -50,12 +42,12 @@ class AdapterStep:
 
     adapter: TrackedAdapter
     strength: float  # λ
-    factors: list[tuple[Factors, Stepped | None, Stepped | None]] = field(default_factory=list)  # with A's, B's step
+    modules: list[ModuleStep] = field(default_factory=list)
     gate: Tensor | None = None  # 0 or 1, on the factors' device; None: always acts
 
     def stepped(self) -> list[Stepped]:
         """The factors that the optimizer steps, A before B, in module order."""
-        return [step for _, a, b in self.factors for step in (a, b) if step is not None]
+        return [step for module in self.modules for step in module.stepped()]
 
 
 class ProximalStep:
@@ -93,7 +85,7 @@ class ProximalStep:
                 )
                 part.gate = (product >= 0).to(product.dtype)
             if part.adapter.config.proximal_mode == "coupled":
-                part.factors = [entry for entry in part.factors if not _any_in(entry, taken)]
+                part.modules = [module for module in part.modules if not _any_in(module, taken)]
                 self._add_gradient(part, getattr(optimizer, "grad_scale", None))
             else:
                 # an optimizer that wraps another leaves the term to the inner one, which sees the real gradient
@@ -106,7 +98,7 @@ class ProximalStep:
         self.restore_gradients()
         valid = _not_skipped(optimizer)
         for part in self._parts:
-            if not part.factors:
+            if not part.modules:
                 continue
             gate = part.gate if valid is None else (valid if part.gate is None else part.gate * valid.to(part.gate))
             if part.adapter.config.proximal_mode == "decoupled":
@@ -145,7 +137,7 @@ class ProximalStep:
         inner = {id(step.value) for step in part.stepped()}
         for mine in self._parts:
             if mine.adapter is part.adapter:
-                mine.factors = [entry for entry in mine.factors if not _any_in(entry, inner)]
+                mine.modules = [module for module in mine.modules if not _any_in(module, inner)]
 
 
 def find_steps(optimizer: Any) -> Iterator[AdapterStep]:
@@ -170,8 +162,8 @@ def find_steps(optimizer: Any) -> Iterator[AdapterStep]:
                 a = _stepped(factors.a, factors.anchor.a, groups, adapter, seen)
                 b = _stepped(factors.b, factors.anchor.b, groups, adapter, seen)
                 if a is not None or b is not None:
-                    part.factors.append((factors, a, b))
-            if part.factors:
+                    part.modules.append(ModuleStep(factors, a, b))
+            if part.modules:
                 yield part
 
 
@@ -190,8 +182,8 @@ def _stepped(
     rate = group.get("lr")
     if rate is None:
         raise PeftLinearError(
-            f"the parameter group of adapter {adapter.name!r} has no learning rate ('lr' is None or missing), which the "
-            "proximal term needs: give the optimizer one (Adafactor: relative_step=False), or set proximal_lambda=0"
+            f"the parameter group of adapter {adapter.name!r} has no learning rate ('lr' is None or missing), which "
+            "the proximal term needs: give it one (Adafactor: relative_step=False), or set proximal_lambda=0"
         )
     return Stepped(parameter, anchor, rate)
 
@@ -208,9 +200,9 @@ def _refuse_flattened(adapter: TrackedAdapter) -> None:
 
 def _sharded(adapter: TrackedAdapter) -> PeftLinearError:
     return PeftLinearError(
-        f"the parameters of adapter {adapter.name!r} (proximal_lambda={adapter.config.proximal_lambda}) are flattened or "
-        "sharded (DeepSpeed ZeRO, FSDP, tensor parallelism), where the proximal term cannot be applied: train with DDP, "
-        "or with proximal_lambda=0, which is plain LoRA"
+        f"the parameters of adapter {adapter.name!r} (proximal_lambda={adapter.config.proximal_lambda}) are flattened "
+        "or sharded (DeepSpeed ZeRO, FSDP, tensor parallelism), where the proximal term cannot be applied: train with "
+        "DDP, or with proximal_lambda=0, which is plain LoRA"
     )
 
 
@@ -225,10 +217,10 @@ def _apply_decoupled(part: AdapterStep, gate: Tensor | None) -> None:
             step_size = strength if gate is None else gate * torch.as_tensor(strength).to(gate)
             factor_proximal_step_([s.value for s in steps], [s.anchor for s in steps], step_size)
         return
-    for batch in _batches(part):
-        rates_a, rates_b = batch.rates(part.strength, gate)
-        new_a, new_b = delta_proximal_step(batch.a, batch.b, batch.a0, batch.b0, rates_a, rates_b)
-        batch.store(new_a, new_b)
+    for stack in stack_modules(part.modules, part.adapter.name):
+        rates_a, rates_b = stack.rates(part.strength, gate)
+        new_a, new_b = delta_proximal_step(stack.a, stack.b, stack.a0, stack.b0, rates_a, rates_b)
+        stack.store(new_a, new_b)
 
 
 def _penalty_gradients(part: AdapterStep, strength: float | Tensor) -> Iterator[tuple[Stepped, Tensor]]:
@@ -237,94 +229,9 @@ def _penalty_gradients(part: AdapterStep, strength: float | Tensor) -> Iterator[
         gradients = factor_gradient([s.value for s in steps], [s.anchor for s in steps], strength)
         yield from zip(steps, gradients, strict=True)
         return
-    for batch in _batches(part):
-        gradients = delta_gradient(batch.a, batch.b, batch.a0, batch.b0, batch.squared_scalings * strength)
-        yield from batch.unstack(*gradients)
-
-
-class _Batch:
-    """Modules of equal shapes, stacked, so that their r×r computations are one call."""
-
-    def __init__(self, entries: list[tuple[Factors, Stepped | None, Stepped | None]], name: str) -> None:
-        self._entries = entries
-        self._views = [matrices(factors.layer, factors.a, factors.b) for factors, _, _ in entries]
-        self.a = torch.stack([a for a, _ in self._views])
-        self.b = torch.stack([b for _, b in self._views])
-        first = entries[0][0].anchor
-        self.a0 = self.b0 = None
-        if first.a is not None and first.b is not None:
-            anchors = [matrices(f.layer, f.anchor.a, f.anchor.b) for f, _, _ in entries]
-            self.a0 = torch.stack([a for a, _ in anchors])
-            self.b0 = torch.stack([b for _, b in anchors])
-        scalings = [float(factors.layer.scaling[name]) for factors, _, _ in entries]
-        self.squared_scalings = self._column([s * s for s in scalings])
-
-    def _column(self, values: list[Any]) -> Tensor:
-        plain = not any(isinstance(value, Tensor) for value in values)
-        dtype = torch.float32 if self.a.device.type == "mps" else torch.float64
-        column = (
-            torch.tensor(values, dtype=dtype, device=self.a.device)
-            if plain
-            else torch.stack([torch.as_tensor(v, dtype=dtype, device=self.a.device).reshape(()) for v in values])
-        )
-        return column.reshape(-1, *[1] * (self.a.dim() - 1))
-
-    def rates(self, strength: float, gate: Tensor | None) -> tuple[Tensor, Tensor]:
-        """ηλs² for A and for B, per module; 0 for a factor that the optimizer does not step."""
-        columns = []
-        for position in (1, 2):
-            rates = [0.0 if entry[position] is None else entry[position].learning_rate for entry in self._entries]
-            column = self._column(rates) * self.squared_scalings * strength
-            columns.append(column if gate is None else column * gate.to(column))
-        return columns[0], columns[1]
-
-    def store(self, new_a: Tensor, new_b: Tensor) -> None:
-        """Writes back into the parameters that the optimizer steps."""
-        for index, (_, a, b) in enumerate(self._entries):
-            if a is not None:
-                self._views[index][0].copy_(new_a[index])
-            if b is not None:
-                self._views[index][1].copy_(new_b[index])
-
-    def unstack(self, like_a: Tensor, like_b: Tensor) -> Iterator[tuple[Stepped, Tensor]]:
-        """The stepped factors with their part of a stacked quantity, shaped as the parameters."""
-        for index, (factors, a, b) in enumerate(self._entries):
-            if a is not None:
-                shaped = torch.empty_like(factors.a)
-                matrices(factors.layer, shaped, factors.b)[0].copy_(like_a[index])
-                yield a, shaped
-            if b is not None:
-                shaped = torch.empty_like(factors.b)
-                matrices(factors.layer, factors.a, shaped)[1].copy_(like_b[index])
-                yield b, shaped
-
-
-def _batches(part: AdapterStep) -> Iterator[_Batch]:
-    groups: dict[tuple, list] = {}
-    for entry in part.factors:
-        factors = entry[0]
-        product = factors.anchor.a is not None and factors.anchor.b is not None
-        key = (factors.a.shape, factors.b.shape, factors.a.dtype, factors.a.device, product, type(factors.layer))
-        groups.setdefault(key, []).append(entry)
-    for entries in groups.values():
-        yield _Batch(entries, part.adapter.name)
-
-
-def matrices(layer: nn.Module, a: Any, b: Any) -> tuple[Tensor, Tensor]:
-    """Views of the factors as matrices (..., r, d_in) and (..., d_out, r) whose product is the change of the weight.
-
-    Convolution kernels are flattened over input and window; adapters of a 3-D expert parameter get a leading dimension
-    of experts, those of a grouped convolution one of groups.
-    """
-    experts = layer.num_experts if isinstance(layer, ParamWrapper) else 1
-    a_matrix = a.flatten(1)
-    if experts > 1:
-        return a_matrix.reshape(experts, -1, a_matrix.shape[-1]), b.reshape(b.shape[0], -1, experts).permute(2, 0, 1)
-    b_matrix = b.flatten(1)
-    groups = a_matrix.shape[0] // b_matrix.shape[1]
-    if groups > 1:
-        return a_matrix.unflatten(0, (groups, -1)), b_matrix.unflatten(0, (groups, -1))
-    return a_matrix, b_matrix
+    for stack in stack_modules(part.modules, part.adapter.name):
+        by_factor = delta_gradient(stack.a, stack.b, stack.a0, stack.b0, stack.squared_scalings * strength)
+        yield from stack.unstack(*by_factor)
 
 
 def _not_skipped(optimizer: Any) -> Tensor | None:
@@ -333,5 +240,5 @@ def _not_skipped(optimizer: Any) -> Tensor | None:
     return None if found is None else (found == 0).to(torch.float64).reshape(())
 
 
-def _any_in(entry: tuple[Factors, Stepped | None, Stepped | None], ids: set[int]) -> bool:
-    return any(step is not None and id(step.value) in ids for step in entry[1:])
+def _any_in(module: ModuleStep, ids: set[int]) -> bool:
+    return any(id(step.value) in ids for step in module.stepped())

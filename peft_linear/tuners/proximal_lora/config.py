@@ -38,9 +38,9 @@ class ProximalLoraConfig(LoraConfig):
     """LoRA whose trained factors are pulled toward the pretrained model, with everything a `LoraConfig` takes.
 
     The objective becomes `R(θ) + (λ/2)·D(θ)` with R the training loss and D the squared distance from the pretrained
-    model ("Linearization Explains Fine-Tuning in Large Language Models", arXiv 2602.08239, section 3). The pull is
-    applied by the optimizer step, once a step and with the learning rate of each parameter group, whatever computes the
-    loss. Only the factors A and B are pulled: a task head in `modules_to_save`, biases and DoRA's magnitudes are not.
+    model ("Linearization Explains Fine-Tuning in Large Language Models", arXiv 2602.08239, section 3). The pull acts
+    in the optimizer's step, once a step and with the learning rate of each group, whatever computes the loss. Only the
+    factors A and B are pulled: a task head in `modules_to_save`, biases and DoRA's magnitudes are not.
 
     Args:
         proximal_lambda (`float`):

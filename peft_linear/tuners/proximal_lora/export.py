@@ -48,11 +48,11 @@ def export_lora(adapter_dir: str | os.PathLike, out_dir: str | os.PathLike, *, o
     """Writes the ProximalLoRA adapter in `adapter_dir` as a plain LoRA adapter that needs nothing of this package.
 
     The weights are the same; the configuration loses the four proximal fields and says `LORA`. Where `rank_pattern` or
-    `alpha_pattern` give modules different ranks or scalings, ranks are padded with zeros to the largest one and scalings
-    are folded into B, so that the one `lora_alpha / r` of the configuration holds for every module (consumers outside of
-    peft know no other): the products are unchanged up to rounding in the stored dtype. Adapters of parameters
-    (`target_parameters`) and of grouped convolutions keep their patterns, which peft reads. The anchor is left out; a
-    model card is copied.
+    `alpha_pattern` give modules different ranks or scalings, ranks are padded with zeros to the largest one and
+    scalings are folded into B, so that the one `lora_alpha / r` of the configuration holds for every module (consumers
+    outside of peft know no other): the products are unchanged up to rounding in the stored dtype. Adapters of
+    parameters (`target_parameters`), of grouped convolutions and of variants with further tensors of size r keep their
+    patterns, which peft reads. The anchor is left out; a model card is copied.
 
     Args:
         adapter_dir: a folder written by `save_pretrained` or as a checkpoint by the Trainer.
@@ -123,7 +123,7 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def _one_rank_and_scaling(config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict]:
-    """The same adapter with one rank and one alpha/r; the patterns stay where the tensors do not tell their meaning."""
+    """The same adapter with one rank and one alpha/r; patterns stay where the tensors do not tell their meaning."""
     pairs = [
         (key, key[: -len(a)] + b, _module_name(key[: -len(a)]))
         for key in tensors
@@ -160,7 +160,7 @@ def _module_name(prefix: str) -> str:
 
 
 def _matched(pattern: dict[str, Any], name: str, default: Any) -> Any:
-    key = get_pattern_key(pattern.keys(), name)
+    key = get_pattern_key(list(pattern), name)
     return pattern.get(key, default)
 
 

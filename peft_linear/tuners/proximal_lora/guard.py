@@ -25,7 +25,7 @@ from ...errors import PeftLinearError
 
 
 if TYPE_CHECKING:
-    from .state import TrackedAdapter
+    from .tracked import TrackedAdapter
 
 
 # One change between two backward passes without a step may be meant (a perturbation, as sharpness-aware methods do).
@@ -68,8 +68,8 @@ class UnseenUpdateGuard:
                 f"adapter {adapter.name!r} has proximal_lambda={adapter.config.proximal_lambda}, but its parameters "
                 f"were updated {self._changes} times and no optimizer step with them was seen, so plain LoRA is being "
                 "trained. Either the optimizer is not a torch.optim.Optimizer: call "
-                "peft_linear.attach_proximal(model, optimizer) before training. Or it steps flattened or sharded copies "
-                "of the parameters (DeepSpeed ZeRO, FSDP1), which is not supported: train with DDP, or with "
+                "peft_linear.attach_proximal(model, optimizer) before training. Or it steps flattened or sharded "
+                "copies of the parameters (DeepSpeed ZeRO, FSDP1), which is not supported: train with DDP, or with "
                 "proximal_lambda=0"
             )
         self._seen = value.clone()

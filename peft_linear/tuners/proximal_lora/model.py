@@ -53,17 +53,19 @@ class ProximalLoraModel(LoraModel):
         super().delete_adapter(adapter_name)
         forget_adapter(self.model, adapter_name)
 
-    def add_weighted_adapter(self, adapters: list[str], weights: Any, adapter_name: str, **kwargs: Any) -> None:
+    def add_weighted_adapter(  # type: ignore[override]
+        self, adapters: list[str], weights: list[float], adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
         """As LoRA's; the combined weights are anchored as loaded ones are: at a zero product."""
         exists = adapter_name in self.peft_config
-        super().add_weighted_adapter(adapters, weights, adapter_name, **kwargs)
+        super().add_weighted_adapter(adapters, weights, adapter_name, *args, **kwargs)
         if not exists:
             with torch.no_grad():
                 for adapter in find_adapters(self.model, adapter_name):
                     adapter.capture_continuing()
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
-        model = super()._unload_and_optionally_merge(*args, **kwargs)
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
         forget_adapter(self.model)
         return model
 

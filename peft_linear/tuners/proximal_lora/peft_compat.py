@@ -34,7 +34,8 @@ from transformers.integrations import PeftAdapterMixin
 from .anchors import ANCHOR_NAME, AnchorSource, write_anchors
 from .config import ProximalLoraConfig
 from .peft_type import PROXIMAL_LORA
-from .state import TrackedAdapter, find_records, track_adapter
+from .state import find_records, track_adapter
+from .tracked import TrackedAdapter
 
 
 @contextmanager
@@ -169,7 +170,7 @@ def _tracked(model: nn.Module, adapter_name: str) -> TrackedAdapter | None:
 
 
 def _wrap(owner: Any, name: str, around: Callable) -> None:
-    """Replaces `owner.name` by `around(original, ...)`; a wrapper left by an earlier import is replaced, not wrapped."""
+    """Replaces `owner.name` by `around(original, ...)`; a wrapper of an earlier import is replaced, not wrapped."""
     original = getattr(owner, name)
     original = getattr(original, "_peft_linear_original", original)
 

@@ -19,14 +19,14 @@ from peft import PeftType
 
 
 def _enum_member(name: str) -> PeftType:
-    """A real member of `PeftType`, made once: iteration, lookup by value, pickle and deepcopy treat it as any other."""
+    """A real member of `PeftType`, made once: iteration, lookup by value, pickle, deepcopy treat it as any other."""
     if name in PeftType.__members__:
         return PeftType.__members__[name]
     member = str.__new__(PeftType, name)
     member._name_ = name
     member._value_ = name
-    member._sort_order_ = len(PeftType._member_names_)
-    member.__objclass__ = PeftType
+    member._sort_order_ = len(PeftType._member_names_)  # type: ignore[attr-defined]
+    member.__objclass__ = PeftType  # type: ignore[attr-defined]
     type.__setattr__(PeftType, name, member)  # EnumType.__setattr__ guards the members that exist, not new ones
     PeftType._member_names_.append(name)
     PeftType._member_map_[name] = member

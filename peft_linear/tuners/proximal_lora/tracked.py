@@ -1,0 +1,192 @@
+# Copyright 2026 The peft-linear authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""One ProximalLoRA adapter of one model: its factors, where those started, how often the pull acted."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from ...errors import FileError, PeftLinearError
+from .anchors import ANCHOR_NAME, AnchorSource, FactorAnchor
+from .config import ProximalLoraConfig
+from .guard import UnseenUpdateGuard
+
+
+class Factors(NamedTuple):
+    """The two factors of one module, with their anchor."""
+
+    name: str
+    layer: LoraLayer
+    a: nn.Parameter
+    b: nn.Parameter
+    anchor: FactorAnchor
+
+
+@dataclass
+class Statistics:
+    """Optimizer steps seen, and those at which the term acted; tensors where the decision was taken on a device."""
+
+    steps: float | Tensor = 0
+    fired: float | Tensor = 0
+
+    @property
+    def firing_rate(self) -> float:
+        """Fraction of the optimizer steps at which the term acted; NaN before the first."""
+        steps = float(self.steps)
+        return float(self.fired) / steps if steps else float("nan")
+
+
+class TrackedAdapter:
+    """One ProximalLoRA adapter of one model."""
+
+    def __init__(self, name: str, config: ProximalLoraConfig, layers: dict[str, LoraLayer]) -> None:
+        self.name = name
+        self.config = config
+        self.statistics = Statistics()
+        self.acted = False  # whether an optimizer step was ever seen with this adapter in it
+        # EVA fills in A by a call of its own after the adapter exists
+        self.provisional = config.init_lora_weights == "eva"
+        self._layers = {key: weakref.ref(layer) for key, layer in layers.items()}
+        self._anchors: dict[str, FactorAnchor] = {}
+        self._source: AnchorSource | None = None
+        self._guards: list[UnseenUpdateGuard] = []
+        self.capture()
+        self.arm()
+
+    def layers(self) -> Iterator[tuple[str, LoraLayer, nn.Parameter, nn.Parameter]]:
+        """The modules that carry the adapter now: name, layer, A, B."""
+        for name, reference in self._layers.items():
+            layer = reference()
+            if layer is None:
+                continue
+            if self.name in layer.lora_A:
+                a, b = layer.lora_A[self.name].weight, layer.lora_B[self.name].weight
+                yield name, layer, a, b  # type: ignore[misc]
+            elif self.name in layer.lora_embedding_A:
+                a, b = layer.lora_embedding_A[self.name], layer.lora_embedding_B[self.name]
+                yield name, layer, getattr(a, "weight", a), getattr(b, "weight", b)
+
+    def factors(self) -> Iterator[Factors]:
+        """The modules that carry the adapter now, with their anchors on the factors' device and in their dtype.
+
+        Raises:
+            PeftLinearError: a factor does not have the shape of its anchor.
+        """
+        self._ensure_anchors()
+        for name, layer, a, b in self.layers():
+            anchor = self._anchors.get(name)
+            if anchor is None:  # it was on the meta device when the adapter was made
+                anchor = self._anchors[name] = FactorAnchor.continuing(a, b, self._usual(layer, a, b))
+            anchor.follow(a, b)
+            for letter, value, start in (("A", a, anchor.a), ("B", b, anchor.b)):
+                if start is not None and start.shape != value.shape:
+                    raise PeftLinearError(
+                        f"lora_{letter} of {name!r} (adapter {self.name!r}) has shape {tuple(value.shape)}, its "
+                        f"anchor {tuple(start.shape)}: the rank was changed after the adapter was made (then call "
+                        "peft_linear.reset_proximal_anchor(model)), or the parameters are sharded (not supported)"
+                    )
+            yield Factors(name, layer, a, b, anchor)
+
+    def anchors(self) -> dict[str, FactorAnchor]:
+        """The anchor of every module that carries the adapter now."""
+        return {factors.name: factors.anchor for factors in self.factors()}
+
+    def capture(self) -> None:
+        """Makes the factors as they are now the anchor."""
+        self._source = None
+        self._anchors = {n: FactorAnchor.of(a, b) for n, _, a, b in self.layers() if not (a.is_meta or b.is_meta)}
+
+    def capture_continuing(self) -> None:
+        """Anchors weights that were trained elsewhere as well as can be (see `FactorAnchor.continuing`)."""
+        self._source = None
+        self._anchors = {
+            name: FactorAnchor.continuing(a, b, self._anchors.get(name) or self._usual(layer, a, b))
+            for name, layer, a, b in self.layers()
+        }
+
+    def loaded_from(self, source: AnchorSource, trainable: bool) -> None:
+        """The weights were just loaded: the anchor is the one stored with them, read when it is first needed."""
+        self.provisional = False
+        self._source = source
+        if trainable:
+            self._ensure_anchors()
+            self.arm()
+            return
+        for name, _, a, b in self.layers():  # for inference: remember which factor is zero, hold no copy of the other
+            anchor = self._anchors.get(name)
+            if anchor is not None and (anchor.a is None or anchor.b is None):
+                anchor.a = None if anchor.a is None else a.detach()
+                anchor.b = None if anchor.b is None else b.detach()
+
+    def _usual(self, layer: LoraLayer, a: Tensor, b: Tensor) -> FactorAnchor:
+        return FactorAnchor(None, b) if self.name in layer.lora_embedding_A else FactorAnchor(a, None)
+
+    def arm(self) -> None:
+        """Watches the first module for updates that no optimizer hook has seen, until one has."""
+        self.disarm()
+        if not self.acted:
+            for _, _, a, b in self.layers():
+                self._guards = [UnseenUpdateGuard(self, p) for p in (a, b) if not (p.is_meta or p.is_inference())]
+                break
+
+    def disarm(self) -> None:
+        """Removes the watch."""
+        for guard in self._guards:
+            guard.remove()
+        self._guards = []
+
+    def _ensure_anchors(self) -> None:
+        if self._source is None:
+            if self.provisional and not self.acted:
+                self.capture()
+            return
+        source = self._source
+        stored = source.read()
+        if stored is None:
+            self.capture_continuing()
+            if self.config.proximal_lambda > 0 and (
+                self.config.proximal_space == "factors" or self.config.proximal_selective
+            ):
+                warnings.warn(
+                    f"{source.path} has no {ANCHOR_NAME}: adapter {self.name!r} is pulled toward zero in the factor "
+                    "that starts at zero (usually B), and toward its loaded value in the other"
+                )
+            return
+        for name, _, a, b in self.layers():
+            anchor = stored.get(name)
+            if anchor is None or any(
+                start is not None and start.shape != value.shape for start, value in ((anchor.a, a), (anchor.b, b))
+            ):
+                raise FileError(
+                    f"{ANCHOR_NAME} at {source.path} does not belong to the adapter beside it: module {name!r} is "
+                    "missing or has another shape; restore the file, or delete it to train without it"
+                )
+        self._anchors = stored
+        self._source = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        layers = {key: layer for key, reference in self._layers.items() if (layer := reference()) is not None}
+        return {**self.__dict__, "_layers": layers, "_guards": []}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        layers = state.pop("_layers")
+        self.__dict__.update(state, _layers={key: weakref.ref(layer) for key, layer in layers.items()})
+        self.arm()
