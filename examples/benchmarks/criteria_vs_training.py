@@ -82,7 +82,7 @@ def score(
         records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         found = {(r["space"], r["seed"]): r["scores"] for r in records if r["examples"] == examples}
     for seed in seeds:
-        batches = task.batches("train", examples, seed=seed)
+        batches = task.calibration(examples, seed=seed)
         for space in spaces:
             if (space, seed) in found:
                 continue

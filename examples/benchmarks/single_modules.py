@@ -22,10 +22,11 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from common import Task
 from peft import LoraConfig, get_peft_model
@@ -89,7 +90,7 @@ def train(task: Task, label: str, names: Sequence[str], seed: int, protocol: Pro
     model.train()
     for batch in batches(task, seed, protocol):
         optimizer.zero_grad()
-        model(**batch).loss.backward()
+        model(**on_device(batch, model)).loss.backward()
         optimizer.step()
     loss, accuracy = evaluate(model, task)
     return Run(label, seed, loss, accuracy, adapted, round(time.perf_counter() - start, 2))
@@ -117,24 +118,28 @@ def batches(task: Task, seed: int, protocol: Protocol) -> Iterable[dict[str, Ten
     """`steps` batches in an order that depends on the seed only, epoch after epoch."""
     taken, epoch = 0, 0
     while taken < protocol.steps:
-        rows = task.train.shuffle(seed=1000 * seed + epoch)
-        for first in range(0, len(rows) - protocol.batch_size + 1, protocol.batch_size):
+        order = np.random.default_rng(1000 * seed + epoch).permutation(len(task.train))
+        for first in range(0, len(order) - protocol.batch_size + 1, protocol.batch_size):
             if taken == protocol.steps:
                 return
-            yield task.collator(rows[first : first + protocol.batch_size])
+            yield task.collator([task.train[i] for i in order[first : first + protocol.batch_size]])
             taken += 1
         epoch += 1
+
+
+def on_device(batch: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    device = next(model.parameters()).device
+    return {name: value.to(device) for name, value in batch.items()}
 
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, task: Task, batch_size: int = 64) -> tuple[float, float]:
     """Mean cross-entropy and accuracy on the test split; examples of a length together, to pad less."""
     model.eval()
-    order = sorted(range(len(task.test)), key=lambda i: len(task.test[i]["input_ids"]))
-    rows = task.test.select(order)
+    rows = sorted(task.test, key=lambda row: len(row["input_ids"]))
     loss, correct = 0.0, 0
     for first in range(0, len(rows), batch_size):
-        batch = task.collator(rows[first : first + batch_size])
+        batch = on_device(task.collator(rows[first : first + batch_size]), model)
         logits = model(**batch).logits
         loss += nn.functional.cross_entropy(logits, batch["labels"], reduction="sum").item()
         correct += int((logits.argmax(-1) == batch["labels"]).sum())

@@ -26,7 +26,8 @@ from common import Task
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from tqdm.auto import tqdm
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from peft_linear import ModuleKernels
 
@@ -53,6 +54,11 @@ class Protocol:
     batch_size: int
     learning_rates: tuple[float, ...]  # each arm gets the one with the least validation loss
 
+    @property
+    def pilots(self) -> int:
+        """Runs that choose the learning rate of an arm."""
+        return len(self.learning_rates) if len(self.learning_rates) > 1 else 0
+
 
 @dataclass(frozen=True)
 class Run:
@@ -68,6 +74,16 @@ class Run:
     adapter_parameters: int
     trainable_parameters: int  # with the task head
     train_seconds: float
+
+
+class StepBar(TrainerCallback):
+    """One progress bar over the steps of all runs, in the place of the Trainer's own for each run."""
+
+    def __init__(self, bar: tqdm) -> None:
+        self.bar = bar
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        self.bar.update()
 
 
 def matching_rank(parameters: int, modules: Sequence[str], kernels: ModuleKernels) -> int:
@@ -93,7 +109,14 @@ def weight_distance(model: nn.Module) -> float:
 
 
 def train(
-    task: Task, arm: Arm, seed: int, learning_rate: float, protocol: Protocol, folder: Path, split: str = "test"
+    task: Task,
+    arm: Arm,
+    seed: int,
+    learning_rate: float,
+    protocol: Protocol,
+    folder: Path,
+    bar: tqdm,
+    split: str = "test",
 ) -> tuple[Run, PeftModel]:
     """Trains one arm from the head, the A matrices and the batch order of `seed`; measures on `split`."""
     model = get_peft_model(task.new_model(seed), arm.make_config())
@@ -110,8 +133,12 @@ def train(
         logging_strategy="no",
         save_strategy="no",
         report_to="none",
+        disable_tqdm=True,
     )
-    trainer = Trainer(model=model, args=arguments, train_dataset=task.train, data_collator=task.collator)
+    trainer = Trainer(
+        model=model, args=arguments, train_dataset=task.train, data_collator=task.collator, callbacks=[StepBar(bar)]
+    )
+    trainer.remove_callback(PrinterCallback)
     began = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - began
@@ -132,12 +159,12 @@ def train(
     return run, model
 
 
-def choose_learning_rate(task: Task, arm: Arm, protocol: Protocol, folder: Path) -> float:
+def choose_learning_rate(task: Task, arm: Arm, protocol: Protocol, folder: Path, bar: tqdm) -> float:
     """The learning rate of the protocol with the least validation loss in one pilot run each."""
-    if len(protocol.learning_rates) == 1:
+    if protocol.pilots == 0:
         return protocol.learning_rates[0]
     losses = {
-        rate: train(task, arm, PILOT_SEED, rate, protocol, folder, split="validation")[0].test_loss
+        rate: train(task, arm, PILOT_SEED, rate, protocol, folder, bar, split="validation")[0].test_loss
         for rate in protocol.learning_rates
     }
     return min(losses, key=losses.__getitem__)

@@ -43,6 +43,7 @@ from summary import Summary, summarize
 from tqdm.auto import tqdm
 
 from peft_linear import ModuleKernels, ProximalLoraConfig, Recommendation, compute_ntk, export_lora, recommend
+from peft_linear.cli.recommend import parse_budget_argument
 from peft_linear.selection.baselines import query_value
 from peft_linear.selection.prediction import predict
 from peft_linear.selection.problem import Problem
@@ -59,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     task = load_task(options.model, options.dataset, options.max_length, limits)
 
     step(2, f"The kernel of every candidate module on {options.examples} training examples, before training")
-    batches = task.batches("train", options.examples)
+    batches = task.calibration(options.examples)
     model = task.new_model(options.seeds[0])
     kernels = compute_ntk(model, batches, space="lora", rank=options.rank, lora_alpha=2 * options.rank)
     print(kernels)
@@ -127,18 +128,15 @@ def train_arms(
 ) -> tuple[list[Run], PeftModel]:
     """All runs, and the model of the first arm and seed."""
     runs, adapted = [], None
-    with tempfile.TemporaryDirectory() as folder:
-        pilots = len(protocol.learning_rates) if len(protocol.learning_rates) > 1 else 0
-        with tqdm(total=len(arms) * (pilots + len(seeds)), desc="all runs", unit="run") as bar:
-            for arm in arms:
-                rate = choose_learning_rate(task, arm, protocol, Path(folder))
-                bar.update(pilots)
-                for seed in seeds:
-                    run, model = train(task, arm, seed, rate, protocol, Path(folder))
-                    bar.write(f"{arm.label}, seed {seed}: loss {run.test_loss:.3f}, accuracy {run.test_accuracy:.1%}")
-                    bar.update()
-                    runs.append(run)
-                    adapted = adapted or model
+    steps = len(arms) * (protocol.pilots + len(seeds)) * protocol.steps
+    with tempfile.TemporaryDirectory() as folder, tqdm(total=steps, desc="training", unit="step") as bar:
+        for arm in arms:
+            rate = choose_learning_rate(task, arm, protocol, Path(folder), bar)
+            for seed in seeds:
+                run, model = train(task, arm, seed, rate, protocol, Path(folder), bar)
+                bar.write(f"{arm.label}, seed {seed}: loss {run.test_loss:.3f}, accuracy {run.test_accuracy:.1%}")
+                runs.append(run)
+                adapted = adapted or model
     assert adapted is not None
     return runs, adapted
 
@@ -152,7 +150,7 @@ def save_and_reload(task: Task, adapted: PeftModel, seed: int, output: Path) -> 
     """
     adapted.save_pretrained(output / "adapter")
     export_lora(output / "adapter", output / "exported", overwrite=True)
-    batch = task.batches("test", 16)[0]
+    batch = task.collator(task.test[:16])
     expected = adapted.eval()(**batch).logits
     checks = {}
     for folder in ("adapter", "exported"):
@@ -213,7 +211,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--dataset", default=DEMO_DATASET, help="a set of examples/data, a folder, or a name on the Hub"
     )
-    parser.add_argument("--budget", type=read_budget, help='modules ("8"), a fraction ("0.25") or parameters ("100k")')
+    parser.add_argument(
+        "--budget", type=parse_budget_argument, help='modules ("8"), a fraction ("0.25") or parameters ("100k")'
+    )
     parser.add_argument("--criterion", default="default-by-evidence")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--proximal-lambda", type=float, default=0.1)
@@ -231,16 +231,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         options.examples, options.steps, options.learning_rates = 8, 3, options.learning_rates[:1]
         options.seeds = options.seeds[:2]
     return options
-
-
-def read_budget(text: str) -> int | float | str:
-    """A number of modules, a fraction, or a number of parameters with a unit, as `recommend` takes it."""
-    if text.isdigit():
-        return int(text)
-    try:
-        return float(text)
-    except ValueError:
-        return text
 
 
 if __name__ == "__main__":

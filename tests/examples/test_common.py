@@ -33,18 +33,19 @@ def task(common):
 def test_default_task_is_the_shipped_set(task):
     assert (len(task.train), len(task.validation), len(task.test)) == (40, 8, 8)
     assert task.labels == ("admin", "devel", "games", "graphics", "net", "science", "sound", "text")
-    assert set(task.train.column_names) >= {"input_ids", "attention_mask", "labels"}
-    assert "text" not in task.train.column_names
+    assert set(task.train[0]) >= {"input_ids", "attention_mask", "labels"} and "text" not in task.train[0]
+    texts = [row["text"].lower() for row in task.data.rows("test")]
+    decoded = [task.tokenizer.decode(row["input_ids"], skip_special_tokens=True) for row in task.test]
+    assert ["".join(text.split()) for text in texts] == ["".join(text.split()) for text in decoded]
 
 
-def test_batches_are_padded_drawn_by_seed_and_complete(task):
-    batches = task.batches("train", 20, batch_size=8, seed=1)
+def test_calibration_batches_are_padded_drawn_by_seed_and_complete(task):
+    batches = task.calibration(20, batch_size=8, seed=1)
     assert [len(batch["labels"]) for batch in batches] == [8, 8, 4]
     assert all(batch["input_ids"].shape == batch["attention_mask"].shape for batch in batches)
-    again, other = task.batches("train", 20, 8, seed=1), task.batches("train", 20, 8, seed=2)
+    again, other = task.calibration(20, 8, seed=1), task.calibration(20, 8, seed=2)
     assert torch.equal(batches[0]["input_ids"], again[0]["input_ids"])
     assert not torch.equal(batches[0]["labels"], other[0]["labels"])
-    assert sum(len(batch["labels"]) for batch in task.batches("test")) == 8
 
 
 def test_a_new_model_depends_on_the_seed_in_its_head_only(task):
@@ -57,15 +58,14 @@ def test_a_new_model_depends_on_the_seed_in_its_head_only(task):
 def test_pairs_have_two_texts(common):
     task = common.load_task(dataset_name="debian_pairs", limits=(8, 8, 8))
     assert task.labels == ("different section", "same section")
-    separators = [ids.count(task.tokenizer.sep_token_id) for ids in task.train["input_ids"]]
+    separators = [ids.count(task.tokenizer.sep_token_id) for ids in (row["input_ids"] for row in task.train)]
     assert separators == [2] * 8
 
 
 @pytest.fixture
-def stand_in(tmp_path, monkeypatch):
-    """A folder of files that `datasets.load_dataset` reads, in the place of a data set of the Hub: like GLUE's."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    folder = tmp_path / "owner" / "set"
+def hub(tmp_path, monkeypatch):
+    """`datasets.load_dataset` itself, but the name owner/set is a folder here; the rows are like GLUE's."""
+    folder = tmp_path / "set"
     folder.mkdir(parents=True)
     for split, count in (("train", 50), ("validation", 10), ("test", 12)):
         rows = [
@@ -73,11 +73,17 @@ def stand_in(tmp_path, monkeypatch):
             for i in range(count)
         ]
         (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    return folder
+    load_dataset = datasets.load_dataset
+
+    def load(name, *rest):
+        assert name == "owner/set"
+        return load_dataset(str(folder), *rest, cache_dir=str(tmp_path / "cache"))
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
 
 
-def test_the_path_of_hub_data_sets(common, stand_in):
-    task = common.load_task(dataset_name=str(stand_in))
+def test_the_path_of_hub_data_sets(common, hub):
+    task = common.load_task(dataset_name="owner/set")
     # Test labels are hidden (-1), as in GLUE: validation is tested on, and a part of train takes its place.
     assert (len(task.train), len(task.validation), len(task.test)) == (45, 5, 10)
     assert task.labels == ("0", "1")
@@ -85,25 +91,17 @@ def test_the_path_of_hub_data_sets(common, stand_in):
     assert task.new_model(0).config.num_labels == 2
 
 
-def test_names_of_the_hub_are_split_into_path_and_configuration(common, monkeypatch):
-    asked = []
-
-    def load_dataset(*names):
-        asked.append(names)
-        if names == ("glue/mrpc",):
-            raise datasets.exceptions.DatasetNotFoundError("there is no owner of this name")
-        rows = datasets.Dataset.from_dict({"sentence1": ["a"] * 20, "sentence2": ["b"] * 20, "label": [0, 1] * 10})
-        return datasets.DatasetDict({"train": rows})
-
-    monkeypatch.setattr(common.datasets, "load_dataset", load_dataset)
-    for name in ("imdb", "glue/mrpc", "owner/set", "owner/set/config"):
-        splits = common.load_texts(name)
-        assert common.text_columns(splits["train"]) == ["sentence1", "sentence2"]
-        assert sum(len(rows) for rows in splits.values()) == 20 and min(len(rows) for rows in splits.values()) > 0
-    assert asked == [("imdb",), ("glue/mrpc",), ("glue", "mrpc"), ("owner/set",), ("owner/set", "config")]
+def test_a_set_without_other_splits_is_cut_in_three(common, tmp_path):
+    file = tmp_path / "all.jsonl"
+    file.write_text("\n".join(json.dumps({"text": f"text {i}", "label": i % 2}) for i in range(50)), encoding="utf-8")
+    task = common.load_task(dataset_name=str(file))
+    assert (len(task.train), len(task.validation), len(task.test)) == (36, 4, 10)
+    ids = {tuple(row["input_ids"]) for rows in (task.train, task.validation, task.test) for row in rows}
+    assert len(ids) == 50
 
 
-def test_columns_that_cannot_be_told_are_refused(common):
-    rows = datasets.Dataset.from_dict({"title": ["a"], "label": [0]})
-    with pytest.raises(SystemExit, match="cannot tell which of the columns"):
-        common.text_columns(rows)
+def test_numbers_that_are_no_classes_are_refused(common, tmp_path):
+    file = tmp_path / "scores.jsonl"
+    file.write_text("\n".join(json.dumps({"text": f"text {i}", "label": i / 7}) for i in range(20)), encoding="utf-8")
+    with pytest.raises(SystemExit, match="the examples classify, but the labels are no classes"):
+        common.load_task(dataset_name=str(file))

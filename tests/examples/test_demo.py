@@ -1,0 +1,145 @@
+# Copyright 2026 The peft-linear authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The demo and the quickstart run from end to end; the verdict says what the numbers say."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.fixture(scope="module")
+def demo(load_script):
+    return load_script("demo/demo.py")
+
+
+@pytest.fixture(scope="module")
+def arms_module(demo):
+    return sys.modules["arms"]
+
+
+@pytest.fixture(scope="module")
+def summary_module(demo):
+    return sys.modules["summary"]
+
+
+@pytest.fixture(scope="module")
+def output(demo, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo")
+    assert demo.main(["--quick", "--seeds", "0", "--output", str(folder)]) == 0
+    return folder
+
+
+@pytest.mark.slow
+def test_demo_writes_everything(output):
+    for name in (
+        "report.md",
+        "results.json",
+        "recommendation.png",
+        "results.png",
+        "recommendation",
+        "adapter",
+        "exported",
+    ):
+        assert (output / name).exists(), name
+    report = (output / "report.md").read_text(encoding="utf-8")
+    for words in ("The recommendation", "recommended, ProximalLoRA", "query and value, LoRA", "all linear, LoRA"):
+        assert words in report
+    assert json.loads((output / "exported" / "adapter_config.json").read_text())["peft_type"] == "LORA"
+
+
+@pytest.mark.slow
+def test_demo_matches_parameters_and_keeps_the_evidence(output, demo):
+    results = json.loads((output / "results.json").read_text(encoding="utf-8"))
+    runs = {run["arm"]: run for run in results["runs"]}
+    assert set(runs) == set(results["predicted"]) == {"recommended", "query_value", "all_linear"}
+    assert runs["query_value"]["adapter_parameters"] == 12 * 8 * (384 + 384)
+    assert 0.9 < runs["recommended"]["adapter_parameters"] / runs["query_value"]["adapter_parameters"] <= 1
+    assert all(run["weight_distance"] > 0 and run["parameter_distance"] > 0 for run in runs.values())
+    recommendation = demo.Recommendation.load(output / "recommendation")
+    assert list(recommendation.modules) == results["modules"]
+
+
+@pytest.mark.slow
+def test_quickstart_leaves_a_plain_lora_that_loads_without_the_package(tmp_path):
+    (tmp_path / "examples").symlink_to(EXAMPLES)
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    script = EXAMPLES / "quickstart.py"
+    done = subprocess.run(
+        [sys.executable, str(script)], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "8 of 37 modules" in done.stdout
+    config = json.loads((tmp_path / "out" / "lora" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert config["peft_type"] == "LORA" and "proximal_lambda" not in config and len(config["target_modules"]) == 8
+
+
+def make_runs(arms_module, arm, losses, accuracies, parameters=100):
+    run = arms_module.Run(arm, 0, 1e-3, 0.0, 0.0, 1.0, 1.0, parameters, parameters + 10, 1.0)
+    pairs = zip(losses, accuracies, strict=True)
+    return [replace(run, seed=i, test_loss=loss, test_accuracy=accuracy) for i, (loss, accuracy) in enumerate(pairs)]
+
+
+@pytest.mark.parametrize(
+    ("losses", "accuracies", "words"),
+    [
+        ([1.0, 1.1, 1.2], [0.6, 0.6, 0.6], "The recommendation beats “rival”: test loss -0.500 ± 0.000"),
+        ([2.0, 2.1, 2.2], [0.6, 0.6, 0.6], "The recommendation LOSES to “rival”: test loss +0.500 ± 0.000"),
+        ([1.0, 1.6, 2.2], [0.6, 0.6, 0.6], "The recommendation does not win against “rival”, no clear difference"),
+        ([1.0, 1.1, 1.2], [0.2, 0.2, 0.2], "The recommendation does not win against “rival”, no clear difference"),
+    ],
+)
+def test_verdict_is_paired_over_seeds_and_blunt(arms_module, summary_module, losses, accuracies, words):
+    ours, rival = (arms_module.Arm(key, key, ("m",), dict, 8) for key in ("ours", "rival"))
+    runs = {
+        "ours": make_runs(arms_module, "ours", losses, accuracies),
+        "rival": make_runs(arms_module, "rival", [1.5, 1.6, 1.7], [0.6, 0.6, 0.6], parameters=200),
+    }
+    said = summary_module.verdict(ours, rival, runs)
+    assert said.startswith(words) and "50% of its parameters" in said
+
+
+def test_one_seed_cannot_win(arms_module, summary_module):
+    ours, rival = (arms_module.Arm(key, key, ("m",), dict, 8) for key in ("ours", "rival"))
+    runs = {
+        "ours": make_runs(arms_module, "ours", [0.1], [0.9]),
+        "rival": make_runs(arms_module, "rival", [1.0], [0.5]),
+    }
+    assert "does not win" in summary_module.verdict(ours, rival, runs)
+
+
+def test_distances_are_those_of_the_adapter(arms_module, load_script):
+    from peft import LoraConfig, get_peft_model
+    from transformers import BertConfig, BertForSequenceClassification
+
+    config = BertConfig(vocab_size=32, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12)
+    model = get_peft_model(
+        BertForSequenceClassification(config), LoraConfig(r=2, lora_alpha=6, target_modules=["query"])
+    )
+    start = arms_module.lora_factors(model)
+    assert arms_module.weight_distance(model) == 0.0 == arms_module.parameter_distance(model, start)
+    layer = model.base_model.model.bert.encoder.layer[0].attention.self.query
+    with torch.no_grad():
+        layer.lora_B["default"].weight += 0.5
+    change = 3.0 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    assert arms_module.weight_distance(model) == pytest.approx(float(change.norm()), rel=1e-5)
+    assert arms_module.parameter_distance(model, start) == pytest.approx(0.5 * 16**0.5)
