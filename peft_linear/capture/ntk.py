@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from ..errors import TargetError
 from ..functional.gram import DEFAULT_MAX_BYTES, rows_gram
@@ -32,7 +33,7 @@ from .accumulate import TermAccumulator, relative_spread
 from .batches import Batch, evaluate, gather_labels, progress_bar, read_batches
 from .outputs import OutputFunction, OutputKind, label_shift
 from .parameters import parameter_rows, split_parameters
-from .recorder import by_example, recording
+from .recorder import Recorder, by_example, recording
 from .targets import Targets, base_model, linear_shape, resolve_always_trained, resolve_targets
 from .terms import Space, Term, check_adapter_arguments, linear_parameter_terms, module_terms
 
@@ -110,9 +111,8 @@ def compute_ntk(
     start = time.perf_counter()
     hooked = {**chosen, **head_linear}
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        _probe(model, hooked, tuple(chosen), read[0].to(device), function)
         head_terms = {name: linear_parameter_terms(module) for name, module in head_linear.items()}
-        accumulators, values = _capture(model, hooked, terms | head_terms, read, function, device, progress)
+        accumulators, values = _capture(model, hooked, chosen, terms | head_terms, read, function, device, progress)
         labels = gather_labels(read, values, function)
         other_rows = parameter_rows(model, head_other, read, function, device, progress) if head_other else None
     passes_seconds = time.perf_counter() - start
@@ -132,7 +132,7 @@ def compute_ntk(
     if other_rows is not None:
         base += rows_gram(other_rows, max_bytes).cpu()
     if not any(block.any() for block in blocks.values()):
-        raise TargetError(f"no target takes a gradient from outputs={outputs!r}: {', '.join(blocks)}")
+        raise _no_gradient(blocks, outputs)
     return ModuleKernels(
         blocks=blocks,
         base=base,
@@ -159,41 +159,54 @@ def compute_ntk(
     )
 
 
-def _probe(
+def _check_first_batch(
+    recorder: Recorder,
+    candidates: Iterable[str],
+    outputs: Tensor,
     model: nn.Module,
-    hooked: Mapping[str, nn.Module],
-    candidates: Sequence[str],
-    batch: Batch,
-    function: OutputFunction,
+    kind: str,
 ) -> None:
-    """Two examples, one backward pass: does any candidate take a gradient, and are the examples independent?"""
-    batch = batch.head(2)
-    with recording(model, hooked) as recorder:
-        outputs = evaluate(model, batch, function, 0)
-        recorder.backward(outputs[0].sum(), keep_graph=False)
-        reached = False
-        for name, calls in recorder.calls.items():
-            for call in calls:
-                if call.cotangent is None:
-                    continue
-                by_example(call.inputs, batch.size, name)
-                split = by_example(call.cotangent, batch.size, name)
-                reached |= name in candidates and bool(split.any())
-                if bool(split[1:].any()):
-                    raise TargetError(
-                        f"{name} mixes the examples of a batch (its input has shape {tuple(call.inputs.shape)}), so "
-                        "their gradients cannot be told apart; pass batches of one example"
-                    )
-    if not reached:
+    """Before the first backward pass: are candidates part of the graph, and are the examples of a batch independent?
+
+    Transformers work on (batch, …, width) everywhere; where a model does, no gradient of example 0 can reach the rows
+    of another example. Other layouts and other models are tried: one more backward pass, of the first example alone.
+    """
+    size = outputs.shape[0]
+    calls = [(name, call) for name, calls in recorder.calls.items() for call in calls]
+    if not outputs.requires_grad or not any(recorder.calls[name] for name in candidates):
+        raise _no_gradient(candidates, kind)
+    plain = isinstance(base_model(model), PreTrainedModel) and all(
+        call.inputs.shape[0] == size and size not in call.inputs.shape[1:-1] for _, call in calls
+    )
+    if size == 1 or plain:
+        return
+    mixed = {}
+
+    def look(name: str, number: int, cotangent: Tensor) -> None:
+        by_example(recorder.calls[name][number].inputs, size, name)
+        if bool(by_example(cotangent, size, name)[1:].any()):
+            mixed[name] = tuple(cotangent.shape)
+
+    recorder.backward(outputs[0].sum(), keep_graph=True, on_cotangent=look)
+    if mixed:
+        name, shape = next(iter(mixed.items()))
         raise TargetError(
-            f"no target takes a gradient from outputs={function.kind!r}: {', '.join(candidates)}; "
-            "are they part of the forward pass that makes these outputs?"
+            f"{name} mixes the examples of a batch (its output has shape {shape}), so their gradients cannot be told "
+            "apart; pass batches of one example"
         )
+
+
+def _no_gradient(candidates: Iterable[str], kind: str) -> TargetError:
+    return TargetError(
+        f"no target takes a gradient from outputs={kind!r}: {', '.join(candidates)}; "
+        "are they part of the forward pass that makes these outputs?"
+    )
 
 
 def _capture(
     model: nn.Module,
     hooked: Mapping[str, nn.Module],
+    candidates: Iterable[str],
     terms: Mapping[str, list[Term]],
     read: Sequence[Batch],
     function: OutputFunction,
@@ -209,14 +222,16 @@ def _capture(
         for accumulator in accumulators[name]:
             accumulator.add(recorder.calls[name], number, cotangent, now["output"], now["size"], now["outputs"])
 
-    with recording(model, hooked, take) as recorder:
+    with recording(model, hooked) as recorder:
         for number, batch in enumerate(progress_bar(list(read), progress, "Jacobians")):
             recorder.clear()
             outputs = evaluate(model, batch.to(device), function, number)
             now["size"], now["outputs"] = outputs.shape
+            if number == 0:
+                _check_first_batch(recorder, candidates, outputs, model, function.kind)
             for output in range(outputs.shape[1]):
                 now["output"] = output
-                recorder.backward(outputs[:, output].sum(), keep_graph=output + 1 < outputs.shape[1])
+                recorder.backward(outputs[:, output].sum(), output + 1 < outputs.shape[1], take)
             for module in accumulators.values():
                 for accumulator in module:
                     accumulator.end_batch(*outputs.shape)

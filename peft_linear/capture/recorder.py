@@ -30,31 +30,31 @@ from torch import Tensor, nn
 from ..errors import TargetError
 
 
+Take = Callable[[str, int, Tensor], None]  # (module, number of the call, cotangent)
+
+
 @dataclass
 class Call:
-    """One call of a module: its input, and the cotangent of its output once a backward pass has reached it."""
+    """One call of a module."""
 
     inputs: Tensor  # as the module saw it
-    leaf: Tensor | None = None  # where the graph begins here
-    cotangent: Tensor | None = None
+    leaf: Tensor | None = None  # its output, where the graph begins here
 
 
 @dataclass
 class Recorder:
-    """Records the calls of `modules` between `clear()`s; `backward` fills in their cotangents."""
+    """Records the calls of `modules` between `clear()`s; `backward` hands out the cotangents of their outputs."""
 
     modules: Mapping[str, nn.Module]
-    on_cotangent: Callable[[str, int, Tensor], None] | None = None  # (module, number of the call, cotangent)
     calls: dict[str, list[Call]] = field(default_factory=dict)
+    _take: Take | None = None
 
     def clear(self) -> None:
         self.calls = {name: [] for name in self.modules}
 
-    def backward(self, scalar: Tensor, keep_graph: bool) -> None:
-        """One backward pass from `scalar` to the recorded outputs; no parameter takes part."""
-        for calls in self.calls.values():
-            for call in calls:
-                call.cotangent = None
+    def backward(self, scalar: Tensor, keep_graph: bool, on_cotangent: Take) -> None:
+        """One backward pass from `scalar` to the recorded outputs, handed out as they come; without parameters."""
+        self._take = on_cotangent
         leaves = [
             (name, number, call.leaf)
             for name, calls in self.calls.items()
@@ -71,10 +71,8 @@ class Recorder:
                 self._receive(name, number, gradient)
 
     def _receive(self, name: str, number: int, cotangent: Tensor) -> None:
-        if self.on_cotangent is not None:
-            self.on_cotangent(name, number, cotangent.detach())
-        else:
-            self.calls[name][number].cotangent = cotangent.detach()
+        if self._take is not None:
+            self._take(name, number, cotangent.detach())
 
     def hook(self, name: str) -> Callable:
         def record(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Tensor:
@@ -99,14 +97,13 @@ class Recorder:
 def recording(
     model: nn.Module,
     modules: Mapping[str, nn.Module],
-    on_cotangent: Callable[[str, int, Tensor], None] | None = None,
 ) -> Iterator[Recorder]:
     """Hooks `modules` of `model`, which is in eval mode with frozen parameters inside the block, and as before after.
 
     Restored also when the block raises: hooks, train/eval mode of every module, `requires_grad` of every parameter.
     `.grad`, buffers and random states are never touched.
     """
-    recorder = Recorder(modules, on_cotangent)
+    recorder = Recorder(modules)
     recorder.clear()
     modes = [(module, module.training) for module in model.modules()]
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -66,9 +66,8 @@ def rows_gram(rows: Tensor, max_bytes: int = DEFAULT_MAX_BYTES) -> Tensor:
     total = torch.zeros(n, n, dtype=torch.float64, device=rows.device)
     step = max(1, max_bytes // (8 * max(n, 1)))
     for start in range(0, width, step):
-        chunk = rows[:, start : start + step].to(torch.float64)
-        total.addmm_(chunk, chunk.T)
-    return symmetric(total)
+        _add_product(total, rows[:, start : start + step].to(torch.float64))
+    return _mirrored(total)
 
 
 def weight_gram(
@@ -89,8 +88,7 @@ def weight_gram(
         raise KernelError("no batches to take a Gram matrix of; pass at least one (inputs, cotangents) pair")
     if method == "auto":
         method = cheapest(pairs)
-    total = _ghost(pairs, max_bytes) if method == "ghost" else _explicit(pairs, max_bytes)
-    return symmetric(total)
+    return _ghost(pairs, max_bytes) if method == "ghost" else _explicit(pairs, max_bytes)
 
 
 def cheapest(pairs: Sequence[Pair]) -> Literal["explicit", "ghost"]:
@@ -102,11 +100,6 @@ def cheapest(pairs: Sequence[Pair]) -> Literal["explicit", "ghost"]:
     explicit = rows * d_in * d_out * (length + rows)
     ghost = examples**2 * length**2 * d_in + rows**2 * length**2 * (d_out + 1)
     return "ghost" if ghost < explicit else "explicit"
-
-
-def symmetric(gram: Tensor) -> Tensor:
-    """(K + Kᵀ)/2: a product of float64 matrices is symmetric only up to rounding."""
-    return (gram + gram.T).mul_(0.5)
 
 
 def nonzero_positions(inputs: Tensor, cotangents: Tensor) -> Pair:
@@ -125,6 +118,19 @@ def nonzero_positions(inputs: Tensor, cotangents: Tensor) -> Pair:
     return inputs, cotangents.gather(2, index)
 
 
+def _add_product(total: Tensor, rows: Tensor, strips: int = 4) -> None:
+    """Adds R Rᵀ to the upper triangle of `total`, in blocks: (strips+1)/(2·strips) of the full product's work."""
+    edge = max(64, -(-len(rows) // strips))
+    for top in range(0, len(rows), edge):
+        strip = slice(top, top + edge)
+        total[strip, top:].addmm_(rows[strip], rows[top:].T)
+
+
+def _mirrored(upper: Tensor) -> Tensor:
+    """The symmetric matrix with this upper triangle: symmetric to the last bit, which a product is not."""
+    return upper.triu() + upper.triu(1).T
+
+
 def _explicit(pairs: Sequence[Pair], max_bytes: int) -> Tensor:
     d_in, d_out = pairs[0][0].shape[-1], pairs[0][1].shape[-1]
     n = sum(cotangents.shape[0] * cotangents.shape[1] for _, cotangents in pairs)
@@ -137,8 +143,8 @@ def _explicit(pairs: Sequence[Pair], max_bytes: int) -> Tensor:
                 for inputs, cotangents in pairs
             ]
         ).to(torch.float64)
-        total.addmm_(rows, rows.T)
-    return total
+        _add_product(total, rows)
+    return _mirrored(total)
 
 
 def _ghost(pairs: Sequence[Pair], max_bytes: int) -> Tensor:
@@ -151,10 +157,9 @@ def _ghost(pairs: Sequence[Pair], max_bytes: int) -> Tensor:
         for right in pieces[i:]:
             block = _ghost_block(left, right)
             total[row : row + block.shape[0], column : column + block.shape[1]] = block
-            total[column : column + block.shape[1], row : row + block.shape[0]] = block.T
             column += block.shape[1]
         row += left[1].shape[0] * left[1].shape[1]
-    return total
+    return _mirrored(total)
 
 
 def _pieces(inputs: Tensor, cotangents: Tensor, max_bytes: int) -> list[Pair]:
