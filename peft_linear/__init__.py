@@ -11,6 +11,46 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""ProximalLoRA and neural-tangent-kernel guided choice of modules, as a plugin for Hugging Face peft."""
+"""ProximalLoRA and neural-tangent-kernel guided choice of modules, as a plugin for Hugging Face peft.
 
-from .training.proximal import attach_proximal, proximal_distance  # noqa: F401  (registers PROXIMAL_LORA and its hooks)
+Importing the package registers the adapter type `PROXIMAL_LORA` with peft and the proximal term with torch's optimizers.
+"""
+
+from .capture.gap import linearization_gap
+from .capture.linearize import LinearizedModel, linearize
+from .capture.ntk import compute_ntk
+from .errors import PeftLinearError
+from .functional.spectrum import Spectrum
+from .kernels.module_kernels import ModuleKernels
+from .kernels.regression import fit_kernel_regression
+from .selection.recommend import recommend
+from .selection.recommendation import Recommendation
+from .training.callbacks import ProximalCallback
+from .training.proximal import attach_proximal, proximal_distance
+from .training.recommendation_callback import NtkRecommendationCallback
+from .training.workflow import recommend_modules
+from .tuners.proximal_lora import ProximalLoraConfig, ProximalLoraModel, export_lora
+
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "LinearizedModel",
+    "ModuleKernels",
+    "NtkRecommendationCallback",
+    "PeftLinearError",
+    "ProximalCallback",
+    "ProximalLoraConfig",
+    "ProximalLoraModel",
+    "Recommendation",
+    "Spectrum",
+    "attach_proximal",
+    "compute_ntk",
+    "export_lora",
+    "fit_kernel_regression",
+    "linearization_gap",
+    "linearize",
+    "proximal_distance",
+    "recommend",
+    "recommend_modules",
+]
