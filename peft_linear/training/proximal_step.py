@@ -78,6 +78,7 @@ class ProximalStep:
         self._parts = list(find_steps(optimizer))
         taken = {id(step.value) for other in self._others for part in other._parts for step in part.stepped()}
         for part in self._parts:
+            part.adapter.seen = True
             if part.adapter.config.proximal_selective:
                 steps = part.stepped()
                 product = inner_product(
@@ -106,7 +107,6 @@ class ProximalStep:
             statistics = part.adapter.statistics
             statistics.steps = statistics.steps + (1 if valid is None else valid)
             statistics.fired = statistics.fired + (1 if gate is None else gate)
-            part.adapter.acted = True
 
     def restore_gradients(self) -> None:
         """The gradients become the risk's again, so that one that is kept does not take the term in twice."""

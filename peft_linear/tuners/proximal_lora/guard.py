@@ -55,7 +55,7 @@ class UnseenUpdateGuard:
     @torch.no_grad()
     def __call__(self, parameter: Tensor) -> None:
         adapter = self._adapter()
-        if adapter is None or adapter.acted:
+        if adapter is None or adapter.seen:
             self.remove()
             return
         if adapter.config.proximal_lambda == 0:

@@ -61,7 +61,7 @@ class TrackedAdapter:
         self.name = name
         self.config = config
         self.statistics = Statistics()
-        self.acted = False  # whether an optimizer step was ever seen with this adapter in it
+        self.seen = False  # whether an optimizer step was ever seen with this adapter in it
         # EVA fills in A by a call of its own after the adapter exists
         self.provisional = config.init_lora_weights == "eva"
         self._layers = {key: weakref.ref(layer) for key, layer in layers.items()}
@@ -142,7 +142,7 @@ class TrackedAdapter:
     def arm(self) -> None:
         """Watches the first module for updates that no optimizer hook has seen, until one has."""
         self.disarm()
-        if not self.acted:
+        if not self.seen:
             for _, _, a, b in self.layers():
                 self._guards = [UnseenUpdateGuard(self, p) for p in (a, b) if not (p.is_meta or p.is_inference())]
                 break
@@ -155,7 +155,7 @@ class TrackedAdapter:
 
     def _ensure_anchors(self) -> None:
         if self._source is None:
-            if self.provisional and not self.acted:
+            if self.provisional and not self.seen:
                 self.capture()
             return
         source = self._source

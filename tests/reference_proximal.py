@@ -1,0 +1,102 @@
+# Copyright 2026 The peft-linear authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Proximal fine-tuning of plain LoRA written out by hand, slowly: dense weights, one tensor at a time, no hooks."""
+
+from __future__ import annotations
+
+import torch
+
+
+def lora_parameters(model) -> dict[str, torch.nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad and "lora_" in name}
+
+
+def pairs(parameters) -> list[tuple[str, str]]:
+    return [(name, name.replace("lora_A", "lora_B")) for name in parameters if "lora_A" in name]
+
+
+def dense_penalty(a, b, a0, b0, scaling):
+    """‖s·BA − s·B0A0‖² from the d_out×d_in matrices."""
+    return ((scaling * b @ a - scaling * b0 @ a0) ** 2).sum()
+
+
+def dense_block_step(a, b, a0, b0, scaling, lam, lr_a, lr_b):
+    """B ← argmin ½‖B−B̃‖² + (η_B λ/2)·penalty, then A likewise with the new B; normal equations with dense B0A0."""
+    target = b0 @ a0
+    mu = lr_b * lam * scaling**2
+    b = torch.linalg.solve(torch.eye(len(a)) + mu * a @ a.T, (b + mu * target @ a.T).T).T
+    mu = lr_a * lam * scaling**2
+    a = torch.linalg.solve(torch.eye(len(a)) + mu * b.T @ b, a + mu * b.T @ target)
+    return a, b
+
+
+class ReferenceProximal:
+    """What must happen around `optimizer.step()` for the objective R + (λ/2)·D, on a plain LoRA model in float64."""
+
+    def __init__(self, model, *, lam, space="factors", mode="decoupled", selective=True, scaling=1.0):
+        self.parameters = lora_parameters(model)
+        self.start = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.lam, self.space, self.mode, self.selective, self.scaling = lam, space, mode, selective, scaling
+        self.fired = []
+
+    def before_step(self):
+        inner = 0.0
+        for name, p in self.parameters.items():
+            if p.grad is not None:
+                inner += float((p.grad * (p.detach() - self.start[name])).sum())
+        self.fired.append(not self.selective or inner >= 0)
+        if self.mode == "coupled" and self.fired[-1]:
+            self.risk_gradients = {n: p.grad for n, p in self.parameters.items()}
+            for name, gradient in self._penalty_gradients().items():
+                p = self.parameters[name]
+                if p.grad is not None:
+                    p.grad = p.grad + self.lam / 2 * gradient
+
+    def _penalty_gradients(self):
+        if self.space == "factors":
+            return {name: 2 * (p.detach() - self.start[name]) for name, p in self.parameters.items()}
+        leaves = {name: p.detach().clone().requires_grad_(True) for name, p in self.parameters.items()}
+        penalty = sum(
+            dense_penalty(leaves[a], leaves[b], self.start[a], self.start[b], self.scaling) for a, b in pairs(leaves)
+        )
+        names = list(leaves)
+        return dict(zip(names, torch.autograd.grad(penalty, [leaves[n] for n in names]), strict=True))
+
+    @torch.no_grad()
+    def after_step(self, learning_rates):
+        """`learning_rates`: parameter name -> the rate its group had in this step."""
+        if self.mode == "coupled":
+            if self.fired[-1]:
+                for name, p in self.parameters.items():
+                    p.grad = self.risk_gradients[name]
+            return
+        if not self.fired[-1]:
+            return
+        if self.space == "factors":
+            for name, p in self.parameters.items():
+                if p.grad is not None:
+                    eta = learning_rates[name]
+                    p.copy_(self.start[name] + (p - self.start[name]) / (1 + eta * self.lam))
+            return
+        for a, b in pairs(self.parameters):
+            pa, pb = self.parameters[a], self.parameters[b]
+            new_a, new_b = dense_block_step(
+                pa, pb, self.start[a], self.start[b], self.scaling, self.lam, learning_rates[a], learning_rates[b]
+            )
+            pa.copy_(new_a)
+            pb.copy_(new_b)
+
+    def rates(self, optimizer):
+        by_id = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+        return {name: by_id[id(p)] for name, p in self.parameters.items()}
