@@ -123,8 +123,8 @@ def notes_on(
     if wide:
         worst = max(wide, key=wide.__getitem__)
         notes.append(
-            f"The kernels of {len(wide)} modules differ by more than {WIDE_SPREAD:.0%} between draws of LoRA's random "
-            f"A (most: {worst}, {wide[worst]:.0%}); more draws would make the scores surer."
+            f"The kernels of {len(wide)} of {len(singles)} modules differ by more than {WIDE_SPREAD:.0%} between "
+            f"draws of LoRA's random A (most: {worst}, {wide[worst]:.0%}); more draws would make the scores surer."
         )
     return tuple(notes)
 

@@ -105,9 +105,9 @@ def recommend(
     check_strategy(strategy, len(kernels), limit)
     if ridge is not None and not (math.isfinite(ridge) and ridge > 0):
         raise KernelError(f"ridge must be a finite number > 0 (unit: eigenvalues of the kernel), got {ridge}")
-    if steps < 1 or folds < 2 or (learning_rate is not None and not learning_rate > 0):
+    if steps < 1 or folds < 2 or (learning_rate is not None and not 0 < learning_rate < math.inf):
         raise PeftLinearError(
-            f"simulated training needs steps ≥ 1, folds ≥ 2 and a learning rate > 0, got steps={steps}, "
+            f"simulated training needs steps ≥ 1, folds ≥ 2 and a finite learning rate > 0, got steps={steps}, "
             f"folds={folds}, learning_rate={learning_rate}"
         )
     resolve_criterion(criterion, Problem.of(kernels, ridge=1.0))

@@ -132,7 +132,7 @@ class Recommendation:
         targets: list[str] | str = list(self.modules)
         if ambiguous:
             targets = "|".join(re.escape(name) for name in self.modules)
-        alpha = self.settings.get("lora_alpha", 16) if lora_alpha is None else lora_alpha
+        alpha: Any = self.settings.get("lora_alpha", 16) if lora_alpha is None else lora_alpha
         return ProximalLoraConfig(
             r=self.settings.get("rank", 8) if r is None else r,
             lora_alpha=int(alpha) if alpha == int(alpha) else alpha,

@@ -22,7 +22,8 @@ from typing import Any
 from torch import nn
 
 from ..capture.ntk import compute_ntk
-from ..capture.targets import base_model, linear_shape, resolve_always_trained, resolve_targets
+from ..capture.targets import base_model, resolve_always_trained, resolve_targets
+from ..capture.terms import check_adapter_arguments, module_terms
 from ..errors import CriterionError, PeftLinearError
 from ..selection.budget import parse_budget
 from ..selection.criteria import CRITERIA, DEFAULT_NAME
@@ -58,9 +59,10 @@ def check_request(
         raise CriterionError(f"unknown criterion {criterion!r}; there are: {', '.join([DEFAULT_NAME, *CRITERIA])}")
     head = resolve_always_trained(model, ntk.get("always_trained"))
     modules = resolve_targets(model, ntk.get("targets", "all-linear"), reserved=head)
-    rank = ntk.get("rank", 8)
-    shapes = {name: linear_shape(module) or (0, 0) for name, module in modules.items()}
-    limit = parse_budget(budget, {name: rank * sum(shape) for name, shape in shapes.items()})
+    space, rank, alpha = ntk.get("space", "lora"), ntk.get("rank", 8), ntk.get("lora_alpha", 16.0)
+    check_adapter_arguments(space, rank, alpha, ntk.get("draws", 1))
+    sizes = {name: module_terms(name, module, space, rank, alpha, 1, 0)[1] for name, module in modules.items()}
+    limit = parse_budget(budget, sizes)
     check_strategy(strategy, len(modules), limit)
     return tuple(modules)
 
@@ -91,8 +93,7 @@ def recommend_modules(
     Raises:
         PeftLinearError: or one of its kin, as `compute_ntk` and `recommend`.
     """
-    if ntk.get("space", "lora") == "lora":  # parameters of other spaces are counted by compute_ntk itself
-        check_request(model, budget, criterion, strategy, **ntk)
+    check_request(model, budget, criterion, strategy, **ntk)
     ntk.setdefault("outputs", default_outputs(model))
     kernels = compute_ntk(model, batches, seed=seed, **ntk)
     return recommend(

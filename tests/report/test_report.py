@@ -1,0 +1,200 @@
+# Copyright 2026 The peft-linear authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+import re
+import sys
+from dataclasses import replace
+
+import matplotlib
+import pytest
+import torch
+from matplotlib.colors import to_hex
+
+from peft_linear.errors import PeftLinearError
+from peft_linear.functional.spectrum import Spectrum
+from peft_linear.report import (
+    plot_recommendation,
+    recommendation_figure,
+    recommendation_markdown,
+    score_table,
+    update_model_card,
+    with_model_card_section,
+    write_report,
+)
+from peft_linear.report.markdown import format_number, markdown_table
+from peft_linear.report.plots import CHOSEN, REST
+from peft_linear.selection import Recommendation, recommend
+from tests.selection.planted import BERT_NAMES, planted_kernels
+
+
+@pytest.fixture(scope="module")
+def rec():
+    return recommend(planted_kernels(names=[*BERT_NAMES[:12], "bert.pooler.dense"], informative=(3, 8)), 3)
+
+
+def tables(markdown):
+    """The tables as lists of rows of cells."""
+    found, rows = [], []
+    for line in [*markdown.splitlines(), ""]:
+        if line.startswith("|"):
+            rows.append([cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]])
+        elif rows:
+            found.append(rows)
+            rows = []
+    return found
+
+
+def test_markdown_has_every_candidate_and_well_formed_tables(rec):
+    text = recommendation_markdown(rec)
+    choice, predictions, candidates, settings = tables(text)
+    for table in (choice, predictions, candidates, settings):
+        assert len({len(row) for row in table}) == 1, "a row has another number of cells than the header"
+        assert set(table[1]) <= {"---", "---:"}
+    assert [row[1] for row in choice[2:]] == [f"`{name}`" for name in rec.modules]
+    assert [row[1] for row in candidates[2:]] == [f"`{row.name}`" for row in rec.scores]
+    assert [row[5] for row in candidates[2:]] == ["yes" if row.chosen else "" for row in rec.scores]
+    assert predictions[0] == ["prediction", "the choice", "all candidates", "head only", "before training"]
+    shown = {row[0]: row[1] for row in predictions[2:]}
+    assert shown["held-out accuracy of simulated training"] == f"{rec.predicted['accuracy']:.1%}"
+    assert shown["leave-one-out squared loss"] == f"{rec.predicted['leave_one_out_squared_loss']:.4f}"
+    assert ["kernels: model", "planted"] in settings
+    assert not any(row[0] == "candidates" for row in settings)
+
+
+def test_notes_are_there_only_if_there_are_any(rec):
+    assert "Before you trust it" not in recommendation_markdown(replace(rec, notes=()))
+    text = recommendation_markdown(replace(rec, notes=("too few examples",)))
+    assert "## Before you trust it\n\n- too few examples" in text
+
+
+def test_the_terminal_table_is_aligned(rec):
+    lines = score_table(rec).splitlines()
+    rules = [i for i, line in enumerate(lines) if set(line) == {"-"}]
+    rows = lines[rules[0] + 1 : rules[1]]
+    assert len(rows) == 3 and len({len(line) for line in [lines[rules[0] - 1], *rows]}) == 1
+    assert [line.split()[1] for line in rows] == list(rec.modules)
+    assert "predicted held-out accuracy" in score_table(rec)
+    assert "note: beware" in score_table(replace(rec, notes=("beware",)))
+
+
+def test_the_terminal_table_leaves_out_the_tail():
+    rec = recommend(planted_kernels(names=BERT_NAMES, examples=6), 2, "trace")
+    assert "… and 22 more candidates in .scores" in score_table(rec)
+    everything = recommend(planted_kernels(names=BERT_NAMES[:3], informative=(0,), examples=6), 3, "trace")
+    assert "more candidates" not in score_table(everything)
+
+
+def test_markdown_table_escapes_pipes():
+    assert tables(markdown_table(("a", "b"), [("x|y", "z")]))[0][2] == [r"x\|y", "z"]
+    assert (format_number(float("inf")), format_number(1234.56)) == ("∞", "1235")
+
+
+@pytest.mark.parametrize("card", ["", "# My model\n\nText.\n", "---\nlicense: mit\n---\n# My model"])
+def test_model_card_section_is_appended_once_and_replaced(rec, card):
+    once = with_model_card_section(card, rec)
+    assert once.startswith(card.rstrip("\n"))
+    assert once.count("## Which modules are adapted") == 1
+    assert with_model_card_section(once, rec) == once
+    below = once + "\n## Later section\n"
+    other = replace(rec, notes=("another",))
+    updated = with_model_card_section(below, other)
+    assert updated.count("## Which modules are adapted") == 1
+    assert "- another" in updated and updated.endswith("\n## Later section\n")
+    assert with_model_card_section(updated, rec) == below
+    assert all(f"`{name}`" in once for name in rec.modules)
+
+
+def test_update_model_card(rec, tmp_path):
+    path = tmp_path / "README.md"
+    update_model_card(path, rec)
+    first = path.read_text(encoding="utf-8")
+    update_model_card(path, rec)
+    assert path.read_text(encoding="utf-8") == first == with_model_card_section("", rec)
+
+
+def test_figure_marks_the_choice(rec):
+    figure = recommendation_figure(rec)
+    spectra, heat, _, scores = figure.axes  # the third is the colour bar
+    assert heat.images[0].get_array().shape == (3, 7)
+    assert [text.get_text() for text in heat.texts] == ["1", "2", "3"]
+    colors = [to_hex(bar.get_facecolor()) for bar in scores.patches]
+    assert colors == [CHOSEN if row.chosen else REST for row in rec.scores]
+    labels = [text.get_text() for text in scores.get_yticklabels()]
+    assert labels[0] == rec.scores[0].name.removeprefix("bert.encoder.layer.").replace(".", " · ", 1)
+    assert spectra.get_yscale() == "log"
+    assert len(spectra.get_legend().get_texts()) == 3
+
+
+def test_bars_are_longer_for_better_modules(rec):
+    widths = [bar.get_width() for bar in recommendation_figure(rec).axes[3].patches]
+    assert widths == sorted(widths, reverse=True)
+    start = rec.settings["start_score"]
+    assert widths[0] == pytest.approx(start - rec.scores[0].score)
+    for criterion in ("trace", "condition_number"):
+        other = recommend(planted_kernels(), 2, criterion)
+        widths = [bar.get_width() for bar in recommendation_figure(other).axes[3].patches]
+        assert widths == sorted(widths, reverse=True)
+
+
+def test_the_heat_map_shows_ranks(rec):
+    image = recommendation_figure(rec).axes[1].images[0].get_array()
+    best = rec.scores[0].name
+    layer, kind = divmod(BERT_NAMES.index(best), 6)
+    assert image[layer, kind] == image.max() == len(rec.scores) - 1
+    assert image.mask.sum() == 3 * 7 - 13, "cells without a module are empty"
+
+
+def test_figures_of_all_kinds_are_written_without_touching_pyplot(tmp_path):
+    before = dict(matplotlib.rcParams)
+    had_pyplot = "matplotlib.pyplot" in sys.modules
+    plain = planted_kernels(names=("fc1", "fc2"), informative=(), examples=4, head=0.0)
+    many = planted_kernels(names=[f"h.{i}.{k}" for i in range(20) for k in "qkvo"], informative=(7, 70), examples=4)
+    uneven = planted_kernels(names=BERT_NAMES[:6], examples=6)
+    uneven = replace(uneven, blocks={n: 10.0 ** (-i) * uneven[n] for i, n in enumerate(uneven.names)})
+    for number, kernels in enumerate((plain, many, uneven)):
+        recommend(kernels, 1, "trace").plot(tmp_path / f"figure{number}.png")
+        assert (tmp_path / f"figure{number}.png").read_bytes().startswith(b"\x89PNG")
+    axes = recommendation_figure(recommend(many, 2, "gradient_energy")).axes[3]
+    assert len(axes.patches) == 60 and "20 more not shown" in axes.get_title(loc="left")
+    assert recommendation_figure(recommend(uneven, 1, "trace")).axes[3].get_xscale() == "log"
+    recommend(plain, 1, "trace").plot(tmp_path / "figure.svg")
+    assert "<svg" in (tmp_path / "figure.svg").read_text(encoding="utf-8")
+    assert dict(matplotlib.rcParams) == before
+    assert had_pyplot or "matplotlib.pyplot" not in sys.modules
+
+
+def test_a_recommendation_without_spectra_or_start_is_drawn(rec, tmp_path):
+    bare = replace(rec, spectra={}, settings={})
+    plot_recommendation(bare, tmp_path / "bare.png")
+    flat = Spectrum(torch.tensor([1.0, 1e-15, 0.0], dtype=torch.float64))
+    tiny = {"chosen": flat, "all": flat}
+    figure = recommendation_figure(replace(rec, spectra=tiny, ridge=1e-15))
+    assert any("noise floor" in text.get_text() for text in figure.axes[0].texts)
+
+
+def test_figures_refuse(rec, tmp_path, monkeypatch):
+    with pytest.raises(PeftLinearError, match=r"cannot write a figure as 'figure.xyz': the suffix must be one of"):
+        rec.plot(tmp_path / "figure.xyz")
+    monkeypatch.setattr("peft_linear.report.plots.matplotlib_available", lambda: False)
+    with pytest.raises(PeftLinearError, match=r"figures need matplotlib; install it with: pip install"):
+        rec.plot(tmp_path / "figure.png")
+
+
+def test_a_whole_report(rec, tmp_path, monkeypatch):
+    markdown, figure = write_report(rec, tmp_path)
+    assert Recommendation.load(tmp_path) == rec
+    assert markdown.read_text(encoding="utf-8").endswith("![Spectra and scores](recommendation.png)\n")
+    assert figure.is_file()
+    monkeypatch.setattr("peft_linear.report.writer.matplotlib_available", lambda: False)
+    assert [path.name for path in write_report(rec, tmp_path / "plain")] == ["recommendation.md"]
+    assert "recommendation.png" not in (tmp_path / "plain" / "recommendation.md").read_text(encoding="utf-8")
