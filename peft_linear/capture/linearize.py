@@ -68,7 +68,8 @@ class LinearizedModel(nn.Module):
     Caches (`past_key_values`) are left out.
 
     `parameters()` are its own copy of θ, under the model's names with "/" for "."; buffers hold θ0. The frozen
-    weights are shared with the wrapped model, which is called but never changed; `to(device)` moves both.
+    weights are shared with the wrapped model, which is called but never changed; `to(device)` moves both. The
+    proximal term of a ProximalLoRA adapter acts on the wrapped model only: here, add `squared_distance` to the loss.
 
     Cost: a forward-mode pass without a graph (the primal and the tangent, 2 to 3 forward passes); where a gradient
     is needed, one ordinary forward pass with its graph more. Because f̄ is affine in θ, its gradient is
@@ -123,9 +124,15 @@ class LinearizedModel(nn.Module):
         Raises:
             TargetError: a name or a shape does not fit.
         """
-        values = self._matching(parameters)
+        values = self.matching(parameters)
         displacement = {name: values[name] - self._at(self.theta0, name) for name in self.names}
         return self._forward_mode(displacement, args, kwargs)[0]
+
+    @torch.no_grad()
+    def start_outputs(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model itself returns at θ0, without gradient and without dropout."""
+        with evaluation(self.wrapped):
+            return functional_call(self.wrapped, self.anchor_state_dict(), args, kwargs)
 
     def displacement(self) -> dict[str, Tensor]:
         """θ−θ0 under the model's names, without gradient."""
@@ -134,6 +141,12 @@ class LinearizedModel(nn.Module):
     def distance(self) -> float:
         """`‖θ−θ0‖`, summed in float64."""
         return float(sum(delta.double().square().sum() for delta in self.displacement().values()) ** 0.5)
+
+    def squared_distance(self) -> Tensor:
+        """`‖θ−θ0‖²`, differentiable: the proximal term is `(λ/2)` times it, to be added to the loss you train on."""
+        return torch.stack(
+            [(self._at(self.theta, name) - self._at(self.theta0, name)).square().sum() for name in self.names]
+        ).sum()
 
     def adapter_state_dict(self) -> dict[str, Tensor]:
         """A copy of θ under the wrapped model's names."""
@@ -154,7 +167,7 @@ class LinearizedModel(nn.Module):
         """
         model = self.wrapped if model is None else model
         own = dict(model.named_parameters())
-        self._matching(own)
+        self.matching(own)
         for name in self.names:
             own[name].copy_(self._at(self.theta, name))
         return model
@@ -167,7 +180,7 @@ class LinearizedModel(nn.Module):
             TargetError: a name is missing, or has another shape.
         """
         values = dict(source.named_parameters()) if isinstance(source, nn.Module) else source
-        for name, value in self._matching(values).items():
+        for name, value in self.matching(values).items():
             self._at(self.theta, name).copy_(value)
         return self
 
@@ -254,7 +267,12 @@ class LinearizedModel(nn.Module):
                 )
             return map_tensors(first_order, output), losses.inputs
 
-    def _matching(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def matching(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Those of `values` that are named as θ, detached.
+
+        Raises:
+            TargetError: a name is missing, or has another shape.
+        """
         missing = [name for name in self.names if name not in values]
         if missing:
             raise TargetError(

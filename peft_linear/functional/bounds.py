@@ -61,7 +61,7 @@ def distance_bound(
     if final_risk > initial_risk:
         raise PeftLinearError(
             f"final_risk {final_risk:.6g} is above initial_risk {initial_risk:.6g}: the penalised objective has "
-            "risen, so the bound does not hold; lower the learning rate, or pass the risks of the same data without dropout"
+            "risen, so the bound does not hold; lower the learning rate, or take both risks on the same data"
         )
     return math.sqrt((1 if convex_minimum else 2) * (initial_risk - final_risk) / ridge)
 
