@@ -23,7 +23,7 @@ arXiv 2602.08239, section 3), with
 
 An anchor of `None` stands for zeros, so that the `B0 = 0` of a fresh adapter is never stored. Functions on lists work
 on the factors of many modules at once (`torch._foreach_*`); those on one `(A, B)` also take leading batch dimensions.
-`step` is η·λ (learning rate times λ), a float, or a tensor when a decision taken on the device scales it.
+`step` is η·λ (learning rate times λ), a float or a tensor.
 """
 
 from __future__ import annotations
@@ -76,28 +76,26 @@ def factor_gradient(parameters: Sequence[Tensor], anchors: Sequence[Anchor], str
     return [difference * _on(strength, difference) for difference in _differences(parameters, anchors)]
 
 
-def factor_proximal_step_(parameters: Sequence[Tensor], anchors: Sequence[Anchor], step: float | Tensor) -> None:
+def factor_proximal_step_(
+    parameters: Sequence[Tensor],
+    anchors: Sequence[Anchor],
+    step: float | Tensor,
+    gate: Tensor | None = None,
+) -> None:
     """In place `θ ← θ0 + (θ−θ0)/(1+ηλ)`: the exact proximal operator of η·(λ/2)·‖·−θ0‖², `step` being ηλ.
 
-    Proof: the minimiser of ½‖x−θ‖² + (ηλ/2)‖x−θ0‖² has x−θ + ηλ(x−θ0) = 0. A step of 0 leaves every bit as it was;
-    for step → ∞ the result is θ0.
+    Proof: the minimiser of ½‖x−θ‖² + (ηλ/2)‖x−θ0‖² has x−θ + ηλ(x−θ0) = 0. For step → ∞ the result is θ0. A `gate` of 0
+    leaves every bit as it was, one of 1 does the step; being a tensor, it never makes the host wait for the device.
     """
-    weight = step / (1 + step)
-    if isinstance(weight, Tensor):
-        groups: dict[tuple, list[int]] = {}
-        for index, parameter in enumerate(parameters):
-            groups.setdefault((parameter.device, parameter.dtype), []).append(index)
-        for members in groups.values():
-            moved = [parameters[i] for i in members]
-            changes = torch._foreach_mul(_differences(moved, [anchors[i] for i in members]), _on(weight, moved[0]))
-            torch._foreach_sub_(moved, changes)
-        return
-    pulled = [(p, a) for p, a in zip(parameters, anchors, strict=True) if a is not None]
-    shrunk = [p for p, a in zip(parameters, anchors, strict=True) if a is None]
-    if pulled:
-        torch._foreach_lerp_([p for p, _ in pulled], [a for _, a in pulled], weight)
-    if shrunk:
-        torch._foreach_mul_(shrunk, 1 / (1 + step))
+    divisor = 1 + step
+    pulled = torch._foreach_div(_differences(parameters, anchors), divisor)
+    moved = [i for i, anchor in enumerate(anchors) if anchor is not None]
+    if moved:
+        torch._foreach_add_([pulled[i] for i in moved], [anchor for anchor in anchors if anchor is not None])
+    if gate is None:
+        torch._foreach_copy_(list(parameters), pulled)
+    else:
+        torch._foreach_lerp_(list(parameters), pulled, [gate.to(parameter) for parameter in parameters])
 
 
 def delta_squared_distance(

@@ -213,9 +213,8 @@ def _apply_decoupled(part: AdapterStep, gate: Tensor | None) -> None:
             key = id(step.learning_rate) if isinstance(step.learning_rate, Tensor) else step.learning_rate
             by_rate.setdefault(key, []).append(step)
         for steps in by_rate.values():
-            strength = steps[0].learning_rate * part.strength
-            step_size = strength if gate is None else gate * torch.as_tensor(strength).to(gate)
-            factor_proximal_step_([s.value for s in steps], [s.anchor for s in steps], step_size)
+            step_size = steps[0].learning_rate * part.strength
+            factor_proximal_step_([s.value for s in steps], [s.anchor for s in steps], step_size, gate)
         return
     for stack in stack_modules(part.modules, part.adapter.name):
         rates_a, rates_b = stack.rates(part.strength, gate)

@@ -160,7 +160,7 @@ def test_a_step_of_zero_leaves_every_bit(module, gated):
     new_a, new_b = delta_proximal_step(a, b, a0, b0, step, step)
     assert torch.equal(new_a, a) and torch.equal(new_b, b)
     parameters = [a.clone(), b.clone()]
-    factor_proximal_step_(parameters, [a0, b0], step)
+    factor_proximal_step_(parameters, [a0, b0], 7.0, torch.zeros(()))
     assert torch.equal(parameters[0], a) and torch.equal(parameters[1], b)
 
 
@@ -184,7 +184,9 @@ def test_factor_step_is_the_proximal_operator(module, step, gated):
     a, b, a0, b0, _ = module
     start_a, start_b = dense_anchor(a, b, a0, b0)
     parameters = [a.clone(), b.clone()]
-    factor_proximal_step_(parameters, [a0, b0], torch.tensor(step) if gated else step)
+    factor_proximal_step_(parameters, [a0, b0], torch.tensor(step), torch.ones(())) if gated else (
+        factor_proximal_step_(parameters, [a0, b0], step)
+    )
     torch.testing.assert_close(parameters[0], start_a + (a - start_a) / (1 + step), rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(parameters[1], start_b + (b - start_b) / (1 + step), rtol=1e-9, atol=1e-12)
     # optimality of ½‖x−θ‖² + (step/2)‖x−θ0‖²
