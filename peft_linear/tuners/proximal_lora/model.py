@@ -74,7 +74,8 @@ class ProximalLoraModel(LoraModel):
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         validate = getattr(save_and_load, "_validate_lora_adapter_state_dict", None)  # peft asks for LORA by name
         if validate is not None:
-            validate(selected, adapter_name=adapter_name)
+            matrices = {key: value for key, value in selected.items() if not key.endswith(".bias")}
+            validate(matrices, adapter_name=adapter_name)
         return selected
 
     @classmethod

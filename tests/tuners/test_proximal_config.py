@@ -1,0 +1,137 @@
+# Copyright 2026 The peft-linear authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Registration and configuration of the adapter type."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import importlib
+import json
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from peft import LoraConfig, PeftConfig, PeftType, get_peft_config
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.lora import LoraModel
+
+import peft_linear
+from peft_linear.errors import PeftLinearError
+from peft_linear.tuners.proximal_lora import PROXIMAL_LORA, ProximalLoraConfig, ProximalLoraModel
+
+
+def test_the_type_is_a_real_member_of_pefts_enum():
+    assert PeftType.PROXIMAL_LORA is PeftType("PROXIMAL_LORA") is PeftType["PROXIMAL_LORA"] is PROXIMAL_LORA
+    assert PROXIMAL_LORA in list(PeftType) and list(PeftType).count(PROXIMAL_LORA) == 1
+    assert isinstance(PROXIMAL_LORA, PeftType) and PROXIMAL_LORA in PeftType
+    assert pickle.loads(pickle.dumps(PROXIMAL_LORA)) is PROXIMAL_LORA
+    assert copy.deepcopy(PROXIMAL_LORA) is PROXIMAL_LORA
+    assert PROXIMAL_LORA == "PROXIMAL_LORA" == PROXIMAL_LORA.value == PROXIMAL_LORA.name
+    assert json.dumps(PROXIMAL_LORA) == '"PROXIMAL_LORA"'
+    assert PEFT_TYPE_TO_CONFIG_MAPPING[PROXIMAL_LORA] is ProximalLoraConfig
+    assert PEFT_TYPE_TO_TUNER_MAPPING[PROXIMAL_LORA] is ProximalLoraModel
+    assert issubclass(ProximalLoraModel, LoraModel)
+
+
+def test_importing_again_in_a_fresh_process_registers_once():
+    code = """
+import sys, peft, importlib
+from torch.optim import optimizer as torch_optimizer
+before = [type(m) for m in peft.PeftType]
+import peft_linear
+import peft_linear.tuners.proximal_lora as package
+members = list(peft.PeftType)
+importlib.reload(package)
+for name in [n for n in sys.modules if n.split(".")[0] == "peft_linear"]:
+    del sys.modules[name]
+import peft_linear
+from peft_linear.tuners.proximal_lora import ProximalLoraConfig
+assert list(peft.PeftType) == members and len(members) == len(before) + 1
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as mapping
+assert mapping[peft.PeftType.PROXIMAL_LORA] is ProximalLoraConfig
+assert not hasattr(peft.PeftModel.load_adapter._peft_linear_original, "_peft_linear_original")
+
+import torch
+from peft_linear.training.proximal import proximal_distance
+model = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(3, 3)),
+                            ProximalLoraConfig(target_modules=["0"], proximal_lambda=2.0, proximal_selective=False))
+parameters = [p for p in model.parameters() if p.requires_grad]
+for p in parameters:
+    p.data.add_(1.0)
+    p.grad = torch.zeros_like(p)
+before = proximal_distance(model)
+torch.optim.SGD(parameters, lr=0.5).step()
+assert abs(proximal_distance(model) / before - 0.5) < 1e-6, "the term must act once, also after importing twice"
+print("fine")
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert result.stdout.strip() == "fine", result.stderr
+
+
+def test_reloading_keeps_the_member():
+    importlib.reload(peft_linear)
+    assert PeftType("PROXIMAL_LORA") is PROXIMAL_LORA
+
+
+def test_the_configuration_is_lora_with_four_more_fields(tmp_path):
+    extra = {f.name for f in dataclasses.fields(ProximalLoraConfig)} - {f.name for f in dataclasses.fields(LoraConfig)}
+    assert extra == {"proximal_lambda", "proximal_space", "proximal_mode", "proximal_selective"}
+    config = ProximalLoraConfig(
+        r=5, target_modules=["q"], proximal_lambda=3, proximal_space="delta", proximal_mode="coupled"
+    )
+    assert config.peft_type is PROXIMAL_LORA and config.proximal_lambda == 3.0 and config.proximal_selective
+    config.save_pretrained(tmp_path)
+    for cls in (PeftConfig, LoraConfig, ProximalLoraConfig):
+        loaded = cls.from_pretrained(tmp_path)
+        assert type(loaded) is ProximalLoraConfig and loaded == config
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert written["peft_type"] == "PROXIMAL_LORA"
+    assert get_peft_config(written).proximal_space == "delta"
+    assert copy.deepcopy(config) == config == pickle.loads(pickle.dumps(config))
+    assert dataclasses.replace(config, r=2).r == 2
+
+
+def test_defaults():
+    config = ProximalLoraConfig()
+    assert (config.proximal_space, config.proximal_mode, config.proximal_selective) == ("factors", "decoupled", True)
+    assert config.proximal_lambda == 0.01
+    assert ProximalLoraConfig(proximal_lambda=np.float32(0.5)).proximal_lambda == 0.5
+
+
+@pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf"), "0.1", None, True])
+def test_bad_lambda(value):
+    with pytest.raises(PeftLinearError, match=r"proximal_lambda must be a finite number >= 0 .* got"):
+        ProximalLoraConfig(proximal_lambda=value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"proximal_space": "weights"}, "proximal_space must be one of 'factors', 'delta', got 'weights'"),
+        ({"proximal_mode": None}, "proximal_mode must be one of 'decoupled', 'coupled', got None"),
+        ({"proximal_selective": "yes"}, "proximal_selective must be True or False, got 'yes'"),
+        ({"r": 0}, "the rank r must be a positive integer, got 0"),
+        ({"r": -4}, "the rank r must be a positive integer, got -4"),
+        ({"r": 2.5}, "the rank r must be a positive integer, got 2.5"),
+        ({"r": True}, "the rank r must be a positive integer, got True"),
+        ({"rank_pattern": {"q": 0, "k": 3}}, r"the ranks in rank_pattern must be positive integers, got \{'q': 0\}"),
+        ({"proximal_space": "delta", "use_dora": True}, "which is not so with use_dora"),
+    ],
+)
+def test_bad_fields(fields, message):
+    with pytest.raises(PeftLinearError, match=message):
+        ProximalLoraConfig(**fields)
