@@ -154,7 +154,7 @@ class NtkRecommendationCallback(TrainerCallback):
             require_modules(model, self.modules, adapter)
             checkpoint = Path(args.output_dir or "", f"checkpoint-{state.global_step}")
             if state.global_step and checkpoint.is_dir():
-                require_modules(model, checkpoint_modules(model, checkpoint, adapter), adapter)
+                self._require_checkpoint(model, checkpoint, adapter)
         if self.recommendation is not None:
             self._pending = summary(self.recommendation)
             state.log_history.append({**self._pending, "step": state.global_step})
@@ -192,6 +192,14 @@ class NtkRecommendationCallback(TrainerCallback):
 
         self.recommendation = on_main_process(compute, state.is_world_process_zero)
         self.modules = self.recommendation.modules
+
+    def _require_checkpoint(self, model: PeftModel, checkpoint: Path, adapter: str) -> None:
+        saved = checkpoint_modules(model, checkpoint, adapter)
+        if set(saved) != set(self.modules):
+            raise PeftLinearError(
+                f"{checkpoint} holds an adapter on {', '.join(saved)}, but {', '.join(self.modules)} were chosen; "
+                f"pass resume_from_checkpoint={os.fspath(checkpoint)!r} to NtkRecommendationCallback to take its choice"
+            )
 
     def _recall(self, output: Path, model: torch.nn.Module, checkpoint: str) -> bool:
         """Takes the choice of an earlier run; false where there is none to take."""

@@ -89,7 +89,8 @@ def restrict_adapter(model: PeftModel, keep: Collection[str], adapter_name: str 
     root = base_model(model)
     for name in removed:
         layer = adapted[name]
-        layer.delete_adapter(adapter_name)
+        layer.set_adapter([other for other in layer.active_adapters if other != adapter_name])
+        layer.delete_adapter(adapter_name)  # not active any more, so peft activates no other in its place
         if not layer.lora_A and not layer.lora_embedding_A:
             parent, _, child = name.rpartition(".")
             setattr(root.get_submodule(parent), child, layer.get_base_layer())
@@ -112,7 +113,7 @@ def checkpoint_modules(
 
     Raises:
         FileError: the folder holds no adapter_config.json.
-        TargetError: the checkpoint's adapter is on none of the model's adapted modules.
+        TargetError: the checkpoint's adapter is on a module that does not carry the model's, or on none.
     """
     adapter_name = adapter_name_of(model, adapter_name)
     folders = [os.fspath(checkpoint), os.path.join(checkpoint, adapter_name)]
@@ -120,11 +121,16 @@ def checkpoint_modules(
     if folder is None:
         raise FileError(f"there is no adapter_config.json in {folders[0]!r}, so it is no checkpoint of an adapter")
     config: Any = PeftConfig.from_pretrained(folder)
-    found = tuple(name for name in adapted_modules(model, adapter_name) if check_target_module_exists(config, name))
-    if not found:
+    adapted = adapted_modules(model, adapter_name)
+    modules = base_model(model).named_modules()
+    linear = [name for name, module in modules if linear_shape(module) is not None]
+    found = tuple(name for name in linear if check_target_module_exists(config, name))
+    without = [name for name in found if name not in adapted]
+    if without or not found:
         raise TargetError(
-            f"the adapter in {folder!r} is on {config.target_modules!r}, which are none of the modules that carry "
-            f"adapter {adapter_name!r} here: {', '.join(adapted_modules(model, adapter_name))}"
+            f"the adapter in {folder!r} is on {', '.join(without) or config.target_modules}, which adapter "
+            f"{adapter_name!r} of this model is not: it is on {', '.join(adapted)}. Make the model with the config of "
+            "the run that is resumed"
         )
     return found
 
