@@ -17,7 +17,7 @@ The floor is one forward and C backward passes with respect to activations: what
 network can do without. Peers: torch.func's Jacobian contraction over the adapter's parameters alone (best chunk size),
 the authors' way (example by example, over all parameters, keeping the adapter's), nngeometry's and TRAK's Jacobians.
 
-    pip install -e '.[bench]'
+    pip install -e '.[bench]' && pip install --no-deps nngeometry
     python examples/benchmarks/ntk_speed.py --output docs/measurements/ntk_speed
 """
 
