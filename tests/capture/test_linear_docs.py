@@ -1,0 +1,46 @@
+# Copyright 2026 The peft-linear authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+import re
+from pathlib import Path
+
+import pytest
+
+from peft_linear.capture.gap import VERDICTS
+from peft_linear.functional import bounds
+from tests.linear_models import with_adapter
+from tests.small_models import bert, text_batches
+
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+@pytest.mark.parametrize("page", ["linearised_model.md", "bounds.md"])
+def test_the_code_on_the_page_runs(page):
+    names = {"model": with_adapter(bert), "batches": text_batches()}
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), re.S)
+    assert blocks
+    for block in blocks:
+        exec(block, names)
+
+
+def test_the_verdicts_on_the_page_are_those_of_the_code():
+    page = (DOCS / "linearised_model.md").read_text(encoding="utf-8")
+    for gap, agreement, word in VERDICTS:
+        assert f"| {word} | at most {gap:.0%} | at least {agreement:.0%} |".replace("%", " %") in page
+
+
+def test_the_numbers_on_the_page_are_those_of_the_code():
+    assert bounds.distance_bound(0.69, 0.0, 0.01) == pytest.approx(11.7, abs=0.05)
+    assert bounds.taylor_remainder_bound(0.05, 2.0) == pytest.approx(0.1)
