@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import re
 from pathlib import Path
+from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
@@ -26,6 +27,7 @@ from ..errors import BudgetError, FileError
 from ..report.writer import write_report
 from ..selection.recommend import recommend
 from ..training.workflow import check_request
+from ..tuners.proximal_lora import ProximalLoraConfig
 from .data import batches_of, collator, load_text_data, sample_rows, tokenize
 from .models import load_model
 
@@ -62,6 +64,12 @@ def run_recommend(arguments: argparse.Namespace) -> None:
         PeftLinearError: or one of its kin; nothing has been written then.
     """
     budget = parse_budget_argument(arguments.budget)
+    adapter = {
+        "task_type": "CAUSAL_LM" if arguments.task == "causal-lm" else "SEQ_CLS",
+        "proximal_lambda": arguments.proximal_lambda,
+        "base_model_name_or_path": arguments.model,
+    }
+    ProximalLoraConfig(**adapter)  # refuses values that are none before anything is loaded
     output = Path(arguments.output)
     if output.exists() and not output.is_dir():
         raise FileError(f"{output} exists and is not a folder; pass another --output")
@@ -71,12 +79,15 @@ def run_recommend(arguments: argparse.Namespace) -> None:
     data = load_text_data(arguments.dataset, arguments.task, arguments.text_column, arguments.label_column)
     rows = sample_rows(data, arguments.examples, arguments.split, arguments.seed)
     model, tokenizer = load_model(arguments.model, arguments.task, data.label_names, arguments.seed, arguments.device)
+    outputs: Any = "log_likelihood" if arguments.task == "causal-lm" else "logits"
     targets = arguments.targets[0] if arguments.targets == ["all-linear"] else arguments.targets
     check_request(
         model,
         budget,
         arguments.criterion,
+        arguments.ridge,
         arguments.strategy,
+        outputs=outputs,
         targets=targets,
         rank=arguments.rank,
         space=arguments.space,
@@ -90,18 +101,14 @@ def run_recommend(arguments: argparse.Namespace) -> None:
         rank=arguments.rank,
         lora_alpha=arguments.alpha,
         draws=arguments.draws,
-        outputs="log_likelihood" if arguments.task == "causal-lm" else "logits",
+        outputs=outputs,
         seed=arguments.seed,
         progress=not arguments.quiet,
     )
     recommendation = recommend(
         kernels, budget, arguments.criterion, arguments.ridge, arguments.strategy, arguments.seed
     )
-    config = recommendation.to_config(
-        task_type="CAUSAL_LM" if arguments.task == "causal-lm" else "SEQ_CLS",
-        proximal_lambda=arguments.proximal_lambda,
-        base_model_name_or_path=arguments.model,
-    )
+    config = recommendation.to_config(**adapter)
     kernels.save(output / KERNELS_NAME)
     written = write_report(recommendation, output)
     config.save_pretrained(str(output / ADAPTER_NAME))

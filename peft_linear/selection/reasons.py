@@ -55,10 +55,7 @@ def explain(
                 f"left; {alone}"
             )
         elif name in result.last_round:
-            reasons[name] = (
-                f"not chosen: as the last pick it would have left the {criterion.label} at "
-                f"{result.last_round[name]:.4g} instead of {result.path[-1]:.4g}; {alone}"
-            )
+            reasons[name] = f"not chosen: {_instead(criterion, result.last_round[name], result.path[-1])}; {alone}"
         elif strategy == "exhaustive":
             reasons[name] = (
                 f"not chosen: not in the best set, whose {criterion.label} is {result.path[-1]:.4g}; {alone}"
@@ -134,4 +131,16 @@ def _change(criterion: Criterion, before: float, after: float) -> str:
     judgement = ""
     if criterion.utility(after) < criterion.utility(before):
         judgement = ", which is worse, but the best that fits the budget"
-    return f"{verb} the {criterion.label} from {before:.4g} to {after:.4g}{judgement}"
+    change = (
+        f"by {abs(after - before):.2g} (from {before:.4g} to {after:.4g})" if after != before else f"at {after:.4g}"
+    )
+    return f"{verb} the {criterion.label} {change}{judgement}"
+
+
+def _instead(criterion: Criterion, score: float, taken: float) -> str:
+    difference = f"{abs(score - taken):.2g}"
+    if criterion.utility(score) > criterion.utility(taken):
+        judgement = f"{difference} better than the pick, but at more parameters for what it gives"
+    else:
+        judgement = f"{difference} worse than the pick" if score != taken else "as good as the pick, which comes first"
+    return f"in place of the last pick it would give {criterion.label} {score:.4g}, {judgement}"

@@ -40,6 +40,12 @@ RIDGE_RANGE = (1e-3, 10.0)
 RIDGE_STEPS = 17
 
 
+def check_ridge(ridge: float | None) -> None:
+    """Raises `KernelError` unless the ridge is above 0, or None for the default."""
+    if ridge is not None and not (math.isfinite(ridge) and ridge > 0):
+        raise KernelError(f"ridge must be a finite number > 0 (unit: eigenvalues of the kernel), got {ridge}")
+
+
 def default_ridge(kernels: ModuleKernels) -> float:
     """One λ for every subset: the ridge with the least leave-one-out error of the kernel K of all candidates.
 
@@ -103,8 +109,7 @@ def recommend(
     """
     limit = parse_budget(budget, kernels.num_parameters)
     check_strategy(strategy, len(kernels), limit)
-    if ridge is not None and not (math.isfinite(ridge) and ridge > 0):
-        raise KernelError(f"ridge must be a finite number > 0 (unit: eigenvalues of the kernel), got {ridge}")
+    check_ridge(ridge)
     if steps < 1 or folds < 2 or (learning_rate is not None and not 0 < learning_rate < math.inf):
         raise PeftLinearError(
             f"simulated training needs steps ≥ 1, folds ≥ 2 and a finite learning rate > 0, got steps={steps}, "

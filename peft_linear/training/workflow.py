@@ -19,15 +19,17 @@ import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..capture.ntk import compute_ntk
 from ..capture.targets import base_model, resolve_always_trained, resolve_targets
 from ..capture.terms import check_adapter_arguments, module_terms
-from ..errors import CriterionError, PeftLinearError
+from ..errors import PeftLinearError
 from ..selection.budget import parse_budget
-from ..selection.criteria import CRITERIA, DEFAULT_NAME
-from ..selection.recommend import recommend
+from ..selection.criteria import DEFAULT_NAME, resolve_criterion
+from ..selection.problem import Problem
+from ..selection.recommend import check_ridge, recommend
 from ..selection.recommendation import Recommendation
 from ..selection.search import check_strategy
 
@@ -42,21 +44,25 @@ def check_request(
     model: nn.Module,
     budget: int | float | str,
     criterion: str = DEFAULT_NAME,
+    ridge: float | None = None,
     strategy: str = "greedy",
     **ntk: Any,
 ) -> tuple[str, ...]:
     """Refuses a recommendation that cannot be made, before any pass through the model; returns the candidates' names.
 
     Raises:
-        TargetError, BudgetError, CriterionError: as `recommend_modules`.
+        TargetError, BudgetError, CriterionError, KernelError: as `recommend_modules`.
+        OutputError: outputs of this kind do not provide what the criterion needs, even with labels.
         PeftLinearError: a keyword that `compute_ntk` does not take.
     """
     accepted = [name for name in inspect.signature(compute_ntk).parameters if name not in ("model", "batches")]
     unknown = sorted(set(ntk) - set(accepted))
     if unknown:
         raise PeftLinearError(f"unknown arguments {', '.join(unknown)}; compute_ntk takes: {', '.join(accepted)}")
-    if criterion not in (DEFAULT_NAME, *CRITERIA):
-        raise CriterionError(f"unknown criterion {criterion!r}; there are: {', '.join([DEFAULT_NAME, *CRITERIA])}")
+    check_ridge(ridge)
+    kind = ntk.get("outputs") or default_outputs(model)
+    labelled = Problem(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long), kind, ridge=1.0)
+    resolve_criterion(criterion, labelled)
     head = resolve_always_trained(model, ntk.get("always_trained"))
     modules = resolve_targets(model, ntk.get("targets", "all-linear"), reserved=head)
     space, rank, alpha = ntk.get("space", "lora"), ntk.get("rank", 8), ntk.get("lora_alpha", 16.0)
@@ -93,7 +99,7 @@ def recommend_modules(
     Raises:
         PeftLinearError: or one of its kin, as `compute_ntk` and `recommend`.
     """
-    check_request(model, budget, criterion, strategy, **ntk)
+    check_request(model, budget, criterion, ridge, strategy, **ntk)
     ntk.setdefault("outputs", default_outputs(model))
     kernels = compute_ntk(model, batches, seed=seed, **ntk)
     return recommend(

@@ -90,7 +90,33 @@ def test_every_reason_is_a_sentence_with_the_numbers(kernels, rec):
         assert row.reason.startswith("pick" if row.chosen else "not chosen")
     first = next(row for row in rec.scores if row.name == rec.modules[0])
     start = CRITERIA["leave_one_out"](kernels.base, Problem.of(kernels, rec.ridge))
-    assert f"lowers the leave-one-out error from {start:.4g} to {first.score:.4g}" in first.reason
+    change = f"by {start - first.score:.2g} (from {start:.4g} to {first.score:.4g})"
+    assert f"pick 1 of 2: lowers the leave-one-out error {change}" in first.reason
+    rejected = next(row for row in rec.scores if not row.chosen)
+    assert "in place of the last pick it would give leave-one-out error" in rejected.reason
+    assert "worse than the pick" in rejected.reason
+
+
+def test_reasons_tell_when_a_pick_harms_and_when_a_tie_or_the_price_decides():
+    kernels = planted_kernels()
+    harm = recommend(kernels, 6, ridge=0.05)
+    assert any("which is worse, but the best that fits the budget" in row.reason for row in harm.scores if row.chosen)
+    same = replace(kernels, blocks=dict.fromkeys(kernels.names, kernels[kernels.names[2]]))
+    tie = recommend(same, 1, "trace")
+    assert all("as good as the pick, which comes first" in row.reason for row in tie.scores if not row.chosen)
+    eye = torch.eye(108, dtype=torch.float64)
+    priced = planted_kernels(names=BERT_NAMES[:5], informative=(), sizes=[100, 100, 100, 150, 150], head=0.0)
+    gains = zip(priced.names, (2.0, 2.0, 2.0, 2.1, 2.1), strict=True)
+    rec = recommend(replace(priced, blocks={name: gain * eye for name, gain in gains}), "350", "trace")
+    assert rec.modules == BERT_NAMES[:3]
+    assert sum("better than the pick, but at more parameters for what it gives" in r.reason for r in rec.scores) == 2
+    blind = replace(
+        kernels,
+        base=torch.zeros_like(kernels.base),
+        blocks=dict.fromkeys(kernels.names[1:], 0 * eye) | {kernels.names[0]: eye},
+    )
+    flat = recommend(replace(blind, blocks={n: blind.blocks[n] for n in kernels.names}), 2, "trace")
+    assert any("leaves the trace at 108" in row.reason for row in flat.scores if row.chosen)
 
 
 def test_reasons_tell_what_did_not_fit():

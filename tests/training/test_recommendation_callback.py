@@ -23,7 +23,15 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from peft_linear.errors import BudgetError, CriterionError, FileError, PeftLinearError, TargetError
+from peft_linear.errors import (
+    BudgetError,
+    CriterionError,
+    FileError,
+    KernelError,
+    OutputError,
+    PeftLinearError,
+    TargetError,
+)
 from peft_linear.selection import Recommendation, recommend
 from peft_linear.training.calibration import calibration_batches
 from peft_linear.training.recommendation_callback import NtkRecommendationCallback, on_main_process, summary
@@ -448,6 +456,8 @@ def test_recommend_modules_is_both_steps_and_knows_language_models():
         ({"budget": 3, "targets": ["nothing"]}, TargetError, "matches no module"),
         ({"budget": 3, "rank": 0}, PeftLinearError, "rank must be a positive integer, got 0"),
         ({"budget": 6, "strategy": "exhaustive", "targets": "all-linear"}, None, ""),
+        ({"budget": 3, "ridge": 0.0}, KernelError, "ridge must be a finite number > 0"),
+        ({"budget": 3, "criterion": "predicted_loss", "outputs": "loss"}, OutputError, "cannot be computed from"),
         ({"budget": 3, "strategy": "other"}, CriterionError, "unknown strategy 'other'"),
         ({"budget": "10", "space": "bias"}, BudgetError, "is 10 parameters, but the smallest candidate has 16"),
     ],
