@@ -38,7 +38,7 @@ def model_card_section(recommendation: Recommendation) -> str:
     return (
         f"{BEGIN}\n## Which modules are adapted\n\n"
         f"{len(rec.modules)} of {len(rec.scores)} candidate modules were chosen before training by their neural "
-        f"tangent kernels ({label}, budget {rec.budget!r}), with [peft-linear](https://pypi.org/project/peft-linear); "
+        f"tangent kernels ({label}, budget {rec.budget!r}), with peft-linear; "
         "method: [Linearization Explains Fine-Tuning in Large Language Models](https://arxiv.org/abs/2602.08239).\n\n"
         f"{choice_table(rec)}\n\n{prediction_table(rec.predicted)}\n{notes}{chr(10) if notes else ''}{END}"
     )
