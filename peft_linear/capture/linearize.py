@@ -184,6 +184,7 @@ class LinearizedModel(nn.Module):
             self._at(self.theta, name).copy_(value)
         return self
 
+    @torch.inference_mode(False)
     def load_dual_coefficients(
         self,
         alpha: Tensor,  # (N, C)
@@ -246,18 +247,15 @@ class LinearizedModel(nn.Module):
 
     def _forward_mode(self, displacement: dict[str, Tensor], args: tuple, kwargs: dict) -> tuple[Any, list[Tensor]]:
         with (
+            torch.inference_mode(False),  # which would drop the tangents without a word
             evaluation(self.wrapped),
             differentiable_attention(self.wrapped),
             torch.no_grad(),
             forward_ad.dual_level(),
             LinearLosses() as losses,
         ):
-            duals = {
-                name: forward_ad.make_dual(
-                    self._at(self.theta0, name), displacement[name].to(self._at(self.theta0, name))
-                )
-                for name in self.names
-            }
+            anchors = {name: self._at(self.theta0, name) for name in self.names}
+            duals = {n: forward_ad.make_dual(a, displacement[n].to(a, copy=True)) for n, a in anchors.items()}
             with forward_mode_errors(type(base_model(self.wrapped)).__name__):
                 output = functional_call(self.wrapped, duals, args, kwargs)
             if not losses.inputs and has_tangent(_loss_of(output)):

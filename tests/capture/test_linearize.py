@@ -231,6 +231,28 @@ def test_dropout_is_off_in_training_mode():
     assert torch.equal(first, second)
 
 
+@pytest.mark.parametrize("name", ["bert", "vit"])
+def test_inference_mode_keeps_the_tangents(name):
+    _, linearized, batch = build(name)
+    with torch.no_grad():
+        expected = linearized(**batch).logits
+    with torch.inference_mode():
+        inputs = {key: value.clone() for key, value in batch.items()}
+        assert_close(linearized(**inputs).logits, expected, rtol=0, atol=0)
+        there = {key: value.clone() for key, value in linearized.adapter_state_dict().items()}
+        assert_close(linearized.linear_outputs(there, **inputs).logits, expected, rtol=0, atol=0)
+
+
+def test_autocast_rounds_the_tangents_and_keeps_them():
+    model = with_adapter(bert).float()
+    linearized, batch = moved(linearize(model), 0.3), text_batches()[0]
+    exact, start = linearized(**batch).logits, linearized.start_outputs(**batch).logits
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = linearized(**batch).logits
+    assert rounded.dtype == torch.bfloat16
+    assert (rounded - exact).norm() < 0.1 * (exact - start).norm()
+
+
 class NoForwardMode(torch.autograd.Function):
     @staticmethod
     def forward(ctx, value):
