@@ -40,3 +40,7 @@ class CriterionError(PeftLinearError):
 
 class FileError(PeftLinearError):
     """A file or folder that is not what it should be."""
+
+
+class ProcessError(PeftLinearError):
+    """Another process of a run of several failed, died, or did not answer."""

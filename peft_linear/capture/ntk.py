@@ -15,27 +15,28 @@
 
 from __future__ import annotations
 
+import os
 import platform
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from tqdm.auto import tqdm
-from transformers import PreTrainedModel
+from torch import nn
 
-from ..errors import TargetError
-from ..functional.gram import DEFAULT_MAX_BYTES, rows_gram
+from ..functional.gram import DEFAULT_MAX_BYTES
 from ..kernels import ModuleKernels
-from .accumulate import TermAccumulator, relative_spread
-from .batches import Batch, evaluate, gather_labels, progress_bar, read_batches
+from .batches import read_batches
+from .fingerprint import fingerprint
+from .memory import parse_memory
 from .outputs import OutputFunction, OutputKind, label_shift
-from .parameters import parameter_rows, split_parameters
-from .recorder import Recorder, by_example, recording
+from .parameters import split_parameters
+from .passes import Job, no_gradient
+from .processes import Team
+from .run import Run
+from .run_folder import RunFolder
 from .targets import Targets, base_model, linear_shape, resolve_always_trained, resolve_targets
-from .terms import Space, Term, check_adapter_arguments, linear_parameter_terms, module_terms
+from .terms import Space, check_adapter_arguments, linear_parameter_terms, module_terms
 
 
 def compute_ntk(
@@ -53,6 +54,8 @@ def compute_ntk(
     *,
     num_projections: int = 16,
     max_bytes: int = DEFAULT_MAX_BYTES,
+    max_memory: int | str | None = None,
+    folder: str | os.PathLike | None = None,
 ) -> ModuleKernels:
     """The empirical NTK `K_m = J_m J_mᵀ` of every target module m at the model's present parameters.
 
@@ -80,6 +83,17 @@ def compute_ntk(
         progress: show progress bars.
         num_projections: outputs of "random_projection".
         max_bytes: bound on the temporary memory of one Gram product.
+        max_memory: bytes, or a size like "4GB" or "512MiB", that the computation may keep: rows of all batches,
+            products at work and finished blocks together; more goes to files. It covers neither the model, nor the
+            batches, nor what a single batch needs (its activations and rows). At least about 27·n² bytes; where the
+            blocks do not fit, the result is lazy (see ModuleKernels). None: no limit.
+        folder: keeps rows and finished blocks here, checksummed, so that a run that was killed goes on where it
+            stopped when it is called again with the same arguments, and gives the same kernels to the bit. Holds the
+            kernels at the end (`ModuleKernels.load(folder)`). Default: memory, or a temporary folder.
+
+    Under `accelerate launch` or torchrun every process calls this with the same model and the same batches; the work
+    is divided, and all processes get the same kernels. They need a file system in common (`folder`, or the default
+    temporary one on a single machine).
 
     Returns:
         ModuleKernels with float64 (n, n) blocks on the CPU, n = N·C.
@@ -87,7 +101,9 @@ def compute_ntk(
     Raises:
         TargetError: unknown or unusable targets, candidates that take no gradient, examples that cannot be told apart.
         OutputError: labels missing or out of range, outputs that are not finite or of the wrong shape.
-        PeftLinearError: no batches, or arguments out of range.
+        PeftLinearError: no batches, arguments out of range, too little memory, processes with different data.
+        FileError: `folder` holds the run of something else, or cannot be used.
+        ProcessError: another process failed or died.
 
     Cost: (1 forward + C backward passes to the lowest target) of N examples, N·C·T·rank·d_out multiplications a
     module for the rows, and n²·rank·d_out for its Gram matrix (d_in in place of rank for space="weight").
@@ -96,6 +112,7 @@ def compute_ntk(
     factorisation of a linear layer's per-example gradient is Goodfellow's (arXiv 1510.01799).
     """
     check_adapter_arguments(space, rank, lora_alpha, draws)
+    limit = parse_memory(max_memory)
     function = OutputFunction(
         outputs, shift=label_shift(base_model(model)), num_projections=num_projections, seed=seed
     )
@@ -105,145 +122,64 @@ def compute_ntk(
     terms, num_parameters = {}, {}
     for name, module in chosen.items():
         terms[name], num_parameters[name] = module_terms(name, module, space, rank, lora_alpha, draws, seed)
-    read = read_batches(batches, model, function.needs_labels, f"outputs={outputs!r}")
+    terms |= {name: linear_parameter_terms(module) for name, module in head_linear.items()}
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    asked = {
+        "targets": list(chosen),
+        "always_trained": sorted(head),
+        "space": space,
+        "rank": rank,
+        "lora_alpha": lora_alpha,
+        "draws": draws,
+        "outputs": outputs,
+        "num_projections": num_projections,
+        "seed": seed,
+    }
 
-    start = time.perf_counter()
-    hooked = {**chosen, **head_linear}
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        head_terms = {name: linear_parameter_terms(module) for name, module in head_linear.items()}
-        accumulators, values = _capture(model, hooked, chosen, terms | head_terms, read, function, device, progress)
-        labels = gather_labels(read, values, function)
-        other_rows = parameter_rows(model, head_other, read, function, device, progress) if head_other else None
-    passes_seconds = time.perf_counter() - start
-
-    blocks, spread, ways = {}, {}, {}
-    n = values.numel()
-    base = torch.zeros(n, n, dtype=torch.float64)
-    bar = tqdm(list(hooked), desc="Gram matrices", unit="module", disable=not progress)
-    for name in bar:
-        block, draws_of_block, ways[name] = _gram(accumulators.pop(name), max_bytes)
-        if name in chosen:
-            blocks[name] = block
-            if draws_of_block is not None:
-                spread[name] = relative_spread(draws_of_block)
-        else:
-            base += block
-    if other_rows is not None:
-        base += rows_gram(other_rows, max_bytes).cpu()
-    if not any(block.any() for block in blocks.values()):
-        raise _no_gradient(blocks, outputs)
-    return ModuleKernels(
-        blocks=blocks,
-        base=base,
-        outputs=values,
-        labels=labels,
-        num_parameters=num_parameters,
-        shapes={name: linear_shape(module) for name, module in chosen.items()},  # type: ignore[misc]
-        output_kind=outputs,
-        space=space,
-        rank=rank,
-        lora_alpha=float(lora_alpha),
-        spread=spread,
-        provenance={
-            **_describe(model, device),
-            "seed": seed,
-            "draws": draws,
-            "num_batches": len(read),
-            "always_trained": sorted(head),
-            "no_gradient": [name for name, block in blocks.items() if not block.any()],
-            "ways": ways,
-            "seconds_passes": passes_seconds,
-            "seconds_gram": time.perf_counter() - start - passes_seconds,
-        },
-    )
-
-
-def _check_first_batch(
-    recorder: Recorder,
-    candidates: Iterable[str],
-    outputs: Tensor,
-    model: nn.Module,
-    kind: str,
-) -> None:
-    """Before the first backward pass: are candidates part of the graph, and are the examples of a batch independent?
-
-    Transformers work on (batch, …, width) everywhere; where a model does, no gradient of example 0 can reach the rows
-    of another example. Other layouts and other models are tried: one more backward pass, of the first example alone.
-    """
-    size = outputs.shape[0]
-    calls = [(name, call) for name, calls in recorder.calls.items() for call in calls]
-    if not outputs.requires_grad or not any(recorder.calls[name] for name in candidates):
-        raise _no_gradient(candidates, kind)
-    plain = isinstance(base_model(model), PreTrainedModel) and all(
-        call.inputs.shape[0] == size and size not in call.inputs.shape[1:-1] for _, call in calls
-    )
-    if size == 1 or plain:
-        return
-    mixed = {}
-
-    def look(name: str, number: int, cotangent: Tensor) -> None:
-        by_example(recorder.calls[name][number].inputs, size, name)
-        if bool(by_example(cotangent, size, name)[1:].any()):
-            mixed[name] = tuple(cotangent.shape)
-
-    recorder.backward(outputs[0].sum(), keep_graph=True, on_cotangent=look)
-    if mixed:
-        name, shape = next(iter(mixed.items()))
-        raise TargetError(
-            f"{name} mixes the examples of a batch (its output has shape {shape}), so their gradients cannot be told "
-            "apart; pass batches of one example"
+    team = Team.assemble()
+    store = RunFolder(team, folder)
+    try:
+        read = team.each(
+            "reading the batches", lambda: read_batches(batches, model, function.needs_labels, f"outputs={outputs!r}")
         )
-
-
-def _no_gradient(candidates: Iterable[str], kind: str) -> TargetError:
-    return TargetError(
-        f"no target takes a gradient from outputs={kind!r}: {', '.join(candidates)}; "
-        "are they part of the forward pass that makes these outputs?"
-    )
-
-
-def _capture(
-    model: nn.Module,
-    hooked: Mapping[str, nn.Module],
-    candidates: Iterable[str],
-    terms: Mapping[str, list[Term]],
-    read: Sequence[Batch],
-    function: OutputFunction,
-    device: torch.device,
-    progress: bool,
-) -> tuple[dict[str, list[TermAccumulator]], Tensor]:
-    """All passes: the accumulators of every hooked module, and f at θ0 (N, C) float64."""
-    accumulators = {name: [TermAccumulator(name, term) for term in terms[name]] for name in hooked}
-    values = []
-    now = {"output": 0, "size": 0, "outputs": 0}
-
-    def take(name: str, number: int, cotangent: Tensor) -> None:
-        for accumulator in accumulators[name]:
-            accumulator.add(recorder.calls[name], number, cotangent, now["output"], now["size"], now["outputs"])
-
-    with recording(model, hooked) as recorder:
-        for number, batch in enumerate(progress_bar(list(read), progress, "Jacobians")):
-            recorder.clear()
-            outputs = evaluate(model, batch.to(device), function, number)
-            now["size"], now["outputs"] = outputs.shape
-            if number == 0:
-                _check_first_batch(recorder, candidates, outputs, model, function.kind)
-            for output in range(outputs.shape[1]):
-                now["output"] = output
-                recorder.backward(outputs[:, output].sum(), output + 1 < outputs.shape[1], take)
-            for module in accumulators.values():
-                for accumulator in module:
-                    accumulator.end_batch(*outputs.shape)
-            values.append(outputs.detach().to("cpu", torch.float64))
-    return accumulators, torch.cat(values)
-
-
-def _gram(accumulators: Sequence[TermAccumulator], max_bytes: int) -> tuple[Tensor, Tensor | None, str]:
-    """Sum over the terms of a module."""
-    results = [accumulator.gram(max_bytes) for accumulator in accumulators]
-    total = torch.stack([gram for gram, _, _ in results]).sum(0)
-    return total, results[0][1], "+".join(way for _, _, way in results)
+        job = Job(model, chosen, head_linear, head_other, terms, read, function, device)
+        run = Run(job, team, store, limit, max_bytes, progress)
+        if store.kept or team.size > 1:
+            store.open(team.gather("taking checksums", lambda: fingerprint(model, read, asked)))
+            if run.is_finished():
+                return run.load()
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            result = run.complete()
+        if len(result.zero) == len(chosen):
+            raise no_gradient(chosen, outputs)
+        kernels = ModuleKernels(
+            blocks=result.blocks,
+            base=result.base,
+            outputs=result.outputs,
+            labels=result.labels,
+            num_parameters=num_parameters,
+            shapes={name: linear_shape(module) for name, module in chosen.items()},  # type: ignore[misc]
+            output_kind=outputs,
+            space=space,
+            rank=rank,
+            lora_alpha=float(lora_alpha),
+            spread=result.spread,
+            provenance={
+                **_describe(model, device),
+                "seed": seed,
+                "draws": draws,
+                "always_trained": sorted(head),
+                "no_gradient": result.zero,
+                **result.record,
+            },
+        )
+        team.each("finishing", lambda: store.finish(kernels, result.files))
+        return kernels
+    except BaseException:
+        store.discard()
+        raise
+    finally:
+        team.disband()
 
 
 def _describe(model: nn.Module, device: torch.device) -> dict[str, Any]:

@@ -15,13 +15,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from .batches import Batch, evaluate, progress_bar
-from .outputs import OutputFunction
 from .recorder import recording
 from .targets import linear_shape
 
@@ -44,32 +43,30 @@ def split_parameters(head: Mapping[str, nn.Module]) -> tuple[dict[str, nn.Module
     return linear, list(other.values())
 
 
-def parameter_rows(
-    model: nn.Module,
-    parameters: Sequence[nn.Parameter],
-    batches: Sequence[Batch],
-    function: OutputFunction,
-    device: torch.device,
-    progress: bool,
-) -> Tensor:  # (n, P)
-    """Jacobian rows with respect to `parameters`, one backward pass for each example and output.
+@contextmanager
+def differentiable(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """`parameters`, and no others, take gradients inside the block; the model is in eval mode, and as before after."""
+    with recording(model, {}):
+        try:
+            for parameter in parameters:
+                parameter.requires_grad_(True)
+            yield
+        finally:
+            for parameter in parameters:
+                parameter.requires_grad_(False)
+
+
+def parameter_rows(parameters: Sequence[nn.Parameter], outputs: Tensor) -> Tensor:  # (B·C, P, 1)
+    """Jacobian rows of the outputs (B, C) of a batch, one backward pass for each example and output.
 
     Slow, and right for every kind of parameter; heads have few that are not linear maps. The passes reach no further
     down than these parameters.
     """
     rows = []
-    with recording(model, {}) as _:
-        try:
-            for parameter in parameters:
-                parameter.requires_grad_(True)
-            for number, batch in enumerate(progress_bar(list(batches), progress, "other head parameters")):
-                outputs = evaluate(model, batch.to(device), function, number)
-                for value in outputs.reshape(-1):
-                    gradients = torch.autograd.grad(
-                        value, parameters, retain_graph=True, allow_unused=True, materialize_grads=True
-                    )
-                    rows.append(torch.cat([gradient.reshape(-1) for gradient in gradients]).detach())
-        finally:
-            for parameter in parameters:
-                parameter.requires_grad_(False)
-    return torch.stack(rows)
+    for value in outputs.reshape(-1):
+        gradients = torch.autograd.grad(
+            value, parameters, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        rows.append(torch.cat([gradient.reshape(-1) for gradient in gradients]).detach())
+    stacked = torch.stack(rows)[:, :, None]
+    return stacked if stacked.dtype in (torch.float32, torch.float64) else stacked.float()

@@ -29,11 +29,15 @@ LoRA, bias, row and column kernels are the same sum with other h and δ:
 
 Two ways to the same number: *explicit* forms Jacobian rows (N·C·T·d_in·d_out multiplications, then N²C²·d_in·d_out),
 *ghost* never does (N²T²·d_in + N²C²T²·d_out). `cheapest` compares the counts.
+
+Examples come in *parts*, one a batch: a pair (h, δ), or rows that are formed already, (N·C, d_in, d_out). The sequence
+of parts may be lazy, one that reads a part from a file when it is asked for it: no function here holds more parts than
+`max_bytes` lets it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -44,6 +48,7 @@ from ..errors import KernelError
 
 Method = Literal["auto", "explicit", "ghost"]
 Pair = tuple[Tensor, Tensor]  # inputs (N, T, d_in), cotangents (N, C, T, d_out)
+Part = Tensor | Pair  # Jacobian rows (N·C, d_in, d_out), or what they are made of
 
 DEFAULT_MAX_BYTES = 256 * 2**20  # of temporary memory for one product
 
@@ -62,44 +67,48 @@ def rows_gram(rows: Tensor, max_bytes: int = DEFAULT_MAX_BYTES) -> Tensor:
     Products and sums are taken in float64 whatever the dtype of the rows: rounding in K would spoil its small
     eigenvalues by eps·λ1, rounding in the rows only by about eps·sqrt(λ1·λi).
     """
-    n, width = rows.shape
-    total = torch.zeros(n, n, dtype=torch.float64, device=rows.device)
-    step = max(1, max_bytes // (8 * max(n, 1)))
-    for start in range(0, width, step):
-        _add_product(total, rows[:, start : start + step].to(torch.float64))
-    return _mirrored(total)
+    return _explicit([rows[:, :, None]], max_bytes)
 
 
 def weight_gram(
-    pairs: Sequence[Pair],
+    parts: Sequence[Part],
     method: Method = "auto",
     max_bytes: int = DEFAULT_MAX_BYTES,
 ) -> Tensor:
-    """The Gram matrix of one map over all examples of `pairs`, (n, n) float64, n = Σ N·C.
+    """The Gram matrix of one map over all examples of `parts`, (n, n) float64, n = Σ N·C.
 
     Args:
-        pairs: batches of (inputs, cotangents); T may differ between batches.
-        method: "explicit" forms Jacobian rows for a slice of output channels at a time, so that memory stays below
-            `max_bytes` without work done twice; "ghost" contracts pairs of batches; "auto" takes the one with fewer
-            multiplications.
-        max_bytes: bound on the temporary memory of one slice.
+        parts: batches of (inputs, cotangents) or of rows; T may differ between batches.
+        method: "explicit" forms Jacobian rows for a slice of the matrix at a time, so that memory stays below
+            `max_bytes` without work done twice; "ghost" contracts pairs of batches (and takes no rows); "auto" takes
+            the one with fewer multiplications.
+        max_bytes: bound on the temporary memory of one slice, beside the result and one part.
     """
-    if not pairs:
+    if not parts:
         raise KernelError("no batches to take a Gram matrix of; pass at least one (inputs, cotangents) pair")
     if method == "auto":
-        method = cheapest(pairs)
-    return _ghost(pairs, max_bytes) if method == "ghost" else _explicit(pairs, max_bytes)
+        method = cheapest(parts)
+    return _ghost(parts, max_bytes) if method == "ghost" else _explicit(parts, max_bytes)  # type: ignore[arg-type]
 
 
-def cheapest(pairs: Sequence[Pair]) -> Literal["explicit", "ghost"]:
-    """The way with fewer multiplications, counted with the longest T."""
-    length = max(inputs.shape[1] for inputs, _ in pairs)
-    examples = sum(len(inputs) for inputs, _ in pairs)
-    d_in, d_out = pairs[0][0].shape[-1], pairs[0][1].shape[-1]
-    rows = examples * pairs[0][1].shape[1]
+def cheapest(parts: Sequence[Part]) -> Literal["explicit", "ghost"]:
+    """The way with fewer multiplications, counted with the longest T; where there are rows already, "explicit"."""
+    length = examples = rows = d_in = d_out = 0
+    for part in parts:
+        if isinstance(part, Tensor):
+            return "explicit"
+        inputs, cotangents = part
+        length = max(length, inputs.shape[1])
+        examples += len(inputs)
+        rows += len(inputs) * cotangents.shape[1]
+        d_in, d_out = inputs.shape[-1], cotangents.shape[-1]
     explicit = rows * d_in * d_out * (length + rows)
     ghost = examples**2 * length**2 * d_in + rows**2 * length**2 * (d_out + 1)
     return "ghost" if ghost < explicit else "explicit"
+
+
+def count_rows(part: Part) -> int:
+    return len(part) if isinstance(part, Tensor) else part[1].shape[0] * part[1].shape[1]
 
 
 def nonzero_positions(inputs: Tensor, cotangents: Tensor) -> Pair:
@@ -126,52 +135,98 @@ def _add_product(total: Tensor, rows: Tensor, strips: int = 4) -> None:
         total[strip, top:].addmm_(rows[strip], rows[top:].T)
 
 
-def _mirrored(upper: Tensor) -> Tensor:
-    """The symmetric matrix with this upper triangle: symmetric to the last bit, which a product is not."""
-    return upper.triu() + upper.triu(1).T
+def _mirror_(upper: Tensor, edge: int = 1024) -> Tensor:
+    """Makes it the symmetric matrix with this upper triangle, in place: to the last bit, which a product is not."""
+    for top in range(0, len(upper), edge):
+        end = top + edge
+        corner = upper[top:end, top:end]
+        corner.copy_(corner.triu() + corner.triu(1).T)
+        upper[end:, top:end] = upper[top:end, end:].T
+    return upper
 
 
-def _explicit(pairs: Sequence[Pair], max_bytes: int) -> Tensor:
-    d_in, d_out = pairs[0][0].shape[-1], pairs[0][1].shape[-1]
-    n = sum(cotangents.shape[0] * cotangents.shape[1] for _, cotangents in pairs)
-    total = torch.zeros(n, n, dtype=torch.float64, device=pairs[0][0].device)
-    step = max(1, min(d_out, max_bytes // (8 * n * d_in)))
-    for start in range(0, d_out, step):
-        rows = torch.cat(
-            [
-                jacobian_rows(inputs, cotangents[..., start : start + step]).flatten(2).flatten(0, 1)
-                for inputs, cotangents in pairs
-            ]
-        ).to(torch.float64)
-        _add_product(total, rows)
-    return _mirrored(total)
+def _explicit(parts: Sequence[Part], max_bytes: int) -> Tensor:
+    """Sums R Rᵀ over slices of the map's matrix; a slice of all rows is gathered in float64, part by part."""
+    example, (features, channels) = _example_and_widths(parts[0])
+    n = sum(count_rows(part) for part in parts)
+    total = torch.zeros(n, n, dtype=torch.float64, device=example.device)
+    wide = max(1, min(features, max_bytes // (8 * max(n, 1))))
+    step = max(1, min(channels, max_bytes // (8 * max(n, 1) * wide)))
+    buffer = torch.empty(n * wide * step, dtype=torch.float64, device=example.device)
+    for left in range(0, features, wide):
+        for start in range(0, channels, step):
+            width = min(wide, features - left), min(step, channels - start)
+            rows = buffer[: n * width[0] * width[1]].view(n, *width)
+            row = 0
+            for part in parts:
+                piece = _rows_of(part, slice(left, left + wide), slice(start, start + step))
+                rows[row : row + len(piece)] = piece
+                row += len(piece)
+            _add_product(total, rows.flatten(1))
+    return _mirror_(total)
+
+
+def _example_and_widths(part: Part) -> tuple[Tensor, tuple[int, int]]:
+    if isinstance(part, Tensor):
+        return part, (part.shape[1], part.shape[2])
+    return part[0], (part[0].shape[-1], part[1].shape[-1])
+
+
+def _rows_of(part: Part, features: slice, channels: slice) -> Tensor:
+    if isinstance(part, Tensor):
+        return part[:, features, channels]
+    return jacobian_rows(part[0][..., features], part[1][..., channels]).flatten(0, 1)
 
 
 def _ghost(pairs: Sequence[Pair], max_bytes: int) -> Tensor:
-    n = sum(cotangents.shape[0] * cotangents.shape[1] for _, cotangents in pairs)
-    total = torch.empty(n, n, dtype=torch.float64, device=pairs[0][0].device)
-    pieces = [piece for pair in pairs for piece in _pieces(*pair, max_bytes=max_bytes)]
-    row = 0
-    for i, left in enumerate(pieces):
-        column = row
-        for right in pieces[i:]:
-            block = _ghost_block(left, right)
-            total[row : row + block.shape[0], column : column + block.shape[1]] = block
-            column += block.shape[1]
-        row += left[1].shape[0] * left[1].shape[1]
-    return _mirrored(total)
+    counts = [count_rows(pair) for pair in pairs]
+    starts = [sum(counts[:i]) for i in range(len(counts))]
+    total = torch.empty(sum(counts), sum(counts), dtype=torch.float64, device=pairs[0][0].device)
+    for group in _groups(pairs, max_bytes // 4):
+        held = {i: list(_pieces(*pairs[i], max_bytes=max_bytes)) for i in group}
+        for j in range(group.start, len(pairs)):
+            right = held[j] if j in held else list(_pieces(*pairs[j], max_bytes=max_bytes))
+            for i in range(group.start, min(group.stop, j + 1)):
+                _fill(total, starts[i], starts[j], held[i], right)
+    return _mirror_(total)
 
 
-def _pieces(inputs: Tensor, cotangents: Tensor, max_bytes: int) -> list[Pair]:
-    """The pair in runs of examples, short enough that the table of two runs (C·T by C·T each) fits `max_bytes`."""
+def _groups(pairs: Sequence[Pair], max_bytes: int) -> Iterator[range]:
+    """Runs of pairs that fit `max_bytes` in float64 (or single ones): what is held while the others pass by."""
+    start = held = 0
+    for number, (inputs, cotangents) in enumerate(pairs):
+        size = 8 * (inputs.numel() + cotangents.numel())
+        if number > start and held + size > max_bytes:
+            yield range(start, number)
+            start, held = number, 0
+        held += size
+    yield range(start, len(pairs))
+
+
+def _pieces(inputs: Tensor, cotangents: Tensor, max_bytes: int) -> Iterator[Pair]:
+    """The pair in float64 and in runs of examples, so short that the table of two runs (C·T by C·T each) fits."""
+    inputs, cotangents = inputs.to(torch.float64), cotangents.to(torch.float64)
     edge = cotangents.shape[1] * inputs.shape[1]
     count = max(1, int((max_bytes / 16) ** 0.5) // edge)
-    return [(inputs[k : k + count], cotangents[k : k + count]) for k in range(0, len(inputs), count)]
+    for k in range(0, len(inputs), count):
+        yield inputs[k : k + count], cotangents[k : k + count]
+
+
+def _fill(total: Tensor, row: int, start: int, left: Sequence[Pair], right: Sequence[Pair]) -> None:
+    """Writes the block of two pairs, given in pieces; of a pair with itself only what lies above the diagonal."""
+    for i, one in enumerate(left):
+        column = start
+        for j, other in enumerate(right):
+            width = count_rows(other)
+            if left is not right or j >= i:
+                total[row : row + count_rows(one), column : column + width] = _ghost_block(one, other)
+            column += width
+        row += count_rows(one)
 
 
 def _ghost_block(left: Pair, right: Pair) -> Tensor:
-    """Σ_{t,s} (h_it·h_js)(δ_iat·δ_jbs) for two runs of examples, ((i,a), (j,b)) float64."""
-    (h1, d1), (h2, d2) = ([part.to(torch.float64) for part in pair] for pair in (left, right))
+    """Σ_{t,s} (h_it·h_js)(δ_iat·δ_jbs) for two runs of examples in float64, ((i,a), (j,b))."""
+    (h1, d1), (h2, d2) = left, right
     (n1, c1, t1, _), (n2, c2, t2, _) = d1.shape, d2.shape
     table = (d1.reshape(n1 * c1 * t1, -1) @ d2.reshape(n2 * c2 * t2, -1).T).view(n1, c1, t1, n2, c2, t2)
     table *= (h1.reshape(n1 * t1, -1) @ h2.reshape(n2 * t2, -1).T).view(n1, 1, t1, n2, 1, t2)

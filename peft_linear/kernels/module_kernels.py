@@ -19,20 +19,21 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import FileError, KernelError, TargetError
 from ..files import atomic_file
 from ..functional.spectrum import Spectrum
+from .tensor_files import BlockFiles, BlocksOfRows, LazyBlocks, open_file, save_file
 
 
 FORMAT = "peft_linear.ModuleKernels/1"
+INDEX = "kernels.safetensors"  # the file that `load` looks for in a folder
 _FLOATS = {str(dtype): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
 PEFT_PREFIX = "base_model.model."  # names are those of the base model; a PeftModel's longer ones are understood
 
@@ -47,6 +48,9 @@ class ModuleKernels:
 
     Source: *Linearization Explains Fine-Tuning in Large Language Models* (arXiv 2602.08239), section 4; the authors'
     own code leaves `base` out.
+
+    Kernels too large for memory are *lazy*: `blocks` then reads a block from its file at each access, and everything
+    here holds one of them at a time.
     """
 
     blocks: Mapping[str, Tensor]  # {module name: (n, n) float64}, in model order
@@ -68,19 +72,30 @@ class ModuleKernels:
             raise KernelError(f"outputs must be a non-empty (N, C) tensor, got shape {tuple(self.outputs.shape)}")
         if self.labels is not None and self.labels.shape[:1] != self.outputs.shape[:1]:
             raise KernelError(f"{len(self.labels)} labels for {len(self.outputs)} examples; pass one label an example")
-        for name, block in [("base", self.base), *self.blocks.items()]:
-            if tuple(block.shape) != (n, n):
+        shapes = {"base": tuple(self.base.shape)}
+        if isinstance(self.blocks, LazyBlocks):
+            shapes |= dict.fromkeys(self.blocks, self.blocks.shape)
+        else:
+            shapes |= {name: tuple(block.shape) for name, block in self.blocks.items()}
+            object.__setattr__(self, "blocks", MappingProxyType(dict(self.blocks)))
+        for name, shape in shapes.items():
+            if shape != (n, n):
                 raise KernelError(
-                    f"block {name!r} has shape {tuple(block.shape)}, but {self.num_examples} examples with "
+                    f"block {name!r} has shape {shape}, but {self.num_examples} examples with "
                     f"{self.num_outputs} outputs need ({n}, {n})"
                 )
-        for name in ("blocks", "num_parameters", "shapes", "spread", "provenance"):
+        for name in ("num_parameters", "shapes", "spread", "provenance"):
             object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
 
     @property
     def names(self) -> tuple[str, ...]:
         """Full module names, in model order."""
         return tuple(self.blocks)
+
+    @property
+    def lazy(self) -> bool:
+        """Whether blocks are read from files at each access."""
+        return isinstance(self.blocks, LazyBlocks)
 
     @property
     def num_examples(self) -> int:
@@ -92,10 +107,9 @@ class ModuleKernels:
 
     def __getitem__(self, name: str) -> Tensor:
         """The (n, n) float64 block of one module, without `base`."""
-        block = self.blocks.get(name.removeprefix(PEFT_PREFIX))
-        if block is None:
+        if name not in self:
             raise TargetError(f"no kernel of a module {name!r}; there are: {', '.join(self.names)}")
-        return block
+        return self.blocks[name.removeprefix(PEFT_PREFIX)]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.blocks)
@@ -143,20 +157,79 @@ class ModuleKernels:
             )
         columns = torch.arange(self.num_outputs)
         rows = (index[:, None] * self.num_outputs + columns).reshape(-1)
+        if isinstance(self.blocks, LazyBlocks):
+            blocks: Mapping[str, Tensor] = BlocksOfRows(self.blocks, rows)
+        else:
+            blocks = {name: block[rows][:, rows] for name, block in self.blocks.items()}
         return replace(
             self,
-            blocks={name: block[rows][:, rows] for name, block in self.blocks.items()},
+            blocks=blocks,
             base=self.base[rows][:, rows],
             outputs=self.outputs[index],
             labels=None if self.labels is None else self.labels[index],
         )
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes one safetensors file (tensors, with everything else as JSON in its header), whole or not at all."""
-        tensors = {f"block/{name}": block.contiguous() for name, block in self.blocks.items()}
-        tensors |= {"base": self.base.contiguous(), "outputs": self.outputs.contiguous()}
-        if self.labels is not None:
-            tensors["labels"] = self.labels.contiguous()
+        """Writes one safetensors file (tensors, with everything else as JSON in its header), whole or not at all.
+
+        Lazy kernels are copied into it block by block.
+        """
+        if isinstance(self.blocks, LazyBlocks):
+            with atomic_file(path) as temporary:
+                save_file(self._small_tensors(), temporary, self._metadata(), blocks=self.blocks)
+        else:
+            tensors = {f"block/{name}": block for name, block in self.blocks.items()}
+            with atomic_file(path) as temporary:
+                save_file(tensors | self._small_tensors(), temporary, self._metadata())
+
+    def save_index(self, folder: str | os.PathLike, files: Mapping[str, str]) -> None:
+        """Makes a folder of blocks loadable: `files` names the file of each block (its tensor is "block") in it."""
+        with atomic_file(Path(folder) / INDEX) as temporary:
+            save_file(self._small_tensors(), temporary, self._metadata(files=dict(files)))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, lazy: bool = False) -> ModuleKernels:
+        """Reads what `save` wrote, or the folder of a finished computation (`compute_ntk(..., folder=...)`).
+
+        Args:
+            path: the file, or the folder; a folder's blocks are always lazy.
+            lazy: leave the blocks in the file and read one at each access, for kernels larger than memory.
+
+        Raises:
+            FileError: there is no such file or folder, or it does not hold (whole) kernels.
+        """
+        if not os.path.exists(path):
+            raise FileError(f"there is no file {os.fspath(path)!r}; pass the path that ModuleKernels.save wrote")
+        file_path = Path(path)
+        if file_path.is_dir():
+            file_path /= INDEX
+            if not file_path.is_file():
+                raise FileError(
+                    f"the folder {os.fspath(path)!r} holds no {INDEX}: no kernels, or a computation that is not "
+                    "finished; run compute_ntk with the same arguments and folder to finish it"
+                )
+        with open_file(file_path) as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise FileError(f"{os.fspath(file_path)!r} holds {metadata.get('format')!r}, expected {FORMAT!r}")
+            record = json.loads(metadata["record"])
+            names, files = record.pop("names"), record.pop("files", None)
+            small = {key: file.get_tensor(key) for key in ("base", "outputs", "labels") if key in file.keys()}  # noqa: SIM118
+            if files is not None:
+                places = {name: (file_path.parent / files[name], "block") for name in names}
+            else:
+                places = {name: (file_path, f"block/{name}") for name in names}
+            blocks: Mapping[str, Tensor] = BlockFiles(places, tuple(small["base"].shape))
+            if not lazy and files is None:
+                blocks = {name: file.get_tensor(f"block/{name}") for name in names}
+        record["shapes"] = {name: tuple(shape) for name, shape in record["shapes"].items()}
+        return cls(blocks=blocks, base=small["base"], outputs=small["outputs"], labels=small.get("labels"), **record)
+
+    def _small_tensors(self) -> dict[str, Tensor]:
+        tensors = {"base": self.base, "outputs": self.outputs}
+        return tensors if self.labels is None else tensors | {"labels": self.labels}
+
+    def _metadata(self, **more: Any) -> dict[str, str]:
         record = {
             "names": self.names,
             "num_parameters": dict(self.num_parameters),
@@ -167,34 +240,6 @@ class ModuleKernels:
             "lora_alpha": self.lora_alpha,
             "spread": dict(self.spread),
             "provenance": dict(self.provenance),
+            **more,
         }
-        with atomic_file(path) as temporary:
-            save_file(tensors, temporary, metadata={"format": FORMAT, "record": json.dumps(record)})
-
-    @classmethod
-    def load(cls, path: str | os.PathLike) -> ModuleKernels:
-        """Reads what `save` wrote.
-
-        Raises:
-            FileError: there is no such file, or it is not a file of kernels.
-        """
-        if not os.path.isfile(path):
-            raise FileError(f"there is no file {os.fspath(path)!r}; pass the path that ModuleKernels.save wrote")
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != FORMAT:
-                    raise FileError(f"{os.fspath(path)!r} holds {metadata.get('format')!r}, expected {FORMAT!r}")
-                record = json.loads(metadata["record"])
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-        except SafetensorError as error:
-            raise FileError(f"{os.fspath(path)!r} is not a whole safetensors file: {error}") from error
-        names = record.pop("names")
-        record["shapes"] = {name: tuple(shape) for name, shape in record["shapes"].items()}
-        return cls(
-            blocks={name: tensors[f"block/{name}"] for name in names},
-            base=tensors["base"],
-            outputs=tensors["outputs"],
-            labels=tensors.get("labels"),
-            **record,
-        )
+        return {"format": FORMAT, "record": json.dumps(record)}

@@ -1,0 +1,80 @@
+# Copyright 2026 The peft-linear authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""How much memory the computation may keep, and what that decides."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+from ..errors import PeftLinearError
+
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_SQUARES = 3  # (n, n) matrices at work at a time: a sum, what is added to it, and the kernel of the task head
+
+
+def parse_memory(value: int | str | None) -> int | None:
+    """Bytes of "4GB" (10⁹), "512MiB" (2²⁰), or a number of bytes; None stays None (no limit).
+
+    Raises:
+        PeftLinearError: no size, or not a positive one.
+    """
+    if value is None:
+        return None
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([KMGT]I?B|)\s*", str(value).upper())
+    size = int(float(match[1]) * _UNITS[match[2]]) if match and not isinstance(value, bool) else 0
+    if size <= 0:
+        raise PeftLinearError(f"max_memory must be a number of bytes or a size like '4GB' or '512MiB', got {value!r}")
+    return size
+
+
+def format_memory(size: float) -> str:
+    for unit in ("TB", "GB", "MB", "KB"):
+        if size >= _UNITS[unit]:
+            return f"{math.ceil(10 * size / _UNITS[unit]) / 10:g}{unit}"
+    return f"{math.ceil(size)} bytes"
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What is held where, so that kept parts, products at work and finished blocks stay within a limit together."""
+
+    product_bytes: int  # of temporary memory for one product
+    blocks_in_memory: bool
+    parts_bytes: int | None  # that parts may take in memory; more goes to files; None: no limit
+
+    @classmethod
+    def make(cls, limit: int | None, rows: int, blocks: int, product_bytes: int) -> MemoryPlan:
+        """For `blocks` kernels of (rows, rows) float64 numbers.
+
+        Raises:
+            PeftLinearError: the limit is too low for a single kernel and the product that makes it.
+        """
+        if limit is None:
+            return cls(product_bytes, True, None)
+        square = 8 * rows**2
+        product_bytes = max(8 * rows, min(product_bytes, limit // 8))
+        free = limit - _SQUARES * square - product_bytes
+        if free < 0:
+            needed = max(_SQUARES * square * 8 / 7, _SQUARES * square + 8 * rows) + 1
+            raise PeftLinearError(
+                f"max_memory={format_memory(limit)} is too little for kernels of {rows} rows (examples times "
+                f"outputs): one takes {format_memory(square)}, and the work on it {format_memory(needed)}; raise "
+                "max_memory, or take fewer examples or outputs"
+            )
+        in_memory = blocks * square <= free // 2
+        return cls(product_bytes, in_memory, free - blocks * square if in_memory else free)

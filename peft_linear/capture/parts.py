@@ -1,0 +1,145 @@
+# Copyright 2026 The peft-linear authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What is kept of every batch until the Gram matrices are taken: in memory, or in one file a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..functional.gram import Part
+from ..kernels.tensor_files import open_file
+from .run_folder import PARTS, RunFolder
+
+
+_ROWS, _INPUTS, _COTANGENTS, _OUTPUTS = "rows:", "inputs:", "cotangents:", "outputs"
+
+
+class PartStore:
+    """Parts by batch and key. In memory as long as `limit` bytes (None: no limit) hold them; in files from then on."""
+
+    def __init__(self, name: str, sizes: Sequence[int], folder: RunFolder, in_files: bool, device: torch.device):
+        self.limit: int | None = None
+        self.in_files = in_files
+        self.outputs: dict[int, Tensor] = {}  # of every batch, (B, C) float64
+        self._name = name
+        self._sizes = sizes  # examples of every batch
+        self._folder = folder
+        self._device = device
+        self._held: dict[int, dict[str, Part]] = {}
+        self._stored: dict[int, set[str]] = {}  # names of the tensors in the files of those batches
+
+    @property
+    def held_bytes(self) -> int:
+        return sum(_bytes(part) for parts in self._held.values() for part in parts.values())
+
+    def file_of(self, number: int) -> str:
+        return f"{PARTS}/{number:06d}{self._name}.safetensors"
+
+    def put(self, number: int, parts: Mapping[str, Part | None], outputs: Tensor) -> dict[str, str]:
+        """Keeps the parts of a batch and its outputs (B, C); the files written for it, with their sha256."""
+        self.outputs[number] = outputs.detach().to("cpu", torch.float64)
+        self._held[number] = {key: part for key, part in parts.items() if part is not None}
+        return self._write(number) if self.in_files else {}
+
+    def keep_within_limit(self) -> None:
+        """Moves everything into files if it takes more than the limit."""
+        if not self.in_files and self.limit is not None and self.held_bytes > self.limit:
+            self.in_files = True
+            for number in list(self._held):
+                self._write(number)
+
+    def adopt(self, number: int) -> None:
+        """Takes up a batch's file that this process has not written itself."""
+        if number in self._stored:
+            return
+        with open_file(self._folder.path / self.file_of(number)) as file:
+            names = set(file.keys())
+            self.outputs[number] = file.get_tensor(_OUTPUTS).clone()
+        self._stored[number] = names
+
+    def parts(self, key: str, features: int, channels: int) -> Sequence[Part] | None:
+        """The parts of one key in the order of the batches, lazy where they lie in files; None where all are zero."""
+        loaders = [self._loader(number, key) for number in range(len(self._sizes))]
+        known = next((loader() for loader in loaders if loader is not None), None)
+        if known is None:
+            return None
+        dtype = known.dtype if isinstance(known, Tensor) else known[0].dtype
+        as_rows = isinstance(known, Tensor)
+        del known
+        return _Parts(
+            [
+                loader or partial(self._zeros, number, as_rows, features, channels, dtype)
+                for number, loader in enumerate(loaders)
+            ]
+        )
+
+    def release(self, keys: Sequence[str]) -> None:
+        """Forgets parts that are held in memory."""
+        for parts in self._held.values():
+            for key in keys:
+                parts.pop(key, None)
+
+    def _loader(self, number: int, key: str) -> Callable[[], Part] | None:
+        if number in self._stored:
+            names = self._stored[number]
+            return partial(self._load, number, key) if {f"{_ROWS}{key}", f"{_INPUTS}{key}"} & names else None
+        part = self._held[number].get(key)
+        return None if part is None else lambda: part
+
+    def _load(self, number: int, key: str) -> Part:
+        with open_file(self._folder.path / self.file_of(number), str(self._device)) as file:
+            if f"{_ROWS}{key}" in self._stored[number]:
+                return file.get_tensor(f"{_ROWS}{key}")
+            return file.get_tensor(f"{_INPUTS}{key}"), file.get_tensor(f"{_COTANGENTS}{key}")
+
+    def _zeros(self, number: int, as_rows: bool, features: int, channels: int, dtype: torch.dtype) -> Part:
+        """Zeros that take no memory."""
+        size, outputs = self.outputs[number].shape
+        zero = torch.zeros((), dtype=dtype, device=self._device)
+        if as_rows:
+            return zero.expand(size * outputs, features, channels)
+        return zero.expand(size, 1, features), zero.expand(size, outputs, 1, channels)
+
+    def _write(self, number: int) -> dict[str, str]:
+        tensors = {_OUTPUTS: self.outputs[number]}
+        for key, part in self._held.pop(number).items():
+            if isinstance(part, Tensor):
+                tensors[f"{_ROWS}{key}"] = part
+            else:
+                tensors[f"{_INPUTS}{key}"], tensors[f"{_COTANGENTS}{key}"] = part
+        name = self.file_of(number)
+        checksum = self._folder.write(name, tensors)
+        self._stored[number] = set(tensors)
+        return {name: checksum}
+
+
+class _Parts(Sequence[Part]):
+    def __init__(self, loaders: Sequence[Callable[[], Part]]) -> None:
+        self._loaders = loaders
+
+    def __len__(self) -> int:
+        return len(self._loaders)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._loaders[index]()
+
+
+def _bytes(part: Part) -> int:
+    tensors = (part,) if isinstance(part, Tensor) else part
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

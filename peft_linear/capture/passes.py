@@ -1,0 +1,148 @@
+# Copyright 2026 The peft-linear authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""All passes over a model: from each batch to the parts of every term, and the checks that come before the first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..errors import TargetError
+from ..functional.gram import Part
+from .accumulate import TermAccumulator
+from .batches import Batch, evaluate
+from .outputs import OutputFunction
+from .parameters import differentiable, parameter_rows
+from .recorder import Recorder, by_example, recording
+from .targets import base_model
+from .terms import Term
+
+
+Parts = dict[str, Part | None]
+OTHER = "other head parameters"  # the key of their rows
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be computed: of which modules, made of which terms, on which batches."""
+
+    model: nn.Module
+    candidates: Mapping[str, nn.Module]
+    head_linear: Mapping[str, nn.Module]  # linear maps that are trained in full whatever is chosen
+    head_other: Sequence[nn.Parameter]  # and other such parameters
+    terms: Mapping[str, list[Term]]  # of candidates and head_linear
+    batches: Sequence[Batch]
+    function: OutputFunction
+    device: torch.device
+
+    @property
+    def has_head(self) -> bool:
+        return bool(self.head_linear or self.head_other)
+
+    def keys(self, name: str) -> list[str]:
+        """The keys of a module's terms."""
+        return [f"{name}#{number}" for number in range(len(self.terms[name]))]
+
+
+@contextmanager
+def capturing(job: Job) -> Iterator[Callable[[int], tuple[Parts, Tensor]]]:
+    """Hooks the modules; yields the function that takes a batch's number to its parts by key, and its outputs."""
+    hooked = {**job.candidates, **job.head_linear}
+    accumulators = {
+        name: {key: TermAccumulator(name, term) for key, term in zip(job.keys(name), job.terms[name], strict=True)}
+        for name in hooked
+    }
+    now = {"output": 0, "size": 0, "outputs": 0}
+    checked = False
+
+    def take(name: str, number: int, cotangent: Tensor) -> None:
+        for accumulator in accumulators[name].values():
+            accumulator.add(recorder.calls[name], number, cotangent, now["output"], now["size"], now["outputs"])
+
+    def capture(number: int) -> tuple[Parts, Tensor]:
+        nonlocal checked
+        recorder.clear()
+        outputs = evaluate(job.model, job.batches[number].to(job.device), job.function, number)
+        now["size"], now["outputs"] = outputs.shape
+        if not checked:
+            _check_batch(recorder, job, outputs)
+            checked = True
+        for output in range(outputs.shape[1]):
+            now["output"] = output
+            recorder.backward(outputs[:, output].sum(), output + 1 < outputs.shape[1], take)
+        parts = {
+            key: accumulator.end_batch(outputs.shape[1])
+            for module in accumulators.values()
+            for key, accumulator in module.items()
+        }
+        recorder.clear()
+        return parts, outputs.detach()
+
+    with recording(job.model, hooked) as recorder:
+        yield capture
+
+
+@contextmanager
+def capturing_other(job: Job) -> Iterator[Callable[[int], tuple[Parts, Tensor]]]:
+    """The same for the parameters of the head that belong to no linear map."""
+
+    def capture(number: int) -> tuple[Parts, Tensor]:
+        outputs = evaluate(job.model, job.batches[number].to(job.device), job.function, number)
+        return {OTHER: parameter_rows(job.head_other, outputs)}, outputs.detach()
+
+    with differentiable(job.model, job.head_other):
+        yield capture
+
+
+def no_gradient(candidates: Iterable[str], kind: str) -> TargetError:
+    return TargetError(
+        f"no target takes a gradient from outputs={kind!r}: {', '.join(candidates)}; "
+        "are they part of the forward pass that makes these outputs?"
+    )
+
+
+def _check_batch(recorder: Recorder, job: Job, outputs: Tensor) -> None:
+    """Before the first backward pass: are candidates part of the graph, and are the examples of a batch independent?
+
+    Transformers work on (batch, …, width) everywhere; where a model does, no gradient of example 0 can reach the rows
+    of another example. Other layouts and other models are tried: one more backward pass, of the first example alone.
+    """
+    size = outputs.shape[0]
+    calls = [(name, call) for name, calls in recorder.calls.items() for call in calls]
+    if not outputs.requires_grad or not any(recorder.calls[name] for name in job.candidates):
+        raise no_gradient(job.candidates, job.function.kind)
+    plain = isinstance(base_model(job.model), PreTrainedModel) and all(
+        call.inputs.shape[0] == size and size not in call.inputs.shape[1:-1] for _, call in calls
+    )
+    if size == 1 or plain:
+        return
+    mixed = {}
+
+    def look(name: str, number: int, cotangent: Tensor) -> None:
+        by_example(recorder.calls[name][number].inputs, size, name)
+        if bool(by_example(cotangent, size, name)[1:].any()):
+            mixed[name] = tuple(cotangent.shape)
+
+    recorder.backward(outputs[0].sum(), keep_graph=True, on_cotangent=look)
+    if mixed:
+        name, shape = next(iter(mixed.items()))
+        raise TargetError(
+            f"{name} mixes the examples of a batch (its output has shape {shape}), so their gradients cannot be told "
+            "apart; pass batches of one example"
+        )

@@ -1,0 +1,131 @@
+# Copyright 2026 The peft-linear authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Several processes that compute one result: how work is divided, and how a failure of one ends it for all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from functools import partial
+from itertools import chain
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from tqdm.auto import tqdm
+
+from ..errors import ProcessError
+
+
+T = TypeVar("T")
+PATIENCE = timedelta(minutes=30)  # that processes wait for each other: longer than one batch or one kernel takes
+
+
+class Team:
+    """The processes of this run; one process is a team of one, and never touches torch.distributed."""
+
+    def __init__(self, rank: int = 0, size: int = 1, group: Any = None) -> None:
+        self.rank = rank
+        self.size = size
+        self._group = group
+
+    @classmethod
+    def assemble(cls) -> Team:
+        """All processes of the default process group, or of the launcher that started this process.
+
+        Under `accelerate launch` or torchrun the process group is set up through accelerate where it is not yet.
+        Messages go over a group of their own with the gloo back end, so that they need no device.
+        """
+        if not dist.is_available():
+            return cls()
+        if not dist.is_initialized():
+            if int(os.environ.get("WORLD_SIZE", "1")) < 2 or "RANK" not in os.environ:
+                return cls()
+            PartialState(cpu=not torch.cuda.is_available() or _flag("ACCELERATE_USE_CPU"))
+            if not dist.is_initialized():  # the script has asked accelerate before, which then knows no CPU processes
+                dist.init_process_group("gloo", timeout=PATIENCE)
+        if dist.get_world_size() == 1:
+            return cls()
+        return cls(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo", timeout=PATIENCE))
+
+    def disband(self) -> None:
+        if self._group is not None and dist.is_initialized():
+            dist.destroy_process_group(self._group)
+            self._group = None
+
+    def each(self, stage: str, work: Callable[[], T]) -> T:
+        """`work()` on every process, and its own result to each; fails as `gather` does."""
+        own: list[T] = []
+        self.gather(stage, lambda: own.append(work()))
+        return own[0]
+
+    def gather(self, stage: str, work: Callable[[], T]) -> list[T]:
+        """`work()` on every process; what each of them returned, in order of rank.
+
+        If one raises, all do: the one its own exception, the others a ProcessError that quotes it.
+
+        Raises:
+            ProcessError: another process failed, died, or did not answer in time.
+        """
+        if self.size == 1:
+            return [work()]
+        value, failure = None, None
+        try:
+            value = work()
+        except Exception as error:
+            failure = error
+        message = None if failure is None else f"{type(failure).__name__}: {failure}"
+        answers: list[Any] = [None] * self.size
+        try:
+            dist.all_gather_object(answers, (value, message), group=self._group)
+        except RuntimeError as error:
+            if failure is not None:
+                raise failure from error
+            raise ProcessError(
+                f"a process of this run died or did not answer within {PATIENCE}, noticed by process {self.rank} "
+                f"while {stage}; see the other processes' output for the reason, and start all of them again"
+            ) from error
+        if failure is not None:
+            raise failure
+        for rank, (_, message) in enumerate(answers):
+            if message is not None:
+                raise ProcessError(f"process {rank} failed while {stage}, which ends the run of all: {message}")
+        return [value for value, _ in answers]
+
+    def divide(
+        self,
+        stage: str,
+        tasks: Sequence[T],
+        work: Callable[[T], Any],
+        done: Callable[[list[Any]], None],
+        progress: bool,
+        unit: str,
+    ) -> None:
+        """`work` on every task, by turns; after each round of one task a process `done(results)` on all processes."""
+        with tqdm(total=len(tasks), desc=stage, unit=unit, disable=not progress or self.rank != 0) as bar:
+            for start in range(0, len(tasks), self.size):
+                mine = tasks[start + self.rank : start + self.rank + 1]
+                results = list(chain.from_iterable(self.gather(stage, partial(_all, work, mine))))
+                self.each(stage, partial(done, results))
+                bar.update(len(results))
+
+
+def _flag(name: str) -> bool:
+    return os.environ.get(name, "false").lower() in ("1", "true", "yes", "y", "on")
+
+
+def _all(work: Callable[[T], Any], tasks: Sequence[T]) -> list[Any]:
+    return [work(task) for task in tasks]
