@@ -28,11 +28,14 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    MixtralConfig,
+    MixtralForCausalLM,
     Qwen3Config,
     Qwen3ForSequenceClassification,
     RobertaConfig,
     RobertaForSequenceClassification,
     T5Config,
+    T5ForConditionalGeneration,
     T5ForSequenceClassification,
     ViTConfig,
     ViTForImageClassification,
@@ -185,3 +188,22 @@ def t5_batches() -> list[dict]:
         last = batch["attention_mask"].sum(1) - 1
         batch["input_ids"][torch.arange(len(last)), last] = 1
     return batches
+
+
+def mixtral() -> nn.Module:
+    return MixtralForCausalLM(MixtralConfig(**DECODER, num_local_experts=4, experts_implementation="eager"))
+
+
+def t5_generator() -> nn.Module:
+    config = T5Config(
+        vocab_size=VOCABULARY,
+        d_model=16,
+        d_kv=8,
+        d_ff=24,
+        num_layers=2,
+        num_heads=2,
+        pad_token_id=0,
+        eos_token_id=1,
+        decoder_start_token_id=0,
+    )
+    return T5ForConditionalGeneration(config)

@@ -55,20 +55,21 @@ class Recorder:
     def backward(self, scalar: Tensor, keep_graph: bool, on_cotangent: Take) -> None:
         """One backward pass from `scalar` to the recorded outputs, handed out as they come; without parameters."""
         self._take = on_cotangent
-        leaves = [
-            (name, number, call.leaf)
+        if not scalar.requires_grad:
+            return
+        ours = {
+            id(call.leaf): (name, number)
             for name, calls in self.calls.items()
             for number, call in enumerate(calls)
             if call.leaf is not None
-        ]
-        if not leaves or not scalar.requires_grad:
-            return
-        gradients = torch.autograd.grad(
-            scalar, [leaf for _, _, leaf in leaves], retain_graph=keep_graph, allow_unused=True
-        )
-        for (name, number, _), gradient in zip(leaves, gradients, strict=True):
-            if gradient is not None:
-                self._receive(name, number, gradient)
+        }
+        # All leaves, not ours alone: a pass that stops at ours would miss outputs whose only leaf is another one, such
+        # as the embeddings that gradient checkpointing marks.
+        leaves = _graph_leaves(scalar)
+        gradients = torch.autograd.grad(scalar, leaves, retain_graph=keep_graph, allow_unused=True)
+        for leaf, gradient in zip(leaves, gradients, strict=True):
+            if gradient is not None and id(leaf) in ours:
+                self._receive(*ours[id(leaf)], gradient)
 
     def _receive(self, name: str, number: int, cotangent: Tensor) -> None:
         if self._take is not None:
@@ -91,6 +92,23 @@ class Recorder:
             return call.leaf.clone()  # a copy, so that the model may go on in place
 
         return record
+
+
+def _graph_leaves(scalar: Tensor) -> list[Tensor]:
+    """The tensors at which the graph of `scalar` ends."""
+    leaves: dict[int, Tensor] = {}
+    stack: list[Any] = [scalar.grad_fn]
+    seen: set[Any] = set()
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            leaves[id(variable)] = variable
+        stack.extend(following for following, _ in node.next_functions)
+    return list(leaves.values())
 
 
 @contextmanager
