@@ -1,0 +1,68 @@
+# Copyright 2026 The peft-linear authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The README's example runs as it stands, and its links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import small_models as small
+import torch
+from transformers import default_data_collator
+
+from peft_linear import __all__ as public
+from peft_linear import __version__
+
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_example_of_the_readme_runs_as_it_stands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = re.search(r"<!-- run by tests/test_readme.py -->\n```python\n(.*?)```", README, re.DOTALL).group(1)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 15
+    (batch,) = small.text_batches(sizes=(32,))
+    rows = [{key: value[i] for key, value in batch.items()} for i in range(32)]
+    names = {
+        "model": small.seeded(small.bert, dtype=torch.float32),
+        "batches": [batch],
+        "train": rows,
+        "collate": default_data_collator,
+    }
+    exec(compile(code, "README.md", "exec"), names)
+    assert len(names["recommendation"].modules) == 8
+    assert any("proximal_distance" in entry for entry in names["trainer"].state.log_history)
+    assert {path.name for path in (tmp_path / "out" / "lora").iterdir()} >= {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+        if not target.startswith("http"):
+            assert (ROOT / target).exists(), target
+
+
+def test_every_public_name_is_documented():
+    api = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^::: peft_linear\.(\w+)$", api, re.MULTILINE)) >= set(public)
+
+
+def test_there_is_one_version():
+    assert f'version="{__version__}"' in (ROOT / "setup.py").read_text(encoding="utf-8")
