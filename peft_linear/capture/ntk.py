@@ -56,6 +56,7 @@ def compute_ntk(
     max_bytes: int = DEFAULT_MAX_BYTES,
     max_memory: int | str | None = None,
     folder: str | os.PathLike | None = None,
+    distributed: bool = True,
 ) -> ModuleKernels:
     """The empirical NTK `K_m = J_m J_mᵀ` of every target module m at the model's present parameters.
 
@@ -90,10 +91,10 @@ def compute_ntk(
         folder: keeps rows and finished blocks here, checksummed, so that a run that was killed goes on where it
             stopped when it is called again with the same arguments, and gives the same kernels to the bit. Holds the
             kernels at the end (`ModuleKernels.load(folder)`). Default: memory, or a temporary folder.
-
-    Under `accelerate launch` or torchrun every process calls this with the same model and the same batches; the work
-    is divided, and all processes get the same kernels. They need a file system in common (`folder`, or the default
-    temporary one on a single machine).
+        distributed: where several processes run (under `accelerate launch` or torchrun), divide the work among them:
+            every process then has to call this with the same model and the same batches (not its own shard), and all
+            get the same kernels. They need a file system in common, with `folder` on it or, on a single machine, the
+            system's temporary folder. False: this process works alone.
 
     Returns:
         ModuleKernels with float64 (n, n) blocks on the CPU, n = N·C.
@@ -136,7 +137,7 @@ def compute_ntk(
         "seed": seed,
     }
 
-    team = Team.assemble()
+    team = Team.assemble() if distributed else Team()
     store = RunFolder(team, folder)
     try:
         read = team.each(

@@ -31,11 +31,11 @@ _ROWS, _INPUTS, _COTANGENTS, _OUTPUTS = "rows:", "inputs:", "cotangents:", "outp
 
 
 class PartStore:
-    """Parts by batch and key. In memory as long as `limit` bytes (None: no limit) hold them; in files from then on."""
+    """Parts by batch and key: in memory until `keep_within` moves them into files, or in files from the start."""
 
     def __init__(self, name: str, sizes: Sequence[int], folder: RunFolder, in_files: bool, device: torch.device):
-        self.limit: int | None = None
         self.in_files = in_files
+        self.held_bytes = 0
         self.outputs: dict[int, Tensor] = {}  # of every batch, (B, C) float64
         self._name = name
         self._sizes = sizes  # examples of every batch
@@ -44,10 +44,6 @@ class PartStore:
         self._held: dict[int, dict[str, Part]] = {}
         self._stored: dict[int, set[str]] = {}  # names of the tensors in the files of those batches
 
-    @property
-    def held_bytes(self) -> int:
-        return sum(_bytes(part) for parts in self._held.values() for part in parts.values())
-
     def file_of(self, number: int) -> str:
         return f"{PARTS}/{number:06d}{self._name}.safetensors"
 
@@ -55,18 +51,19 @@ class PartStore:
         """Keeps the parts of a batch and its outputs (B, C); the files written for it, with their sha256."""
         self.outputs[number] = outputs.detach().to("cpu", torch.float64)
         self._held[number] = {key: part for key, part in parts.items() if part is not None}
+        self.held_bytes += sum(map(_bytes, self._held[number].values()))
         return self._write(number) if self.in_files else {}
 
-    def keep_within_limit(self) -> None:
-        """Moves everything into files if it takes more than the limit."""
-        if not self.in_files and self.limit is not None and self.held_bytes > self.limit:
+    def keep_within(self, limit: int) -> None:
+        """Moves everything into files, now and from now on, if it takes more than `limit` bytes."""
+        if not self.in_files and self.held_bytes > limit:
             self.in_files = True
             for number in list(self._held):
                 self._write(number)
 
     def adopt(self, number: int) -> None:
         """Takes up a batch's file that this process has not written itself."""
-        if number in self._stored:
+        if number in self._held or number in self._stored:
             return
         with open_file(self._folder.path / self.file_of(number)) as file:
             names = set(file.keys())
@@ -93,7 +90,8 @@ class PartStore:
         """Forgets parts that are held in memory."""
         for parts in self._held.values():
             for key in keys:
-                parts.pop(key, None)
+                part = parts.pop(key, None)
+                self.held_bytes -= 0 if part is None else _bytes(part)
 
     def _loader(self, number: int, key: str) -> Callable[[], Part] | None:
         if number in self._stored:
@@ -123,6 +121,7 @@ class PartStore:
                 tensors[f"{_ROWS}{key}"] = part
             else:
                 tensors[f"{_INPUTS}{key}"], tensors[f"{_COTANGENTS}{key}"] = part
+            self.held_bytes -= _bytes(part)
         name = self.file_of(number)
         checksum = self._folder.write(name, tensors)
         self._stored[number] = set(tensors)

@@ -48,6 +48,9 @@ class Team:
 
         Under `accelerate launch` or torchrun the process group is set up through accelerate where it is not yet.
         Messages go over a group of their own with the gloo back end, so that they need no device.
+
+        Raises:
+            ProcessError: the others do not come.
         """
         if not dist.is_available():
             return cls()
@@ -59,7 +62,14 @@ class Team:
                 dist.init_process_group("gloo", timeout=PATIENCE)
         if dist.get_world_size() == 1:
             return cls()
-        return cls(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo", timeout=PATIENCE))
+        try:
+            group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        except RuntimeError as error:
+            raise ProcessError(
+                f"process {dist.get_rank()} waited {PATIENCE} for the others; call compute_ntk on all processes, or "
+                "with distributed=False on those that are to work alone"
+            ) from error
+        return cls(dist.get_rank(), dist.get_world_size(), group)
 
     def disband(self) -> None:
         if self._group is not None and dist.is_initialized():
@@ -96,13 +106,13 @@ class Team:
                 raise failure from error
             raise ProcessError(
                 f"a process of this run died or did not answer within {PATIENCE}, noticed by process {self.rank} "
-                f"while {stage}; see the other processes' output for the reason, and start all of them again"
+                f"in the stage {stage!r}; see the other processes' output for the reason, and start all of them again"
             ) from error
         if failure is not None:
             raise failure
         for rank, (_, message) in enumerate(answers):
             if message is not None:
-                raise ProcessError(f"process {rank} failed while {stage}, which ends the run of all: {message}")
+                raise ProcessError(f"process {rank} failed in the stage {stage!r}, which ends the run of all: {message}")
         return [value for value, _ in answers]
 
     def divide(

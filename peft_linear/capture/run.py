@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -74,7 +74,7 @@ class Run:
         self.linear = PartStore("", sizes, folder, in_files, job.device)
         self.other = PartStore("-other", sizes, folder, in_files, job.device)
         self.tasks = [*job.candidates, *([BASE] if job.has_head else [])]
-        self.results: dict[str, TermKernel] = {}
+        self.results: dict[str, tuple[Tensor, dict[str, Any]]] = {}  # where they are held
 
     def is_finished(self) -> bool:
         """Whether the folder holds the whole result already."""
@@ -126,26 +126,27 @@ class Run:
         self.resumed["batches"] = max(self.resumed["batches"], len(finished))
         if finished:
             self._make_plan(store.outputs[finished[0]].shape[1])
+        missing = [number for number in numbers if number not in store.outputs]
+        if not missing:
+            return
+
         with capturing(self.job) as capture:
 
-            def work(number: int) -> tuple[dict[str, str], int, int]:
+            def work(number: int) -> tuple[dict[str, str], int]:
                 parts, outputs = capture(number)
-                return store.put(number, parts, outputs), number, outputs.shape[1]
+                return store.put(number, parts, outputs), outputs.shape[1]
 
-            def done(results: list[tuple[dict[str, str], int, int]]) -> None:
-                for files, _, num_outputs in results:
+            def done(results: list[tuple[dict[str, str], int]]) -> None:
+                for files, num_outputs in results:
                     self.folder.record(files)
                     self._make_plan(num_outputs)
-                held = self.linear.held_bytes if store is self.other else 0
                 limit = self._plan().parts_bytes
-                store.limit = None if limit is None else max(0, limit - held)
-                store.keep_within_limit()
+                if limit is not None:
+                    store.keep_within(limit - (self.linear.held_bytes if store is self.other else 0))
 
-            missing = [number for number in numbers if number not in store.outputs]
             self.team.divide(stage, missing, work, done, self.progress, "batch")
-        for number in numbers:
-            if number not in store.outputs:
-                store.adopt(number)
+        for number in missing:
+            store.adopt(number)
 
     def _make_plan(self, num_outputs: int) -> None:
         """As soon as the number of outputs is known; what cannot work fails here, before the long part."""
@@ -177,13 +178,13 @@ class Run:
             missing.sort(key=lambda task: -sum(t.features * t.channels for t in self._terms(task).values()))
 
         def work(task: str) -> dict[str, str]:
-            kernel = self._kernel(task)
+            gram, spread, way = self._kernel(task)
+            about = {"spread": spread, "way": way, "zero": not bool(gram.any())}
             if not self._blocks_in_files():
-                self.results[task] = kernel
+                self.results[task] = gram, about
                 return {}
-            about = {"spread": kernel.spread, "way": kernel.way, "zero": not bool(kernel.gram.any())}
             name = self._file_of(task)
-            return {name: self.folder.write(name, {"block": kernel.gram}, {"about": json.dumps(about)})}
+            return {name: self.folder.write(name, {"block": gram}, {"about": json.dumps(about)})}
 
         def done(results: list[dict[str, str]]) -> None:
             for files in results:
@@ -226,37 +227,30 @@ class Run:
     def _collect(self) -> Result:
         values = torch.cat([self.linear.outputs[number] for number in range(len(self.job.batches))])
         n = values.numel()
-        candidates: Sequence[str] = list(self.job.candidates)
         files: dict[str, str] = {}
-        spread: dict[str, float | None]
         if self._blocks_in_files():
-            files = {name: self._file_of(name) for name in self.tasks}
-            about = {name: self._about(file) for name, file in files.items()}
-            spread = {name: about[name]["spread"] for name in candidates}
-            ways = {name: about[name]["way"] for name in self.tasks}
-            zero = [name for name in candidates if about[name]["zero"]]
-            places = {name: (self.folder.path / file, "block") for name, file in files.items()}
-            lazy = BlockFiles(places, (n, n))
-            base = lazy[BASE].clone() if self.job.has_head else torch.zeros(n, n, dtype=torch.float64)
-            blocks: Mapping[str, Tensor]
+            files = {task: self._file_of(task) for task in self.tasks}
+            about = {task: self._about(file) for task, file in files.items()}
+            places = {task: (self.folder.path / file, "block") for task, file in files.items()}
+            blocks: Mapping[str, Tensor] = BlockFiles(places, (n, n), self.folder.owner)
+            base = blocks[BASE].clone() if BASE in blocks else None
             if self._plan().blocks_in_memory:
-                blocks = {name: lazy[name].clone() for name in candidates}
+                blocks = {name: blocks[name].clone() for name in self.job.candidates}
             else:
-                blocks = BlockFiles({name: places[name] for name in candidates}, (n, n), self.folder.owner)
+                blocks = BlockFiles({name: places[name] for name in self.job.candidates}, (n, n), self.folder.owner)
         else:
-            spread = {name: self.results[name].spread for name in candidates}
-            ways = {name: self.results[name].way for name in self.tasks}
-            zero = [name for name in candidates if not self.results[name].gram.any()]
-            base = self.results[BASE].gram if self.job.has_head else torch.zeros(n, n, dtype=torch.float64)
-            blocks = {name: self.results[name].gram for name in candidates}
+            about = {task: about for task, (_, about) in self.results.items()}
+            blocks = {task: gram for task, (gram, _) in self.results.items()}
+            base = blocks.pop(BASE, None)
+        names = list(self.job.candidates)
         return Result(
             outputs=values,
             blocks=blocks,
-            base=base,
+            base=torch.zeros(n, n, dtype=torch.float64) if base is None else base,
             labels=self.labels,
-            spread={name: value for name, value in spread.items() if value is not None},
-            ways={("base" if name == BASE else name): way for name, way in ways.items()},
-            zero=zero,
+            spread={name: about[name]["spread"] for name in names if about[name]["spread"] is not None},
+            ways={("base" if task == BASE else task): about[task]["way"] for task in self.tasks},
+            zero=[name for name in names if about[name]["zero"]],
             files={name: file for name, file in files.items() if name != BASE},
         )
 
