@@ -198,7 +198,7 @@ class NtkRecommendationCallback(TrainerCallback):
         if set(saved) != set(self.modules):
             raise PeftLinearError(
                 f"{checkpoint} holds an adapter on {', '.join(saved)}, but {', '.join(self.modules)} were chosen; "
-                f"pass resume_from_checkpoint={os.fspath(checkpoint)!r} to NtkRecommendationCallback to take its choice"
+                f"pass resume_from_checkpoint={os.fspath(checkpoint)!r} to NtkRecommendationCallback"
             )
 
     def _recall(self, output: Path, model: torch.nn.Module, checkpoint: str) -> bool:
