@@ -20,6 +20,8 @@ from pathlib import Path
 
 from correlation import Correlation
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from scipy.stats import rankdata
 from single_modules import Run
@@ -44,7 +46,10 @@ def draw(
     left, middle, right = figure.subplots(1, 3, width_ratios=(1.5, 1, 1))
     draw_correlations(left, results)
     for axes, name in ((middle, best), (right, REFERENCE)):
-        draw_ranks(axes, name, space, runs, scores, results[space][name])
+        depth = draw_ranks(axes, name, space, runs, scores, results[space][name])
+    bar = figure.colorbar(depth, ax=right, ticks=[0, 1], pad=0.03, fraction=0.05)
+    bar.ax.set_yticklabels(["first\nlayer", "last\nlayer"], fontsize=10, color=INK)
+    bar.outline.set_visible(False)
     figure.savefig(path, dpi=160)
 
 
@@ -73,7 +78,7 @@ def draw_correlations(axes: Axes, results: Mapping[str, Mapping[str, Correlation
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xlim(-1.03, 1.03)
     axes.set_xlabel("Spearman correlation with the test loss after training", color=INK)
-    axes.legend(frameon=False, loc="lower left", fontsize=11)
+    axes.legend(frameon=False, loc="upper left", fontsize=11)
     _finish(axes, "Does the criterion rank modules as training does?")
     axes.grid(axis="x", color=GRID, linewidth=0.8)
 
@@ -85,18 +90,20 @@ def draw_ranks(
     runs: Sequence[Run],
     scores: Mapping[tuple[str, int], Mapping[str, Mapping[str, float]]],
     correlation: Correlation,
-) -> None:
-    """A dot for each module and seed: its place by the criterion against its test loss; darker is a deeper layer."""
+) -> ScalarMappable:
+    """A dot for each module and seed: its place by the criterion against its test loss, coloured by depth."""
+    colors = ScalarMappable(Normalize(0, 1), cmap="viridis_r")
     for seed in sorted({seed for _, seed in scores}):
         losses = {run.module: run.test_loss for run in runs if run.seed == seed}
         modules = list(scores[space, seed][name])
         places = len(modules) + 1 - rankdata([scores[space, seed][name][module] for module in modules])
-        depth = [position / len(modules) for position in range(len(modules))]
-        axes.scatter(places, [losses[m] for m in modules], c=depth, cmap="viridis_r", s=55, alpha=0.85, linewidth=0)
+        depth = colors.to_rgba([position / len(modules) for position in range(len(modules))])
+        axes.scatter(places, [losses[m] for m in modules], c=depth, s=55, alpha=0.85, linewidth=0)
     axes.set_xlabel("place by the criterion, before training (1: best)", color=INK)
     axes.set_ylabel("test loss", color=INK)
     _finish(axes, f"{name.replace('_', ' ')}: {correlation.mean:+.2f}")
     axes.grid(color=GRID, linewidth=0.8)
+    return colors
 
 
 def _finish(axes: Axes, title: str) -> None:

@@ -30,6 +30,7 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from peft_linear import ModuleKernels
+from peft_linear.training.proximal import proximal_firing_rate
 
 
 PILOT_SEED = 1000  # of the runs that choose a learning rate; none of the seeds that are compared
@@ -44,6 +45,7 @@ class Arm:
     modules: tuple[str, ...]
     make_config: Callable[[], LoraConfig]  # anew for each run: peft writes into the config it is given
     rank: int
+    proximal_lambda: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ class Run:
     adapter_parameters: int
     trainable_parameters: int  # with the task head
     train_seconds: float
+    firing_rate: float | None = None  # of the proximal term: at what share of the steps it acted
 
 
 class StepBar(TrainerCallback):
@@ -134,6 +137,7 @@ def train(
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
     )
     trainer = Trainer(
         model=model, args=arguments, train_dataset=task.train, data_collator=task.collator, callbacks=[StepBar(bar)]
@@ -155,6 +159,7 @@ def train(
         adapter_parameters=sum(value.numel() for value in start.values()),
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         train_seconds=seconds,
+        firing_rate=proximal_firing_rate(model) if arm.proximal_lambda > 0 else None,
     )
     return run, model
 

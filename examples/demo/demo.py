@@ -110,7 +110,14 @@ def make_arms(
         return recommendation.to_config(task_type="SEQ_CLS", proximal_lambda=options.proximal_lambda)
 
     return (
-        Arm("recommended", "recommended, ProximalLoRA", recommendation.modules, proximal, kernels.rank),
+        Arm(
+            "recommended",
+            "recommended, ProximalLoRA",
+            recommendation.modules,
+            proximal,
+            kernels.rank,
+            options.proximal_lambda,
+        ),
         Arm("query_value", "query and value, LoRA", rivals, lambda: lora(rivals, rank), rank),
         Arm("all_linear", "all linear, LoRA", kernels.names, lambda: lora(kernels.names, kernels.rank), kernels.rank),
     )
@@ -216,12 +223,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--criterion", default="default-by-evidence")
     parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--proximal-lambda", type=float, default=0.1)
+    parser.add_argument("--proximal-lambda", type=float, default=4.0)
     parser.add_argument("--examples", type=int, default=64, help="for the kernels")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--learning-rates", type=float, nargs="+", default=[1e-3, 3e-3], help="each arm gets its best")
+    parser.add_argument("--learning-rates", type=float, nargs="+", default=[2e-3, 5e-3], help="each arm gets its best")
     parser.add_argument("--max-length", type=int, default=64)
     parser.add_argument("--max-eval", type=int, default=1000, help="examples of the validation and of the test split")
     parser.add_argument("--output", default="demo_output")

@@ -73,7 +73,15 @@ def results_table(arms: Sequence[Arm], by_arm: Mapping[str, Sequence[Run]]) -> s
         )
         for arm in arms
     ]
-    return aligned_table(header, rows)
+    return "\n\n".join(
+        [aligned_table(header, rows), *(pull(arm, by_arm[arm.key]) for arm in arms if arm.proximal_lambda)]
+    )
+
+
+def pull(arm: Arm, runs: Sequence[Run]) -> str:
+    """How the proximal term was set and how often it acted."""
+    rate = spread((run.firing_rate or 0.0 for run in runs), "{:.0%}")
+    return f"The proximal term of “{arm.label}” (λ = {arm.proximal_lambda:g}, selective) acted at {rate} of the steps."
 
 
 def predictions_table(

@@ -75,6 +75,7 @@ def test_demo_matches_parameters_and_keeps_the_evidence(output, demo):
     assert runs["query_value"]["adapter_parameters"] == 12 * 8 * (384 + 384)
     assert 0.9 < runs["recommended"]["adapter_parameters"] / runs["query_value"]["adapter_parameters"] <= 1
     assert all(run["weight_distance"] > 0 and run["parameter_distance"] > 0 for run in runs.values())
+    assert 0 <= runs["recommended"]["firing_rate"] <= 1 and runs["all_linear"]["firing_rate"] is None
     recommendation = demo.Recommendation.load(output / "recommendation")
     assert list(recommendation.modules) == results["modules"]
 
@@ -141,5 +142,5 @@ def test_distances_are_those_of_the_adapter(arms_module, load_script):
     with torch.no_grad():
         layer.lora_B["default"].weight += 0.5
     change = 3.0 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
-    assert arms_module.weight_distance(model) == pytest.approx(float(change.norm()), rel=1e-5)
+    assert arms_module.weight_distance(model) == pytest.approx(float(change.detach().norm()), rel=1e-5)
     assert arms_module.parameter_distance(model, start) == pytest.approx(0.5 * 16**0.5)
