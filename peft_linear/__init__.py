@@ -13,7 +13,8 @@
 # limitations under the License.
 """ProximalLoRA and neural-tangent-kernel guided choice of modules, as a plugin for Hugging Face peft.
 
-Importing the package registers the adapter type `PROXIMAL_LORA` with peft and the proximal term with torch's optimizers.
+Importing the package registers the adapter type `PROXIMAL_LORA` with peft, and the proximal term with torch's
+optimizers.
 """
 
 from .capture.gap import linearization_gap

@@ -35,11 +35,11 @@ from .cross_validation import cross_validate
 from .problem import PROVIDES, Problem
 
 
-# What `criterion="default-by-evidence"` means for logits with labels. The evidence is the measured rank correlation
-# of each criterion with the real test loss of fine-tuned modules: docs/measurements.
-DEFAULT_CRITERION = "leave_one_out"
-# The same for outputs that have a loss but no classes to regress to.
-DEFAULT_CRITERION_WITHOUT_CLASSES = "gradient_energy"
+# What `criterion="default-by-evidence"` means. The evidence is the measured rank correlation of each criterion with
+# the real test loss of fine-tuned modules: docs/measurements/criteria_minilm_topics.
+DEFAULT_CRITERION = "gradient_energy"
+# The best supported of those that see no labels, for outputs that have no loss.
+DEFAULT_CRITERION_WITHOUT_LABELS = "trace"
 DEFAULT_NAME = "default-by-evidence"
 
 CriterionFunction = Callable[[Tensor, Problem], float]
@@ -183,9 +183,7 @@ def resolve_criterion(name: str, problem: Problem) -> Criterion:
     """
     applicable = applicable_criteria(problem)
     if name == DEFAULT_NAME:
-        name = DEFAULT_CRITERION
-        if "logits" not in problem.provides and DEFAULT_CRITERION_WITHOUT_CLASSES in applicable:
-            name = DEFAULT_CRITERION_WITHOUT_CLASSES
+        name = DEFAULT_CRITERION if DEFAULT_CRITERION in applicable else DEFAULT_CRITERION_WITHOUT_LABELS
     if name not in CRITERIA:
         raise CriterionError(f"unknown criterion {name!r}; there are: {', '.join([DEFAULT_NAME, *CRITERIA])}")
     if name not in applicable:

@@ -25,7 +25,7 @@ from peft_linear.functional.simulation import simulate_training
 from peft_linear.selection.criteria import (
     CRITERIA,
     DEFAULT_CRITERION,
-    DEFAULT_CRITERION_WITHOUT_CLASSES,
+    DEFAULT_CRITERION_WITHOUT_LABELS,
     DEFAULT_NAME,
     applicable_criteria,
     resolve_criterion,
@@ -261,14 +261,15 @@ def test_resolving_names(kernels):
     problem = Problem.of(kernels, RIDGE)
     assert resolve_criterion(DEFAULT_NAME, problem).name == DEFAULT_CRITERION
     likelihood = Problem.of(planted_kernels(output_kind="log_likelihood"), RIDGE)
-    assert resolve_criterion(DEFAULT_NAME, likelihood).name == DEFAULT_CRITERION_WITHOUT_CLASSES
+    assert resolve_criterion(DEFAULT_NAME, likelihood).name == DEFAULT_CRITERION
     with pytest.raises(CriterionError, match="unknown criterion 'kappa'; there are: default-by-evidence, condition_n"):
         resolve_criterion("kappa", problem)
     unlabelled = Problem.of(replace(kernels, labels=None), RIDGE)
+    assert resolve_criterion(DEFAULT_NAME, unlabelled).name == DEFAULT_CRITERION_WITHOUT_LABELS
     with pytest.raises(
         OutputError, match="'leave_one_out' cannot be computed from logits without labels.* allow: cond"
     ):
-        resolve_criterion(DEFAULT_NAME, unlabelled)
+        resolve_criterion("leave_one_out", unlabelled)
     with pytest.raises(OutputError, match="'predicted_loss' cannot be computed from outputs of kind 'log_likelihood'"):
         resolve_criterion("predicted_loss", likelihood)
 

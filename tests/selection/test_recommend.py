@@ -83,7 +83,8 @@ def test_every_criterion_gives_a_whole_recommendation(kernels, criterion):
     json.dumps(rec.to_dict(), allow_nan=False)
 
 
-def test_every_reason_is_a_sentence_with_the_numbers(kernels, rec):
+def test_every_reason_is_a_sentence_with_the_numbers(kernels):
+    rec = recommend(kernels, 2, "leave_one_out")
     for row in rec.scores:
         assert f"{row.score:.4g}" in row.reason
         assert f"rank {row.rank} of 8" in row.reason
@@ -99,7 +100,7 @@ def test_every_reason_is_a_sentence_with_the_numbers(kernels, rec):
 
 def test_reasons_tell_when_a_pick_harms_and_when_a_tie_or_the_price_decides():
     kernels = planted_kernels()
-    harm = recommend(kernels, 6, ridge=0.05)
+    harm = recommend(kernels, 6, "leave_one_out", ridge=0.05)
     assert any("which is worse, but the best that fits the budget" in row.reason for row in harm.scores if row.chosen)
     same = replace(kernels, blocks=dict.fromkeys(kernels.names, kernels[kernels.names[2]]))
     tie = recommend(same, 1, "trace")
@@ -174,8 +175,9 @@ def test_unlabelled_kernels_allow_what_needs_no_labels(kernels):
     rec = recommend(unlabelled, 2, "trace")
     assert rec.predicted["before_training"] == {}
     assert rec.ridge == pytest.approx(float(kernels.subset().trace()) / len(kernels.base))
+    assert recommend(unlabelled, 2).criterion == "trace"
     with pytest.raises(OutputError, match="cannot be computed from logits without labels"):
-        recommend(unlabelled, 2)
+        recommend(unlabelled, 2, "gradient_energy")
 
 
 def test_without_always_trained_parameters(kernels):
@@ -245,11 +247,11 @@ def test_notes(kernels, rec):
     assert any(note.startswith("Only 12 examples") for note in few.notes)
     assert not any(note.startswith("Only") for note in rec.notes)
     same = replace(kernels, blocks=dict.fromkeys(kernels.names, kernels[kernels.names[2]]))
-    assert any("hardly better than a random one" in note for note in recommend(same, 2).notes)
+    assert any("hardly better than a random one" in note for note in recommend(same, 2, "leave_one_out").notes)
     assert not any("hardly better" in note for note in rec.notes)
     spread = replace(kernels, spread={kernels.names[0]: 0.5, kernels.names[1]: 0.01})
     assert any("The kernels of 1 of 8 modules differ by more than 30%" in note for note in recommend(spread, 2).notes)
-    wide = recommend(kernels, 6, ridge=0.05)
+    wide = recommend(kernels, 6, "leave_one_out", ridge=0.05)
     assert any("is best with the first" in note and "A smaller budget may do" in note for note in wide.notes)
     noise = planted_kernels(names=BERT_NAMES[:1], informative=(), head=1e-4)
     assert any("predicts no gain on unseen examples" in n for n in recommend(noise, 1, ridge=1e-3).notes)
@@ -355,6 +357,6 @@ def test_the_config_matches_exactly_the_chosen_modules(chosen, tmp_path):
 def test_many_candidates_stay_quick():
     """36 candidates, 8 of them, n = 256 rows: one factorisation a candidate and round."""
     kernels = planted_kernels(names=BERT_NAMES, informative=range(8), examples=64, classes=4)
-    rec = recommend(kernels, 8, ridge=30.0)
+    rec = recommend(kernels, 8, "leave_one_out", ridge=30.0)
     assert set(rec.modules) == set(BERT_NAMES[:8])
     assert rec.settings["evaluations"] == 1 + sum(range(29, 37))
