@@ -254,7 +254,9 @@ def test_notes(kernels, rec):
     wide = recommend(kernels, 6, "leave_one_out", ridge=0.05)
     assert any("is best with the first" in note and "A smaller budget may do" in note for note in wide.notes)
     noise = planted_kernels(names=BERT_NAMES[:1], informative=(), head=1e-4)
-    assert any("predicts no gain on unseen examples" in n for n in recommend(noise, 1, ridge=1e-3).notes)
+    assert any(
+        "predicts no gain on unseen examples" in n for n in recommend(noise, 1, "leave_one_out", ridge=1e-3).notes
+    )
     low_rank = {n: torch.outer(v, v) for n, v in zip(kernels.names, torch.eye(108, dtype=torch.float64), strict=False)}
     singular = replace(kernels, blocks=low_rank, base=torch.zeros_like(kernels.base))
     notes = recommend(singular, 2, "condition_number").notes
