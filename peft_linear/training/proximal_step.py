@@ -78,7 +78,6 @@ class ProximalStep:
         self._parts = list(find_steps(optimizer))
         taken = {id(step.value) for other in self._others for part in other._parts for step in part.stepped()}
         for part in self._parts:
-            part.adapter.seen = True
             if part.adapter.config.proximal_selective:
                 steps = part.stepped()
                 product = inner_product(
@@ -151,10 +150,14 @@ def find_steps(optimizer: Any) -> Iterator[AdapterStep]:
         for adapter in list(record.adapters.values()):
             strength = adapter.config.proximal_lambda
             check_strength(strength)
-            if strength == 0:
+            if strength == 0 and adapter.seen:
                 continue
-            if not any(id(a) in groups or id(b) in groups for _, _, a, b in adapter.layers()):
+            held = any(id(a) in groups or id(b) in groups for _, _, a, b in adapter.layers())
+            if held:
+                adapter.see()
+            elif strength > 0:
                 _refuse_flattened(adapter)
+            if not held or strength == 0:
                 continue
             part = AdapterStep(adapter, strength)
             seen: set[int] = set()  # tied adapters are two parameters of one memory

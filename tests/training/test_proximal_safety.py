@@ -262,6 +262,25 @@ def test_schemes_that_start_elsewhere_are_pulled_to_where_they_start(scheme, spa
     assert proximal_distance(model, space=space) < 0.02 * before
 
 
+def test_eva_fills_in_a_later_and_the_anchor_waits_for_it():
+    from peft import EvaConfig
+
+    model = proximal(init_lora_weights="eva", eva_config=EvaConfig(), lam=1e9)
+    with torch.no_grad():
+        for name, p in lora_parameters(model).items():
+            if "lora_A" in name:
+                p.normal_()
+    assert proximal_distance(model) == 0
+    kept = [p.detach().clone() for p in lora_parameters(model).values()]
+    step_at_rest(model)
+    for p, value in zip(lora_parameters(model).values(), kept, strict=True):
+        assert torch.equal(p, value)
+    displaced(model)
+    assert proximal_distance(model) > 0  # from the first step on the anchor stays
+    step_at_rest(model)
+    assert proximal_distance(model) < 1e-6
+
+
 def test_an_embeddings_anchor_is_its_a_of_zero():
     torch.manual_seed(0)
     base = nn.Sequential(nn.Embedding(6, 4), nn.Linear(4, 3))

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -274,6 +275,24 @@ def test_without_its_anchor_an_adapter_still_trains_with_a_warning(saved):
     kept = [p.detach().clone() for p in parameters.values()]
     for a, anchor in zip(kept, find_adapters(loaded)[0].anchors().values(), strict=True):
         assert torch.equal(a, anchor.a)
+    loaded.save_pretrained(saved / "again")
+    assert not (saved / "again" / ANCHOR_NAME).exists()  # a guess is not passed on as knowledge
+    train(loaded, steps=1)
+    loaded.save_pretrained(saved / "again")  # but what was trained with is, so that a resumed run goes on
+    assert (saved / "again" / ANCHOR_NAME).exists()
+
+
+def test_loading_an_earlier_state_of_the_run_keeps_its_anchor(tmp_path):
+    """As the Trainer does with its best checkpoint, which may be deleted afterwards."""
+    for lam in (2.0, 0.0):
+        model = trained(lam=lam)
+        early = proximal_distance(model)
+        model.save_pretrained(tmp_path)
+        train(model)
+        assert proximal_distance(model) != early
+        model.load_adapter(tmp_path, "default")
+        shutil.rmtree(tmp_path)
+        assert proximal_distance(model) == early
 
 
 def test_the_weight_distance_needs_no_anchor_file(tmp_path, recwarn):

@@ -127,7 +127,7 @@ def _save_anchor_with_adapter() -> None:
             for name in call.arguments["selected_adapters"] or list(self.peft_config):
                 folder = Path(save_directory) if name == "default" else Path(save_directory) / name
                 adapter = _tracked(self, name)
-                if adapter is not None and adapter.config.proximal_lambda > 0 and not converted:
+                if adapter is not None and not converted and adapter.worth_saving:
                     write_anchors(folder / ANCHOR_NAME, adapter.anchors())
                 elif adapter is not None:
                     (folder / ANCHOR_NAME).unlink(missing_ok=True)  # of an adapter that was saved here before

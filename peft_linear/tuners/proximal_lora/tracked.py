@@ -64,6 +64,7 @@ class TrackedAdapter:
         self.seen = False  # whether an optimizer step was ever seen with this adapter in it
         # EVA fills in A by a call of its own after the adapter exists
         self.provisional = config.init_lora_weights == "eva"
+        self._guessed = False  # the anchor is not known, and chosen as well as can be
         self._layers = {key: weakref.ref(layer) for key, layer in layers.items()}
         self._anchors: dict[str, FactorAnchor] = {}
         self._source: AnchorSource | None = None
@@ -101,7 +102,8 @@ class TrackedAdapter:
                     raise PeftLinearError(
                         f"lora_{letter} of {name!r} (adapter {self.name!r}) has shape {tuple(value.shape)}, its "
                         f"anchor {tuple(start.shape)}: the rank was changed after the adapter was made (then call "
-                        "peft_linear.reset_proximal_anchor(model)), or the parameters are sharded (not supported)"
+                        "reset_proximal_anchor(model) of peft_linear.tuners.proximal_lora), or the parameters are "
+                        "sharded (not supported)"
                     )
             yield Factors(name, layer, a, b, anchor)
 
@@ -109,14 +111,24 @@ class TrackedAdapter:
         """The anchor of every module that carries the adapter now."""
         return {factors.name: factors.anchor for factors in self.factors()}
 
+    @property
+    def worth_saving(self) -> bool:
+        """Whether the anchor says more than the factors do: it is used, and known or trained with."""
+        return self.config.proximal_lambda > 0 and (self.seen or not self._guessed)
+
+    def see(self) -> None:
+        """An optimizer is about to step the adapter: its anchor is final."""
+        self._ensure_anchors()
+        self.seen = True
+
     def capture(self) -> None:
         """Makes the factors as they are now the anchor."""
-        self._source = None
+        self._source, self._guessed = None, False
         self._anchors = {n: FactorAnchor.of(a, b) for n, _, a, b in self.layers() if not (a.is_meta or b.is_meta)}
 
     def capture_continuing(self) -> None:
         """Anchors weights that were trained elsewhere as well as can be (see `FactorAnchor.continuing`)."""
-        self._source = None
+        self._source, self._guessed = None, True
         self._anchors = {
             name: FactorAnchor.continuing(a, b, self._anchors.get(name) or self._usual(layer, a, b))
             for name, layer, a, b in self.layers()
@@ -125,8 +137,10 @@ class TrackedAdapter:
     def loaded_from(self, source: AnchorSource, trainable: bool) -> None:
         """The weights were just loaded: the anchor is the one stored with them, read when it is first needed."""
         self.provisional = False
+        if self.seen and source.read() is None:
+            return  # weights of this very run (λ = 0 writes no anchor): they started where they started
         self._source = source
-        if trainable:
+        if trainable or not self.config.inference_mode:
             self._ensure_anchors()
             self.arm()
             return
@@ -179,8 +193,7 @@ class TrackedAdapter:
                     f"{ANCHOR_NAME} at {source.path} does not belong to the adapter beside it: module {name!r} is "
                     "missing or has another shape; restore the file, or delete it to train without it"
                 )
-        self._anchors = stored
-        self._source = None
+        self._anchors, self._source, self._guessed = stored, None, False
 
     def __getstate__(self) -> dict[str, Any]:
         layers = {key: layer for key, reference in self._layers.items() if (layer := reference()) is not None}
