@@ -112,7 +112,9 @@ class Team:
             raise failure
         for rank, (_, message) in enumerate(answers):
             if message is not None:
-                raise ProcessError(f"process {rank} failed in the stage {stage!r}, which ends the run of all: {message}")
+                raise ProcessError(
+                    f"process {rank} failed in the stage {stage!r}, which ends the run of all: {message}"
+                )
         return [value for value, _ in answers]
 
     def divide(
