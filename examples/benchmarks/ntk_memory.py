@@ -1,0 +1,160 @@
+# Copyright 2026 The peft-linear authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The kernels of a real encoder on 2,048 examples within a few gigabytes: `compute_ntk(..., max_memory=...)`.
+
+    python examples/benchmarks/ntk_memory.py --output docs/measurements/ntk_memory
+
+Every linear map of MiniLM (22.7M parameters) has a kernel of 4,096 rows, two outputs an example. Held in memory, rows
+and blocks would take about 8 GB. The script measures the peak of the whole process (resident set, with Python, torch
+and the model) over the computation and over the spectrum of all modules together, and fails above `--within`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # examples/common.py, from wherever this is started
+
+import torch
+from common import DEMO_DATASET, DEMO_MODEL, load_quietly, load_task
+
+from peft_linear import compute_ntk
+from peft_linear.report.markdown import markdown_table
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse(argv)
+    task = load_task(options.model, options.dataset, options.max_length)
+    batches = task.calibration(options.examples, options.batch_size)
+    for batch in batches:  # two classes: the first half of the topics against the others
+        batch["labels"] = (batch["labels"] >= len(task.labels) // 2).long()
+    model, _ = load_quietly(options.model, ("first half", "second half"))
+    before = peak_bytes()
+
+    start = time.perf_counter()
+    kernels = compute_ntk(
+        model, batches, max_memory=options.max_memory, folder=options.folder, progress=options.progress
+    )
+    seconds, after_kernels = time.perf_counter() - start, peak_bytes()
+    start = time.perf_counter()
+    spectrum = kernels.spectrum()
+    seconds_spectrum, peak = time.perf_counter() - start, peak_bytes()
+
+    rows = kernels.num_examples * kernels.num_outputs
+    result = {
+        "model": options.model,
+        "modules": len(kernels),
+        "examples": kernels.num_examples,
+        "outputs": kernels.num_outputs,
+        "rows": rows,
+        "max_length": options.max_length,
+        "batch_size": options.batch_size,
+        "max_memory": options.max_memory,
+        "blocks_bytes": 8 * rows**2 * len(kernels),
+        "peak_bytes_before": before,
+        "peak_bytes_after_kernels": after_kernels,
+        "peak_bytes": peak,
+        "within_bytes": int(options.within * 2**30),
+        "seconds_kernels": seconds,
+        "seconds_passes": kernels.provenance["seconds_passes"],
+        "seconds_gram": kernels.provenance["seconds_gram"],
+        "seconds_spectrum": seconds_spectrum,
+        "storage": kernels.provenance["storage"],
+        "numerical_rank": spectrum.numerical_rank,
+        "effective_rank": spectrum.effective_rank,
+        "command": " ".join(["python", "examples/benchmarks/ntk_memory.py", *(argv or sys.argv[1:])]),
+        "date": date.today().isoformat(),
+        "machine": describe_machine(),
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
+    }
+    table = report(result)
+    print(table)
+    if options.output is not None:
+        options.output.mkdir(parents=True, exist_ok=True)
+        (options.output / "ntk_memory.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        (options.output / "README.md").write_text(table, encoding="utf-8")
+    if peak > result["within_bytes"]:
+        print(f"the process took {gigabytes(peak)}, more than {options.within:g} GiB", file=sys.stderr)
+        return 1
+    return 0
+
+
+def report(result: dict) -> str:
+    """The measurement in Markdown."""
+    storage = result["storage"]
+    rows = [
+        ("kernels", f"{result['modules']} modules and the head, {result['rows']:,} rows each ({result['examples']:,} "
+         f"examples x {result['outputs']} logits)"),
+        ("blocks alone", gigabytes(result["blocks_bytes"])),
+        ("max_memory", result["max_memory"] or "none"),
+        ("rows and their factors; blocks", f"{storage['parts']}; {storage['blocks']}"),
+        ("peak of the process before", gigabytes(result["peak_bytes_before"])),
+        ("peak after the kernels", gigabytes(result["peak_bytes_after_kernels"])),
+        ("peak after the spectrum of all modules", gigabytes(result["peak_bytes"])),
+        ("seconds: passes", f"{result['seconds_passes']:.0f}"),
+        ("seconds: Gram matrices", f"{result['seconds_gram']:.0f}"),
+        ("seconds: spectrum", f"{result['seconds_spectrum']:.0f}"),
+    ]  # fmt: skip
+    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
+    return (
+        "# Memory of a large computation\n\n"
+        f"{result['model']}, texts of up to {result['max_length']} tokens, batches of {result['batch_size']}; the "
+        f"peak is the resident set of the whole process, which may be {result['within_bytes'] / 2**30:g} GiB.\n\n"
+        f"{markdown_table(('', 'measured'), rows)}\n\n"
+        f"`{result['command']}`, {result['date']}, {result['machine']}, {versions}.\n"
+    )
+
+
+def peak_bytes() -> int:
+    """The largest resident set this process has had; the system counts it in KiB, macOS in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def gigabytes(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB"
+
+
+def describe_machine() -> str:
+    return f"{os.cpu_count()} CPUs ({platform.machine()}), {torch.get_num_threads()} thread(s), {platform.system()}"
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=DEMO_MODEL)
+    parser.add_argument("--dataset", default=DEMO_DATASET, help="a data set with at least two classes")
+    parser.add_argument("--examples", type=int, default=2048)
+    parser.add_argument("--max-length", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--max-memory", default="2GB", help="of compute_ntk")
+    parser.add_argument("--within", type=float, default=4.0, help="GiB that the whole process may take")
+    parser.add_argument("--folder", help="of compute_ntk; a run that was stopped goes on from it")
+    parser.add_argument("--output", type=Path, help="folder for the JSON file and the table")
+    parser.add_argument("--progress", action="store_true")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

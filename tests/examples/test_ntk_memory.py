@@ -1,0 +1,37 @@
+# Copyright 2026 The peft-linear authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+import json
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def benchmark(load_script):
+    return load_script("benchmarks/ntk_memory.py")
+
+
+def test_it_measures_the_whole_process_and_fails_above_the_limit(benchmark, tmp_path, capsys):
+    arguments = ["--examples", "16", "--max-length", "12", "--max-memory", "200KB", "--output", str(tmp_path)]
+    assert benchmark.main(arguments) == 0
+    result = json.loads((tmp_path / "ntk_memory.json").read_text())
+    assert result["rows"] == 32 and result["blocks_bytes"] == 8 * 32**2 * result["modules"]
+    assert result["storage"]["parts"] == result["storage"]["blocks"] == "files"
+    assert 0 < result["peak_bytes_before"] <= result["peak_bytes_after_kernels"] <= result["peak_bytes"] < 4 * 2**30
+    table = (tmp_path / "README.md").read_text()
+    assert table in capsys.readouterr().out
+    assert "37 modules and the head, 32 rows each (16 examples x 2 logits)" in table
+    assert f"{result['peak_bytes'] / 2**30:.2f} GiB" in table and " ".join(arguments) in table
+    assert benchmark.main([*arguments, "--within", "0.01"]) == 1
+    assert "more than 0.01 GiB" in capsys.readouterr().err
