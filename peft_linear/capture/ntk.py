@@ -84,10 +84,10 @@ def compute_ntk(
         progress: show progress bars.
         num_projections: outputs of "random_projection".
         max_bytes: bound on the temporary memory of one Gram product.
-        max_memory: bytes, or a size like "4GB" or "512MiB", that the computation may keep: rows of all batches,
-            products at work and finished blocks together; more goes to files. It covers neither the model, nor the
-            batches, nor what a single batch needs (its activations and rows). At least about 27·n² bytes; where the
-            blocks do not fit, the result is lazy (see ModuleKernels). None: no limit.
+        max_memory: bytes, or a size like "4GB" or "512MiB", that the computation may keep (in each process): rows of
+            all batches, products at work and finished blocks together; more goes to files. It covers neither the
+            model, nor the batches, nor what a single batch needs (its activations and rows). At least about 27·n²
+            bytes; where the blocks do not fit, the result is lazy (see ModuleKernels). None: no limit.
         folder: keeps rows and finished blocks here, checksummed, so that a run that was killed goes on where it
             stopped when it is called again with the same arguments, and gives the same kernels to the bit. Holds the
             kernels at the end (`ModuleKernels.load(folder)`). Default: memory, or a temporary folder.

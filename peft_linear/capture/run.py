@@ -97,7 +97,7 @@ class Run:
             self._capture("other head parameters", self.other, capturing_other)
         passes = time.perf_counter()
         self._take_grams()
-        result = self._collect()
+        result = self.team.each("collecting", self._collect)  # nobody goes on before all have what they need
         result.record = {
             "num_batches": len(self.job.batches),
             "ways": result.ways,
