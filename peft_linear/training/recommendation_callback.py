@@ -183,6 +183,7 @@ class NtkRecommendationCallback(TrainerCallback):
             config: Any = model.peft_config[adapter]
             candidates["targets"] = list(adapted_modules(model, adapter))
             candidates |= {key: getattr(config, f) for key, f in (("rank", "r"), ("lora_alpha", "lora_alpha"))}
+        candidates["distributed"] = False  # the main process decides alone; the others wait for its answer
 
         def compute() -> Recommendation:
             batches = calibration_batches(self.data, model, processing_class=processing, **self._sampling)
