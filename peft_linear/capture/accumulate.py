@@ -90,7 +90,12 @@ class TermKernel(NamedTuple):
     way: str  # "rows", "explicit" or "ghost"
 
 
-def term_kernel(parts: Sequence[Part], term: Term, max_bytes: int = DEFAULT_MAX_BYTES) -> TermKernel:
+def term_kernel(
+    parts: Sequence[Part],
+    term: Term,
+    max_bytes: int = DEFAULT_MAX_BYTES,
+    signed: bool = False,
+) -> TermKernel:
     """The kernel of a term from its parts, which may be lazy; the mean over its draws, one of them at a time.
 
     The spread is the standard deviation of the draws about their mean in Frobenius norm, over the mean's norm. Mean
@@ -104,9 +109,9 @@ def term_kernel(parts: Sequence[Part], term: Term, max_bytes: int = DEFAULT_MAX_
         drawn: Sequence[Part] = parts
         if term.draws > 1:
             drawn = _Features(parts, slice(draw * width, (draw + 1) * width))
-        if not any(are_rows):
+        if not any(are_rows) and not signed:
             way = cheapest(drawn)
-        gram = weight_gram(drawn, "ghost" if way == "ghost" else "explicit", max_bytes).cpu()
+        gram = weight_gram(drawn, "ghost" if way == "ghost" else "explicit", max_bytes, signed).cpu()
         if draw == 0:
             mean = gram
         else:

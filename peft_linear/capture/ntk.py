@@ -19,11 +19,12 @@ import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from ..errors import PeftLinearError
 from ..functional.gram import DEFAULT_MAX_BYTES
 from ..kernels import ModuleKernels
 from .batches import read_batches
@@ -53,6 +54,7 @@ def compute_ntk(
     progress: bool = True,
     *,
     num_projections: int = 16,
+    kernel: Literal["gradient", "sign"] = "gradient",
     max_bytes: int = DEFAULT_MAX_BYTES,
     max_memory: int | str | None = None,
     folder: str | os.PathLike | None = None,
@@ -83,6 +85,9 @@ def compute_ntk(
         seed: of A and of random projections.
         progress: show progress bars.
         num_projections: outputs of "random_projection".
+        kernel: "gradient", or "sign" for `(J sign(J)ᵀ + sign(J) Jᵀ)/2`, the symmetrised kernel of sign descent, which
+            Adam's first steps are near to (Malladi et al., arXiv 2210.05643). It is not positive semidefinite, so it
+            has no `spectrum()` and no ridge regression, and it depends on the parametrisation.
         max_bytes: bound on the temporary memory of one Gram product.
         max_memory: bytes, or a size like "4GB" or "512MiB", that the computation may keep (in each process): rows of
             all batches, products at work and finished blocks together; more goes to files. It covers neither the
@@ -113,6 +118,8 @@ def compute_ntk(
     factorisation of a linear layer's per-example gradient is Goodfellow's (arXiv 1510.01799).
     """
     check_adapter_arguments(space, rank, lora_alpha, draws)
+    if kernel not in ("gradient", "sign"):
+        raise PeftLinearError(f'kernel must be "gradient" or "sign", got {kernel!r}')
     limit = parse_memory(max_memory)
     function = OutputFunction(
         outputs, shift=label_shift(base_model(model)), num_projections=num_projections, seed=seed
@@ -134,6 +141,7 @@ def compute_ntk(
         "draws": draws,
         "outputs": outputs,
         "num_projections": num_projections,
+        "kernel": kernel,
         "seed": seed,
     }
 
@@ -143,7 +151,7 @@ def compute_ntk(
         read = team.each(
             "reading the batches", lambda: read_batches(batches, model, function.needs_labels, f"outputs={outputs!r}")
         )
-        job = Job(model, chosen, head_linear, head_other, terms, read, function, device)
+        job = Job(model, chosen, head_linear, head_other, terms, read, function, device, kernel == "sign")
         run = Run(job, team, store, limit, max_bytes, progress)
         if store.kept or team.size > 1:
             store.open(team.gather("taking checksums", lambda: fingerprint(model, read, asked)))
@@ -169,6 +177,7 @@ def compute_ntk(
                 **_describe(model, device),
                 "seed": seed,
                 "draws": draws,
+                "kernel": kernel,
                 "always_trained": sorted(head),
                 "no_gradient": result.zero,
                 **result.record,

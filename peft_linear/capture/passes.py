@@ -50,6 +50,7 @@ class Job:
     batches: Sequence[Batch]
     function: OutputFunction
     device: torch.device
+    signed: bool = False  # the kernel of sign descent
 
     @property
     def has_head(self) -> bool:

@@ -74,6 +74,7 @@ def weight_gram(
     parts: Sequence[Part],
     method: Method = "auto",
     max_bytes: int = DEFAULT_MAX_BYTES,
+    signed: bool = False,
 ) -> Tensor:
     """The Gram matrix of one map over all examples of `parts`, (n, n) float64, n = Σ N·C.
 
@@ -83,12 +84,19 @@ def weight_gram(
             `max_bytes` without work done twice; "ghost" contracts pairs of batches (and takes no rows); "auto" takes
             the one with fewer multiplications.
         max_bytes: bound on the temporary memory of one slice, beside the result and one part.
+        signed: take `(J sign(J)ᵀ + sign(J) Jᵀ)/2` instead, the symmetrised kernel of sign descent, which Adam is near
+            to at its first steps (Malladi et al., arXiv 2210.05643). Needs rows, so it is always explicit; it is not
+            positive semidefinite in general.
     """
     if not parts:
         raise KernelError("no batches to take a Gram matrix of; pass at least one (inputs, cotangents) pair")
     if method == "auto":
-        method = cheapest(parts)
-    return _ghost(parts, max_bytes) if method == "ghost" else _explicit(parts, max_bytes)  # type: ignore[arg-type]
+        method = "explicit" if signed else cheapest(parts)
+    if method == "ghost":
+        if signed:
+            raise KernelError("the sign kernel needs Jacobian rows; pass method='explicit' or 'auto'")
+        return _ghost(parts, max_bytes)  # type: ignore[arg-type]
+    return _explicit(parts, max_bytes, signed)
 
 
 def cheapest(parts: Sequence[Part]) -> Literal["explicit", "ghost"]:
@@ -145,7 +153,7 @@ def _mirror_(upper: Tensor, edge: int = 1024) -> Tensor:
     return upper
 
 
-def _explicit(parts: Sequence[Part], max_bytes: int) -> Tensor:
+def _explicit(parts: Sequence[Part], max_bytes: int, signed: bool = False) -> Tensor:
     """Sums R Rᵀ over slices of the map's matrix; a slice of all rows is gathered in float64, part by part."""
     example, (features, channels) = _example_and_widths(parts[0])
     n = sum(count_rows(part) for part in parts)
@@ -162,8 +170,11 @@ def _explicit(parts: Sequence[Part], max_bytes: int) -> Tensor:
                 piece = _rows_of(part, slice(left, left + wide), slice(start, start + step))
                 rows[row : row + len(piece)] = piece
                 row += len(piece)
-            _add_product(total, rows.flatten(1))
-    return _mirror_(total)
+            if signed:
+                total.addmm_(rows.flatten(1), rows.flatten(1).sign().T)
+            else:
+                _add_product(total, rows.flatten(1))
+    return (total + total.T).mul_(0.5) if signed else _mirror_(total)
 
 
 def _example_and_widths(part: Part) -> tuple[Tensor, tuple[int, int]]:

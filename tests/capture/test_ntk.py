@@ -265,6 +265,20 @@ def test_lower_precision_is_close_to_float64(dtype, tolerance):
     assert float((low - exact).norm() / exact.norm()) < tolerance
 
 
+@pytest.mark.parametrize("way", ["as it comes", "one output channel at a time"])
+def test_the_sign_kernel(way):
+    model, batches = small.seeded(small.bert), small.text_batches()
+    options = {} if way == "as it comes" else {"max_bytes": 1}
+    kernels = ntk(model, batches, space="weight", kernel="sign", **options)
+    parameters = dict(model.named_parameters())
+    for name in kernels.names:
+        rows = reference.jacobian(model, [parameters[f"{name}.weight"]], batches, reference.logits)
+        expected = (rows @ rows.sign().T + rows.sign() @ rows.T) / 2
+        assert_close(kernels[name], expected, **EXACT)
+        assert torch.equal(kernels[name], kernels[name].T)
+    assert kernels.provenance["kernel"] == "sign"
+
+
 class Snapshot:
     """Everything of a model (and of the process) that a look at it must not change."""
 
@@ -358,6 +372,7 @@ BAD_ARGUMENTS = [
     ({"draws": 2, "space": "weight"}, PeftLinearError, "draws=2 are draws of LoRA's A"),
     ({"space": "loraa"}, PeftLinearError, "space must be one of"),
     ({"outputs": "logit"}, PeftLinearError, "outputs must be one of"),
+    ({"kernel": "adam"}, PeftLinearError, 'kernel must be "gradient" or "sign", got'),
     ({"num_projections": 0}, PeftLinearError, "num_projections must be a positive integer"),
     (
         {"targets": ["querry", "value", "kee"]},

@@ -83,6 +83,11 @@ def test_one_token_goes_ghost_and_long_sequences_explicit():
     assert cheapest([random_pair(4, 2, 64, 8, 8)]) == "explicit"
 
 
+def test_the_sign_kernel_has_no_ghost_way():
+    with pytest.raises(KernelError, match="needs Jacobian rows"):
+        weight_gram([random_pair(2, 1, 2, 3, 3)], "ghost", signed=True)
+
+
 def test_no_batches_is_an_error():
     with pytest.raises(KernelError, match="no batches to take a Gram matrix of"):
         weight_gram([])
