@@ -24,6 +24,7 @@ import pytest
 import small_models
 import torch
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 from reference_proximal import lora_parameters
 from torch import nn
 
@@ -232,7 +233,7 @@ def test_the_anchor_can_be_set_to_the_present_factors():
 def test_a_changed_rank_is_found_and_resetting_heals_it():
     model = proximal()
     layer = model.base_model.model[0]
-    layer.update_layer("default", 3, 4, config=model.peft_config["default"])
+    layer.lora_A["default"], layer.lora_B["default"] = nn.Linear(5, 3, bias=False), nn.Linear(3, 7, bias=False)
     with pytest.raises(
         PeftLinearError, match=r"lora_A of '0' \(adapter 'default'\) has shape \(3, 5\), its anchor \(2, 5\)"
     ):
@@ -244,6 +245,8 @@ def test_a_changed_rank_is_found_and_resetting_heals_it():
 @pytest.mark.parametrize("space", ["factors", "delta"])
 @pytest.mark.parametrize("scheme", ["pissa", "olora", "orthogonal", "gaussian", "mica"])
 def test_schemes_that_start_elsewhere_are_pulled_to_where_they_start(scheme, space):
+    if not hasattr(LoraLayer, f"{scheme}_init") and scheme != "gaussian":
+        pytest.skip(f"this version of peft has no {scheme}")
     model = proximal(init_lora_weights=scheme, proximal_space=space, lam=1e9)
     assert proximal_distance(model, space="factors") == 0 == proximal_distance(model, space="delta")
     anchors = find_adapters(model)[0].anchors()

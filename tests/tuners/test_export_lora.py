@@ -39,7 +39,7 @@ VARIANTS = {
     "rslora-plain": {"use_rslora": True},
     "dora": {"use_dora": True, "rank_pattern": {"query": 5}},
     "embedding": {"target_modules": ["word_embeddings", "query"], "rank_pattern": {"query": 4}},
-    "head": {"task_type": "SEQ_CLS", "bias": "lora_only", "alpha_pattern": {"value": 1}},
+    "head": {"task_type": "SEQ_CLS", "bias": "all", "alpha_pattern": {"value": 1}},
     "alpha-zero": {"lora_alpha": 0, "alpha_pattern": {"value": 2}},
 }
 

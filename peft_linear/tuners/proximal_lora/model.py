@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import LoraModel
-from peft.utils import save_and_load
 from torch import nn
 
 from .config import ProximalLoraConfig
@@ -68,15 +67,6 @@ class ProximalLoraModel(LoraModel):
         model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
         forget_adapter(self.model)
         return model
-
-    @classmethod
-    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
-        selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        validate = getattr(save_and_load, "_validate_lora_adapter_state_dict", None)  # peft asks for LORA by name
-        if validate is not None:
-            matrices = {key: value for key, value in selected.items() if not key.endswith(".bias")}
-            validate(matrices, adapter_name=adapter_name)
-        return selected
 
     @classmethod
     def _convert_state_dict_for_initial_model(cls, peft_model, peft_config, path, output_state_dict, kwargs):

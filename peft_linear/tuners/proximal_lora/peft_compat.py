@@ -21,6 +21,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +29,7 @@ from typing import Any
 
 from huggingface_hub import hf_hub_download
 from peft import PeftModel, PeftType
+from peft.utils import save_and_load
 from torch import nn
 from transformers.integrations import PeftAdapterMixin
 
@@ -53,7 +55,7 @@ def as_lora(config: Any) -> Iterator[None]:
 
 def apply_all() -> None:
     """Applies every change below."""
-    _convert_moe_weights_of_our_adapters()
+    _read_and_write_state_as_lora()
     _hotswap_our_adapters()
     _mix_our_adapters()
     _tag_our_adapters_as_lora()
@@ -61,26 +63,42 @@ def apply_all() -> None:
     _load_anchor_with_adapter()
 
 
-def _convert_moe_weights_of_our_adapters() -> None:
-    """Adapters of transformers v4's MoE layers are converted to v5's for LORA only."""
-    module = _optional("peft.utils.transformers_weight_conversion")
-    name = "convert_peft_adapter_state_dict_for_transformers"
-    if module is None or not hasattr(module, name):
-        return
+def _read_and_write_state_as_lora() -> None:
+    """The state dict of an adapter has special cases of LORA: shards are found, experts converted, biases included.
 
-    def convert(original: Callable, *args: Any, **kwargs: Any) -> Any:
-        config = inspect.signature(original).bind(*args, **kwargs).arguments["peft_config"]
-        with as_lora(config):
+    The two functions are imported by name all over peft, so they are replaced wherever they are.
+    """
+
+    def call_as_lora(original: Callable, *args: Any, **kwargs: Any) -> Any:
+        call = inspect.signature(original).bind(*args, **kwargs)
+        call.apply_defaults()
+        configs = getattr(call.arguments["model"], "peft_config", {})
+        with as_lora(configs.get(call.arguments["adapter_name"])):
             return original(*args, **kwargs)
 
-    _wrap(module, name, convert)
+    for name in ("get_peft_model_state_dict", "set_peft_model_state_dict"):
+        current = getattr(save_and_load, name)
+        holders = [m for key, m in list(sys.modules.items()) if key.split(".")[0] == "peft" and m is not None]
+        for module in holders:
+            if module.__dict__.get(name) is current:
+                _wrap(module, name, call_as_lora)
+
+
+class _FoundAsLora(dict):
+    """A table by adapter type in which ours is looked up as LORA, without being listed."""
+
+    def __contains__(self, key: object) -> bool:
+        return super().__contains__(PeftType.LORA if key == PROXIMAL_LORA else key)
+
+    def __getitem__(self, key: Any) -> Any:
+        return super().__getitem__(PeftType.LORA if key == PROXIMAL_LORA else key)
 
 
 def _hotswap_our_adapters() -> None:
     """Hotswapping looks up, by type, the settings that must agree."""
     module = _optional("peft.utils.hotswap")
     if module is not None:
-        module.CONFIG_KEYS_TO_CHECK[PROXIMAL_LORA] = module.CONFIG_KEYS_TO_CHECK[PeftType.LORA]
+        module.CONFIG_KEYS_TO_CHECK = _FoundAsLora(module.CONFIG_KEYS_TO_CHECK)
 
 
 def _mix_our_adapters() -> None:
