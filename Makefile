@@ -1,6 +1,7 @@
 # Two commands do everything on a fresh machine: `make demo` and `make test`.
 PYTHON ?= python3
 VENV ?= .venv
+WORKERS ?= 2
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
@@ -19,10 +20,10 @@ demo: $(VENV)/.installed
 	$(BIN)/python examples/demo/demo.py --output demo_output
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n $(WORKERS)
 
 test-quick: $(VENV)/.installed
-	$(BIN)/python -m pytest tests -m 'not slow'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n $(WORKERS) -m 'not slow'
 
 style: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
