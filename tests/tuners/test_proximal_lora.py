@@ -20,6 +20,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import peft
 import pytest
@@ -427,3 +428,12 @@ def test_model_cards_carry_the_lora_tag(tmp_path):
 
     trained().save_pretrained(tmp_path)
     assert "lora" in ModelCard.load(tmp_path / "README.md").data.tags
+
+
+def test_saving_shards_warns_as_for_lora_and_is_not_stopped(tmp_path):
+    model = proximal(task_type=None)
+    layer = next(m for m in model.modules() if isinstance(m, Linear))
+    layer.lora_A["default"].weight = nn.Parameter(torch.zeros(0))
+    with pytest.warns(UserWarning, match="invalid shape") if NEW_PEFT.args[0] is False else nullcontext():
+        model.save_pretrained(tmp_path)
+    assert (tmp_path / ANCHOR_NAME).exists()

@@ -91,11 +91,9 @@ class TrackedAdapter:
         Raises:
             PeftLinearError: a factor does not have the shape of its anchor.
         """
-        self._ensure_anchors()
+        anchors = self.anchors()
         for name, layer, a, b in self.layers():
-            anchor = self._anchors.get(name)
-            if anchor is None:  # it was on the meta device when the adapter was made
-                anchor = self._anchors[name] = FactorAnchor.continuing(a, b, self._usual(layer, a, b))
+            anchor = anchors[name]
             anchor.follow(a, b)
             for letter, value, start in (("A", a, anchor.a), ("B", b, anchor.b)):
                 if start is not None and start.shape != value.shape:
@@ -108,8 +106,12 @@ class TrackedAdapter:
             yield Factors(name, layer, a, b, anchor)
 
     def anchors(self) -> dict[str, FactorAnchor]:
-        """The anchor of every module that carries the adapter now."""
-        return {factors.name: factors.anchor for factors in self.factors()}
+        """The anchors of the modules that carry the adapter now, whatever shape the factors are in."""
+        self._ensure_anchors()
+        for name, layer, a, b in self.layers():
+            if name not in self._anchors:  # it was on the meta device when the adapter was made
+                self._anchors[name] = FactorAnchor.continuing(a, b, self._usual(layer, a, b))
+        return {name: self._anchors[name] for name, *_ in self.layers()}
 
     @property
     def worth_saving(self) -> bool:
