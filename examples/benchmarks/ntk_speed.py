@@ -26,7 +26,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -36,6 +35,7 @@ from datetime import date
 from pathlib import Path
 
 import torch
+from ntk_memory import peak_bytes
 from ntk_peers import PEERS, Case
 from transformers import (
     BertConfig,
@@ -209,9 +209,9 @@ def print_peak(name: str, space: str, method: str, device: str) -> None:
         METHODS[method](case)
         print((torch.cuda.max_memory_allocated() - before) / 2**20)
     else:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before = peak_bytes()
         METHODS[method](case)
-        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10)
+        print((peak_bytes() - before) / 2**20)
 
 
 def table(results: dict) -> str:

@@ -33,7 +33,7 @@ from peft_linear.report import (
 )
 from peft_linear.report.markdown import format_number, markdown_table
 from peft_linear.report.plots import CHOSEN, REST
-from peft_linear.selection import Recommendation, recommend
+from peft_linear.selection import CRITERIA, Recommendation, recommend
 from tests.selection.planted import BERT_NAMES, planted_kernels
 
 
@@ -138,8 +138,8 @@ def test_figure_marks_the_choice(rec):
 def test_bars_are_longer_for_better_modules(rec):
     widths = [bar.get_width() for bar in recommendation_figure(rec).axes[3].patches]
     assert widths == sorted(widths, reverse=True)
-    start = rec.settings["start_score"]
-    assert widths[0] == pytest.approx(start - rec.scores[0].score)
+    utility = CRITERIA[rec.criterion].utility
+    assert widths[0] == pytest.approx(utility(rec.scores[0].score) - utility(rec.settings["start_score"]))
     for criterion in ("trace", "condition_number"):
         other = recommend(planted_kernels(), 2, criterion)
         widths = [bar.get_width() for bar in recommendation_figure(other).axes[3].patches]
