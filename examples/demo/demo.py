@@ -24,11 +24,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 
 
@@ -100,27 +103,25 @@ def make_arms(
     rivals: tuple[str, ...],
     options: argparse.Namespace,
 ) -> tuple[Arm, ...]:
-    """The recommendation with ProximalLoRA; query and value with as many parameters; every linear module."""
+    """The recommendation with ProximalLoRA; query and value with as many parameters; every linear module; …"""
     rank = matching_rank(recommendation.parameters, rivals, kernels)
+    pull = options.proximal_lambda
 
     def lora(modules: Sequence[str], r: int) -> LoraConfig:
         return LoraConfig(r=r, lora_alpha=2 * r, target_modules=list(modules), task_type="SEQ_CLS")
 
     def proximal() -> ProximalLoraConfig:
-        return recommendation.to_config(task_type="SEQ_CLS", proximal_lambda=options.proximal_lambda)
+        return recommendation.to_config(task_type="SEQ_CLS", proximal_lambda=pull)
 
-    return (
-        Arm(
-            "recommended",
-            "recommended, ProximalLoRA",
-            recommendation.modules,
-            proximal,
-            kernels.rank,
-            options.proximal_lambda,
-        ),
+    arms = [
+        Arm("recommended", "recommended, ProximalLoRA", recommendation.modules, proximal, kernels.rank, pull),
         Arm("query_value", "query and value, LoRA", rivals, lambda: lora(rivals, rank), rank),
         Arm("all_linear", "all linear, LoRA", kernels.names, lambda: lora(kernels.names, kernels.rank), kernels.rank),
-    )
+    ]
+    if options.ablation:
+        plain = recommendation.modules
+        arms.append(Arm("ablation", "recommended, LoRA", plain, lambda: lora(plain, kernels.rank), kernels.rank))
+    return tuple(arms)
 
 
 def predict_arms(kernels: ModuleKernels, recommendation: Recommendation, arms: Sequence[Arm]) -> dict[str, dict]:
@@ -190,12 +191,14 @@ def write(
         "verdict": summary.verdict,
         "checks": checks,
         "seconds": round(seconds, 1),
-        "machine": {"cores": torch.get_num_threads(), "torch": torch.__version__},
+        "date": date.today().isoformat(),
+        "machine": f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} threads used",
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
     }
     (output / "results.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     sections = [
         "# Demo: modules chosen before training",
-        f"`{options.model}` on `{options.dataset}`, {seconds:.0f} s in all.",
+        f"`{options.model}` on `{options.dataset}`: {seconds:.0f} s in all, {record['machine']}, {record['date']}.",
         f"## Result\n\n{summary.verdict}",
         summary.table,
         summary.protocol,
@@ -232,6 +235,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-length", type=int, default=64)
     parser.add_argument("--max-eval", type=int, default=1000, help="examples of the validation and of the test split")
     parser.add_argument("--output", default="demo_output")
+    parser.add_argument(
+        "--ablation", action="store_true", help="a fourth arm: the recommended modules with plain LoRA"
+    )
     parser.add_argument("--quick", action="store_true", help="a few examples and steps, one learning rate, two seeds")
     options = parser.parse_args(argv)
     if options.quick:
