@@ -152,7 +152,7 @@ def find_steps(optimizer: Any) -> Iterator[AdapterStep]:
             check_strength(strength)
             if strength == 0 and adapter.seen:
                 continue
-            held = any(id(a) in groups or id(b) in groups for _, _, a, b in adapter.layers())
+            held = any(p.requires_grad and id(p) in groups for _, _, *pair in adapter.layers() for p in pair)
             if held:
                 adapter.see()
             elif strength > 0:

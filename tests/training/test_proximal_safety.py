@@ -23,7 +23,7 @@ import weakref
 import pytest
 import small_models
 import torch
-from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from reference_proximal import lora_parameters
 from torch import nn
@@ -187,6 +187,16 @@ def test_a_disabled_or_merged_adapter_is_left_alone():
     model.unmerge_adapter()
     step_at_rest(model)
     assert proximal_distance(model) == pytest.approx(before / 2)
+
+
+def test_a_frozen_adapter_in_an_optimizer_is_none_of_our_business(tmp_path):
+    proximal().save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(mlp(), tmp_path)
+    (tmp_path / "proximal_anchor.safetensors").write_bytes(b"damaged")
+    for p in loaded.parameters():
+        p.grad = torch.zeros_like(p)
+    SGD(loaded.parameters(), lr=0.1).step()
+    assert not find_adapters(loaded)[0].seen
 
 
 def test_merge_and_unload_ends_the_record():
