@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from peft_linear import ModuleKernels
+from peft_linear import ModuleKernels, ProximalLoraConfig, Recommendation
 from peft_linear.training.proximal import proximal_firing_rate
 
 
@@ -93,6 +93,42 @@ def matching_rank(parameters: int, modules: Sequence[str], kernels: ModuleKernel
     """The rank at which LoRA on `modules` has as nearly as possible that many parameters."""
     of_rank_one = sum(kernels.num_parameters[name] for name in modules) / kernels.rank
     return max(1, round(parameters / of_rank_one))
+
+
+def make_arms(
+    kernels: ModuleKernels,
+    recommendation: Recommendation,
+    rivals: Sequence[str],
+    proximal_lambda: float,
+    ablation: bool = False,
+) -> tuple[Arm, ...]:
+    """The recommendation with ProximalLoRA; query and value with as many parameters; every linear module.
+
+    The ablation crosses the first two: each choice of modules with and without the proximal term.
+    """
+    rank = matching_rank(recommendation.parameters, rivals, kernels)
+
+    def arm(key: str, label: str, modules: Sequence[str], r: int, pull: float = 0.0) -> Arm:
+        def make_config() -> LoraConfig:
+            shared = {"r": r, "lora_alpha": 2 * r, "target_modules": list(modules), "task_type": "SEQ_CLS"}
+            return ProximalLoraConfig(**shared, proximal_lambda=pull) if pull else LoraConfig(**shared)
+
+        return Arm(key, label, tuple(modules), make_config, r, pull)
+
+    def recommended() -> LoraConfig:
+        return recommendation.to_config(task_type="SEQ_CLS", proximal_lambda=proximal_lambda)
+
+    chosen, label = recommendation.modules, "recommended, ProximalLoRA"
+    arms = [
+        Arm("recommended", label, chosen, recommended, kernels.rank, proximal_lambda),
+        arm("query_value", "query and value, LoRA", rivals, rank),
+        arm("all_linear", "all linear, LoRA", kernels.names, kernels.rank),
+    ]
+    if ablation:
+        arms.append(arm("recommended_lora", "recommended, LoRA", chosen, kernels.rank))
+        label = "query and value, ProximalLoRA"
+        arms.append(arm("query_value_proximal", label, rivals, rank, proximal_lambda))
+    return tuple(arms)
 
 
 def lora_factors(model: nn.Module) -> dict[str, Tensor]:

@@ -38,14 +38,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # examples/common.py, from wherever this is started
 
 import torch
-from arms import Arm, Protocol, Run, choose_learning_rate, matching_rank, train
+from arms import Arm, Protocol, Run, choose_learning_rate, make_arms, train
 from common import DEMO_DATASET, DEMO_MODEL, Task, load_task
 from figure import draw_results
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from summary import Summary, summarize
 from tqdm.auto import tqdm
 
-from peft_linear import ModuleKernels, ProximalLoraConfig, Recommendation, compute_ntk, export_lora, recommend
+from peft_linear import ModuleKernels, Recommendation, compute_ntk, export_lora, recommend
 from peft_linear.cli.recommend import parse_budget_argument
 from peft_linear.selection.baselines import query_value
 from peft_linear.selection.prediction import predict
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     recommendation.save(output / "recommendation")
 
     step(4, "Training the recommendation and its rivals, each with the same protocol")
-    arms = make_arms(task, kernels, recommendation, rivals, options)
+    arms = make_arms(kernels, recommendation, rivals, options.proximal_lambda, options.ablation)
     protocol = Protocol(options.steps, options.batch_size, tuple(options.learning_rates))
     predicted = predict_arms(kernels, recommendation, arms)
     runs, adapted = train_arms(task, arms, protocol, options.seeds)
@@ -94,34 +94,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     write(output, options, recommendation, summary, runs, predicted, checks, seconds)
     print(f"\n{seconds:.0f} s in all. The report: {output / 'report.md'}")
     return 0
-
-
-def make_arms(
-    task: Task,
-    kernels: ModuleKernels,
-    recommendation: Recommendation,
-    rivals: tuple[str, ...],
-    options: argparse.Namespace,
-) -> tuple[Arm, ...]:
-    """The recommendation with ProximalLoRA; query and value with as many parameters; every linear module; …"""
-    rank = matching_rank(recommendation.parameters, rivals, kernels)
-    pull = options.proximal_lambda
-
-    def lora(modules: Sequence[str], r: int) -> LoraConfig:
-        return LoraConfig(r=r, lora_alpha=2 * r, target_modules=list(modules), task_type="SEQ_CLS")
-
-    def proximal() -> ProximalLoraConfig:
-        return recommendation.to_config(task_type="SEQ_CLS", proximal_lambda=pull)
-
-    arms = [
-        Arm("recommended", "recommended, ProximalLoRA", recommendation.modules, proximal, kernels.rank, pull),
-        Arm("query_value", "query and value, LoRA", rivals, lambda: lora(rivals, rank), rank),
-        Arm("all_linear", "all linear, LoRA", kernels.names, lambda: lora(kernels.names, kernels.rank), kernels.rank),
-    ]
-    if options.ablation:
-        plain = recommendation.modules
-        arms.append(Arm("ablation", "recommended, LoRA", plain, lambda: lora(plain, kernels.rank), kernels.rank))
-    return tuple(arms)
 
 
 def predict_arms(kernels: ModuleKernels, recommendation: Recommendation, arms: Sequence[Arm]) -> dict[str, dict]:
@@ -231,12 +203,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--learning-rates", type=float, nargs="+", default=[2e-3, 5e-3], help="each arm gets its best")
+    parser.add_argument(
+        "--learning-rates", type=float, nargs="+", default=[2e-3, 5e-3, 1e-2], help="each arm gets its best"
+    )
     parser.add_argument("--max-length", type=int, default=64)
     parser.add_argument("--max-eval", type=int, default=1000, help="examples of the validation and of the test split")
     parser.add_argument("--output", default="demo_output")
     parser.add_argument(
-        "--ablation", action="store_true", help="a fourth arm: the recommended modules with plain LoRA"
+        "--ablation",
+        action="store_true",
+        help="two more arms: LoRA on the recommended modules, ProximalLoRA on query and value",
     )
     parser.add_argument("--quick", action="store_true", help="a few examples and steps, one learning rate, two seeds")
     options = parser.parse_args(argv)

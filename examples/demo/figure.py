@@ -25,7 +25,7 @@ from matplotlib.ticker import PercentFormatter
 from summary import Summary
 
 
-COLORS = ("#d1495b", "#30638e", "#8d99a6", "#edae49")
+COLORS = ("#d1495b", "#30638e", "#8d99a6", "#edae49", "#66a182")
 INK = "#22303c"
 
 

@@ -23,6 +23,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from peft_linear import ModuleKernels, recommend
+
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -144,3 +146,33 @@ def test_distances_are_those_of_the_adapter(arms_module, load_script):
     change = 3.0 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
     assert arms_module.weight_distance(model) == pytest.approx(float(change.detach().norm()), rel=1e-5)
     assert arms_module.parameter_distance(model, start) == pytest.approx(0.5 * 16**0.5)
+
+
+def test_the_ablation_crosses_modules_and_proximal_term_at_equal_parameters(arms_module):
+    names = [f"layer.{i}.{kind}" for i in range(3) for kind in ("query", "key", "value")]
+    generator = torch.Generator().manual_seed(0)
+    factors = {name: torch.randn(8, 3, generator=generator, dtype=torch.float64) for name in names}
+    kernels = ModuleKernels(
+        blocks={name: factor @ factor.T for name, factor in factors.items()},
+        base=torch.eye(8, dtype=torch.float64),
+        outputs=torch.randn(4, 2, generator=generator, dtype=torch.float64),
+        labels=torch.tensor([0, 1, 0, 1]),
+        num_parameters=dict.fromkeys(names, 4 * 20),
+        shapes=dict.fromkeys(names, (10, 10)),
+        rank=4,
+    )
+    recommendation = recommend(kernels, budget=3)
+    rivals = [name for name in names if not name.endswith("key")]
+    arms = arms_module.make_arms(kernels, recommendation, rivals, proximal_lambda=2.0, ablation=True)
+    by_key = {arm.key: (arm.modules, arm.rank, type(arm.make_config()).__name__) for arm in arms}
+    chosen = recommendation.modules
+    assert by_key == {
+        "recommended": (chosen, 4, "ProximalLoraConfig"),
+        "query_value": (tuple(rivals), 2, "LoraConfig"),  # 6 modules of rank 2 for 3 of rank 4
+        "all_linear": (tuple(names), 4, "LoraConfig"),
+        "recommended_lora": (chosen, 4, "LoraConfig"),
+        "query_value_proximal": (tuple(rivals), 2, "ProximalLoraConfig"),
+    }
+    assert all(arm.make_config().lora_alpha == 2 * arm.rank for arm in arms if arm.key != "recommended")
+    assert arms[4].make_config().proximal_lambda == 2.0 == arms[0].make_config().proximal_lambda
+    assert len(arms_module.make_arms(kernels, recommendation, rivals, 2.0)) == 3
