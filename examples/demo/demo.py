@@ -203,9 +203,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument(
-        "--learning-rates", type=float, nargs="+", default=[2e-3, 5e-3, 1e-2], help="each arm gets its best"
-    )
+    parser.add_argument("--learning-rates", type=float, nargs="+", default=[2e-3, 5e-3], help="each arm gets its best")
     parser.add_argument("--max-length", type=int, default=64)
     parser.add_argument("--max-eval", type=int, default=1000, help="examples of the validation and of the test split")
     parser.add_argument("--output", default="demo_output")

@@ -84,8 +84,8 @@ def factor_proximal_step_(
 ) -> None:
     """In place `θ ← θ0 + (θ−θ0)/(1+ηλ)`: the exact proximal operator of η·(λ/2)·‖·−θ0‖², `step` being ηλ.
 
-    Proof: the minimiser of ½‖x−θ‖² + (ηλ/2)‖x−θ0‖² has x−θ + ηλ(x−θ0) = 0. For step → ∞ the result is θ0. A `gate` of 0
-    leaves every bit as it was, one of 1 does the step; being a tensor, it never makes the host wait for the device.
+    Proof: the minimiser of ½‖x−θ‖² + (ηλ/2)‖x−θ0‖² has x−θ + ηλ(x−θ0) = 0. For step → ∞ the result is θ0. A `gate` of
+    0 leaves every bit as it was, one of 1 does the step; being a tensor, it never makes the host wait for the device.
     """
     divisor = 1 + step
     pulled = torch._foreach_div(_differences(parameters, anchors), divisor)
