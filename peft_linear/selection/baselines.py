@@ -23,7 +23,6 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 import torch
-from peft.helpers import KappaTuneSelector
 from torch import nn
 
 from ..errors import CriterionError, TargetError
@@ -119,7 +118,10 @@ def kappa_order(model: nn.Module, kernels: ModuleKernels) -> tuple[str, ...]:
 
     Raises:
         TargetError: it ranks none of the candidates.
+        ImportError: this peft has no KappaTuneSelector (it came after 0.17).
     """
+    from peft.helpers import KappaTuneSelector  # later than the lowest peft that is admitted
+
     ranked = KappaTuneSelector(model, show_progress=False).get_best_targets()
     order = tuple(name for name in ranked if name in kernels)
     if not order:
