@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Packaging of peft-linear. CONTRIBUTING.md says how the ranges are known; constraints.txt holds the usual versions."""
+"""Packaging of peft-linear. CONTRIBUTING.md says how the ranges are known; constraints.txt holds tested versions."""
 
 from pathlib import Path
 
