@@ -22,6 +22,7 @@ import small_models
 import torch
 from accelerate import Accelerator
 from peft import LoraConfig, PeftModel, get_peft_model
+from reference_callback import ByHand
 from reference_proximal import ReferenceProximal, lora_parameters
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -52,20 +53,6 @@ def adapted(config, seed=1):
 
 def proximal(seed=1, **kwargs):
     return adapted(ProximalLoraConfig(proximal_lambda=LAMBDA, **OPTIONS, **kwargs), seed)
-
-
-class ByHand(TrainerCallback):
-    """The reference between the Trainer's events: after clipping, before the step; after the step."""
-
-    def __init__(self, model, **kwargs):
-        self.reference = ReferenceProximal(model, lam=LAMBDA, scaling=2.0, **kwargs)
-
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        self.rates = self.reference.rates(kwargs["optimizer"])
-        self.reference.before_step()
-
-    def on_optimizer_step(self, args, state, control, **kwargs):
-        self.reference.after_step(self.rates)
 
 
 class OwnLoss(Trainer):
@@ -122,12 +109,12 @@ def assert_same(model, other):
 )
 def test_the_trainer_trains_what_the_reference_trains(tmp_path, settings, variant):
     plain = adapted(LoraConfig(**OPTIONS))
-    by_hand = ByHand(plain, **variant)
+    by_hand = ByHand(lam=LAMBDA, scaling=2.0, **variant)
     fit(plain, tmp_path, [by_hand], **settings)
     model = proximal(**{f"proximal_{key}": value for key, value in variant.items()})
     fit(model, tmp_path, **settings)
     assert_same(model, plain)
-    fired = by_hand.reference.fired
+    fired = by_hand.fired
     assert len(fired) == 12 // settings.get("gradient_accumulation_steps", 1)
     assert proximal_firing_rate(model) == pytest.approx(sum(fired) / len(fired))
 
