@@ -51,6 +51,8 @@ class ReferenceProximal:
         self.fired = []
 
     def before_step(self):
+        if self.mode == "projection":
+            return self._before_projection()
         inner = 0.0
         for name, p in self.parameters.items():
             if p.grad is not None:
@@ -62,6 +64,23 @@ class ReferenceProximal:
                 p = self.parameters[name]
                 if p.grad is not None:
                     p.grad = p.grad + self.lam / 2 * gradient
+
+    def _before_projection(self):
+        """Selective Projection Decay: c = ⟨g, θ−θ0⟩ and ‖θ−θ0‖ of every tensor before the step."""
+        self.conditions = {}
+        for name, p in self.parameters.items():
+            if p.grad is not None:
+                away = p.detach() - self.start[name]
+                self.conditions[name] = (float((p.grad * away).sum()), float((away**2).sum()) ** 0.5)
+        self.fired.append(sum(c > 0 for c, _ in self.conditions.values()) / len(self.conditions))
+
+    def _after_projection(self):
+        for name, (condition, before) in self.conditions.items():
+            p, start = self.parameters[name], self.start[name]
+            length = float(((p - start) ** 2).sum()) ** 0.5
+            if condition > 0 and length > 0:
+                ratio = min(max((length - before) / length, 0.0), 1.0)
+                p.copy_(p - self.lam * ratio * (p - start))
 
     def _penalty_gradients(self):
         if self.space == "factors":
@@ -76,6 +95,8 @@ class ReferenceProximal:
     @torch.no_grad()
     def after_step(self, learning_rates):
         """`learning_rates`: parameter name -> the rate its group had in this step."""
+        if self.mode == "projection":
+            return self._after_projection()
         if self.mode == "coupled":
             if self.fired[-1]:
                 for name, p in self.parameters.items():

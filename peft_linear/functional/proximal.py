@@ -49,12 +49,12 @@ def inner_product(gradients: Sequence[Tensor], parameters: Sequence[Tensor], anc
     for index, parameter in enumerate(parameters):
         groups.setdefault((parameter.device, parameter.dtype), []).append(index)
     home = parameters[0].device
-    total = torch.zeros((), dtype=_wide(home), device=home)
+    total = torch.zeros((), dtype=wide_dtype(home), device=home)
     for members in groups.values():
-        differences = _differences([parameters[i] for i in members], [anchors[i] for i in members])
-        wide = _wide(differences[0].device)
+        moved = differences([parameters[i] for i in members], [anchors[i] for i in members])
+        wide = wide_dtype(moved[0].device)
         flat_gradient = torch.cat([gradients[i].reshape(-1) for i in members]).to(wide)
-        flat_difference = torch.cat([difference.reshape(-1) for difference in differences]).to(wide)
+        flat_difference = torch.cat([difference.reshape(-1) for difference in moved]).to(wide)
         total += torch.dot(flat_gradient, flat_difference).to(home)
     return total
 
@@ -64,16 +64,16 @@ def squared_distance(parameters: Sequence[Tensor], anchors: Sequence[Anchor]) ->
     if not parameters:
         return torch.zeros((), dtype=torch.float64)
     home = parameters[0].device
-    total = torch.zeros((), dtype=_wide(home), device=home)
+    total = torch.zeros((), dtype=wide_dtype(home), device=home)
     for parameter, anchor in zip(parameters, anchors, strict=True):
-        wide = parameter.detach().to(_wide(parameter.device))
+        wide = parameter.detach().to(wide_dtype(parameter.device))
         total += (wide if anchor is None else wide - anchor.to(wide)).square().sum().to(home)
     return total
 
 
 def factor_gradient(parameters: Sequence[Tensor], anchors: Sequence[Anchor], strength: float | Tensor) -> list[Tensor]:
     """λ·(θ−θ0), the gradient of (λ/2)·‖θ−θ0‖², `strength` being λ. New tensors, shaped as the parameters."""
-    return [difference * _on(strength, difference) for difference in _differences(parameters, anchors)]
+    return [difference * _on(strength, difference) for difference in differences(parameters, anchors)]
 
 
 def factor_proximal_step_(
@@ -88,7 +88,7 @@ def factor_proximal_step_(
     0 leaves every bit as it was, one of 1 does the step; being a tensor, it never makes the host wait for the device.
     """
     divisor = 1 + step
-    pulled = torch._foreach_div(_differences(parameters, anchors), divisor)
+    pulled = torch._foreach_div(differences(parameters, anchors), divisor)
     moved = [i for i, anchor in enumerate(anchors) if anchor is not None]
     if moved:
         torch._foreach_add_([pulled[i] for i in moved], [anchor for anchor in anchors if anchor is not None])
@@ -112,7 +112,7 @@ def delta_squared_distance(
     cancellation near the anchor. Cost O((d_in + d_out)·r²).
     """
     left, right = b, a
-    wide = _wide(a.device)
+    wide = wide_dtype(a.device)
     if a0 is not None and b0 is not None:
         left = torch.cat([b.to(wide) - b0.to(wide), b0.to(wide)], dim=-1)
         right = torch.cat([a.to(wide), a.to(wide) - a0.to(wide)], dim=-2)
@@ -194,7 +194,7 @@ def _shrinkage(gram: Tensor, step: float | Tensor) -> Tensor:
 
 
 def _rows_gram(matrix: Tensor) -> Tensor:
-    wide = matrix.to(_wide(matrix.device))
+    wide = matrix.to(wide_dtype(matrix.device))
     return wide @ wide.mT
 
 
@@ -202,7 +202,8 @@ def _columns_gram(matrix: Tensor) -> Tensor:
     return _rows_gram(matrix.mT)
 
 
-def _differences(parameters: Sequence[Tensor], anchors: Sequence[Anchor]) -> list[Tensor]:
+def differences(parameters: Sequence[Tensor], anchors: Sequence[Anchor]) -> list[Tensor]:
+    """θ−θ0 per tensor, in the tensor's dtype; the parameter itself where the anchor is zero."""
     result = list(parameters)
     moved = [i for i, anchor in enumerate(anchors) if anchor is not None]
     if moved:
@@ -216,7 +217,8 @@ def _working(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
-def _wide(device: torch.device) -> torch.dtype:
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """The dtype to accumulate in: float64 where the device has it."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 

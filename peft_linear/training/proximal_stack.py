@@ -33,6 +33,9 @@ class Stepped:
     value: nn.Parameter
     anchor: Tensor | None
     learning_rate: float | Tensor
+    strength: float  # λ
+    fires: Tensor | None = None  # selective projection decay: 0 or 1 for this tensor
+    distance: Tensor | None = None  # likewise: ‖θ−θ0‖ before the step
 
 
 @dataclass
@@ -42,6 +45,11 @@ class ModuleStep:
     factors: Factors
     a: Stepped | None
     b: Stepped | None
+
+    @property
+    def strength(self) -> float:
+        """λ of the module."""
+        return self.stepped()[0].strength
 
     def stepped(self) -> list[Stepped]:
         """The factors that the optimizer steps, A before B."""
@@ -75,12 +83,17 @@ class ModuleStack:
         )
         return column.reshape(-1, *[1] * (self.a.dim() - 1))
 
-    def rates(self, strength: float, gate: Tensor | None) -> tuple[Tensor, Tensor]:
+    @property
+    def strengths(self) -> Tensor:
+        """λ per module."""
+        return self._column([module.strength for module in self._modules])
+
+    def rates(self, gate: Tensor | None) -> tuple[Tensor, Tensor]:
         """ηλs² for A and for B, per module; 0 for a factor that the optimizer does not step."""
         columns = []
         for steps in ([m.a for m in self._modules], [m.b for m in self._modules]):
             rates = [0.0 if step is None else step.learning_rate for step in steps]
-            column = self._column(rates) * self.squared_scalings * strength
+            column = self._column(rates) * self.squared_scalings * self.strengths
             columns.append(column if gate is None else column * gate.to(column))
         return columns[0], columns[1]
 

@@ -15,39 +15,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import PeftLinearError
-from ..functional.proximal import (
-    delta_gradient,
-    delta_proximal_step,
-    factor_gradient,
-    factor_proximal_step_,
-    inner_product,
-)
-from ..tuners.proximal_lora.config import check_strength
-from ..tuners.proximal_lora.state import live_records
-from ..tuners.proximal_lora.tracked import TrackedAdapter
-from .proximal_stack import ModuleStep, Stepped, stack_modules
-
-
-@dataclass
-class AdapterStep:
-    """The part of one optimizer step that concerns one adapter."""
-
-    adapter: TrackedAdapter
-    strength: float  # λ
-    modules: list[ModuleStep] = field(default_factory=list)
-    gate: Tensor | None = None  # 0 or 1, on the factors' device; None: always acts
-
-    def stepped(self) -> list[Stepped]:
-        """The factors that the optimizer steps, A before B, in module order."""
-        return [step for module in self.modules for step in module.stepped()]
+from ..functional.proximal import inner_product
+from .proximal_apply import apply_decoupled, apply_projection, penalty_gradients, prepare_projection
+from .proximal_find import AdapterStep, find_steps
+from .proximal_stack import ModuleStep
 
 
 class ProximalStep:
@@ -78,13 +56,15 @@ class ProximalStep:
         self._parts = list(find_steps(optimizer))
         taken = {id(step.value) for other in self._others for part in other._parts for step in part.stepped()}
         for part in self._parts:
-            if part.adapter.config.proximal_selective:
-                steps = part.stepped()
+            mode, steps = part.adapter.config.proximal_mode, part.stepped()
+            if mode == "projection":
+                prepare_projection(part, [self._risk_gradient(s.value) for s in steps])
+            elif part.adapter.config.proximal_selective:
                 product = inner_product(
                     [self._risk_gradient(s.value) for s in steps], [s.value for s in steps], [s.anchor for s in steps]
                 )
                 part.gate = (product >= 0).to(product.dtype)
-            if part.adapter.config.proximal_mode == "coupled":
+            if mode == "coupled":
                 part.modules = [module for module in part.modules if not _any_in(module, taken)]
                 self._add_gradient(part, getattr(optimizer, "grad_scale", None))
             else:
@@ -101,11 +81,14 @@ class ProximalStep:
             if not part.modules:
                 continue
             gate = part.gate if valid is None else (valid if part.gate is None else part.gate * valid.to(part.gate))
+            fired: float | Tensor = 1.0 if gate is None else gate
             if part.adapter.config.proximal_mode == "decoupled":
-                _apply_decoupled(part, gate)
+                apply_decoupled(part, gate)
+            elif part.adapter.config.proximal_mode == "projection":
+                fired = apply_projection(part, gate)
             statistics = part.adapter.statistics
             statistics.steps = statistics.steps + (1 if valid is None else valid)
-            statistics.fired = statistics.fired + (1 if gate is None else gate)
+            statistics.fired = statistics.fired + fired
 
     def restore_gradients(self) -> None:
         """The gradients become the risk's again, so that one that is kept does not take the term in twice."""
@@ -123,10 +106,10 @@ class ProximalStep:
         return parameter.grad
 
     def _add_gradient(self, part: AdapterStep, scale: Tensor | None) -> None:
-        strength: float | Tensor = part.strength if part.gate is None else part.gate * part.strength
+        factor: float | Tensor = 1.0 if part.gate is None else part.gate
         if scale is not None:  # a fused optimizer under GradScaler unscales the gradient by itself
-            strength = scale.to(torch.float64).reshape(()) * strength
-        for step, gradient in _penalty_gradients(part, strength):
+            factor = scale.to(torch.float64).reshape(()) * factor
+        for step, gradient in penalty_gradients(part, factor):
             original = step.value.grad
             assert original is not None
             step.value.grad = ours = original + gradient.to(original)
@@ -137,103 +120,6 @@ class ProximalStep:
         for mine in self._parts:
             if mine.adapter is part.adapter:
                 mine.modules = [module for module in mine.modules if not _any_in(module, inner)]
-
-
-def find_steps(optimizer: Any) -> Iterator[AdapterStep]:
-    """The live adapters with λ > 0 of which `optimizer` is about to step a factor: trainable, and with a gradient.
-
-    Raises:
-        PeftLinearError: the factors are sharded or flattened, or their group has no learning rate.
-    """
-    groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
-    for record in list(live_records):
-        for adapter in list(record.adapters.values()):
-            strength = adapter.config.proximal_lambda
-            check_strength(strength)
-            if strength == 0 and adapter.seen:
-                continue
-            held = any(p.requires_grad and id(p) in groups for _, _, *pair in adapter.layers() for p in pair)
-            if held:
-                adapter.see()
-            elif strength > 0:
-                _refuse_flattened(adapter)
-            if not held or strength == 0:
-                continue
-            part = AdapterStep(adapter, strength)
-            seen: set[int] = set()  # tied adapters are two parameters of one memory
-            for factors in adapter.factors():
-                a = _stepped(factors.a, factors.anchor.a, groups, adapter, seen)
-                b = _stepped(factors.b, factors.anchor.b, groups, adapter, seen)
-                if a is not None or b is not None:
-                    part.modules.append(ModuleStep(factors, a, b))
-            if part.modules:
-                yield part
-
-
-def _stepped(
-    parameter: nn.Parameter, anchor: Tensor | None, groups: dict[int, dict], adapter: TrackedAdapter, seen: set[int]
-) -> Stepped | None:
-    group = groups.get(id(parameter))
-    if group is None or parameter.grad is None or not parameter.requires_grad:
-        return None
-    if hasattr(parameter, "device_mesh") or parameter.dim() < 2:
-        raise _sharded(adapter)
-    address = parameter.data_ptr()
-    if address in seen:
-        return None
-    seen.add(address)
-    rate = group.get("lr")
-    if rate is None:
-        raise PeftLinearError(
-            f"the parameter group of adapter {adapter.name!r} has no learning rate ('lr' is None or missing), which "
-            "the proximal term needs: give it one (Adafactor: relative_step=False), or set proximal_lambda=0"
-        )
-    return Stepped(parameter, anchor, rate)
-
-
-def _refuse_flattened(adapter: TrackedAdapter) -> None:
-    """An optimizer without the adapter's factors is none of our business, unless it holds them in another form."""
-    for _, _, *pair in adapter.layers():
-        for value in pair:
-            partitioned = hasattr(value, "ds_id") or hasattr(value, "_hp_mapping") or value.dim() < 2
-            if value.requires_grad and (partitioned or not isinstance(value, nn.Parameter)):
-                raise _sharded(adapter)
-        break
-
-
-def _sharded(adapter: TrackedAdapter) -> PeftLinearError:
-    return PeftLinearError(
-        f"the parameters of adapter {adapter.name!r} (proximal_lambda={adapter.config.proximal_lambda}) are flattened "
-        "or sharded (DeepSpeed ZeRO, FSDP, tensor parallelism), where the proximal term cannot be applied: train with "
-        "DDP, or with proximal_lambda=0, which is plain LoRA"
-    )
-
-
-def _apply_decoupled(part: AdapterStep, gate: Tensor | None) -> None:
-    if part.adapter.config.proximal_space == "factors":
-        by_rate: dict[Any, list[Stepped]] = {}
-        for step in part.stepped():
-            key = id(step.learning_rate) if isinstance(step.learning_rate, Tensor) else step.learning_rate
-            by_rate.setdefault(key, []).append(step)
-        for steps in by_rate.values():
-            step_size = steps[0].learning_rate * part.strength
-            factor_proximal_step_([s.value for s in steps], [s.anchor for s in steps], step_size, gate)
-        return
-    for stack in stack_modules(part.modules, part.adapter.name):
-        rates_a, rates_b = stack.rates(part.strength, gate)
-        new_a, new_b = delta_proximal_step(stack.a, stack.b, stack.a0, stack.b0, rates_a, rates_b)
-        stack.store(new_a, new_b)
-
-
-def _penalty_gradients(part: AdapterStep, strength: float | Tensor) -> Iterator[tuple[Stepped, Tensor]]:
-    if part.adapter.config.proximal_space == "factors":
-        steps = part.stepped()
-        gradients = factor_gradient([s.value for s in steps], [s.anchor for s in steps], strength)
-        yield from zip(steps, gradients, strict=True)
-        return
-    for stack in stack_modules(part.modules, part.adapter.name):
-        by_factor = delta_gradient(stack.a, stack.b, stack.a0, stack.b0, stack.squared_scalings * strength)
-        yield from stack.unstack(*by_factor)
 
 
 def _not_skipped(optimizer: Any) -> Tensor | None:

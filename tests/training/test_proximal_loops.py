@@ -32,7 +32,8 @@ from peft_linear.tuners.proximal_lora import ProximalLoraConfig
 
 TARGETS = ["0", "2"]
 ALPHA, RANK = 6, 3
-VARIANTS = list(itertools.product(["factors", "delta"], ["decoupled", "coupled"], [True, False]))
+MODES = ["decoupled", "coupled", "projection"]
+VARIANTS = [*itertools.product(["factors", "delta"], MODES[:2], [True, False]), ("factors", "projection", True)]
 SGD, ADAMW = torch.optim.SGD, torch.optim.AdamW
 
 
@@ -158,7 +159,7 @@ def test_coupled_and_decoupled_sgd_agree_to_second_order(space):
     assert gap(1e-5) > 0
 
 
-@pytest.mark.parametrize("mode", ["decoupled", "coupled"])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kwargs", [{"foreach": True}, {"foreach": False}, {"fused": True}])
 def test_foreach_and_fused_optimizers(mode, kwargs):
     expected, _ = reference_run(lambda params: ADAMW(params, foreach=False), mode=mode)
@@ -167,7 +168,7 @@ def test_foreach_and_fused_optimizers(mode, kwargs):
     assert_same(model, expected, 1e-10)
 
 
-@pytest.mark.parametrize("mode", ["decoupled", "coupled"])
+@pytest.mark.parametrize("mode", MODES)
 def test_a_tensor_learning_rate(mode):
     expected, _ = reference_run(ADAMW, mode=mode)
     model = proximal(proximal_mode=mode)
@@ -248,14 +249,14 @@ def test_the_term_is_applied_once_when_a_subclass_calls_its_parents_step():
         def step(self, closure=None):
             return super().step(closure)
 
-    for mode in ("decoupled", "coupled"):
+    for mode in MODES:
         expected, _ = reference_run(SGD, mode=mode)
         model = proximal(proximal_mode=mode)
         train(model, Twice(groups(model)))
         assert_same(model, expected)
 
 
-@pytest.mark.parametrize("mode", ["decoupled", "coupled"])
+@pytest.mark.parametrize("mode", MODES)
 def test_the_term_is_applied_once_when_an_optimizer_wraps_another(mode):
     class Outer(torch.optim.Optimizer):
         def __init__(self, inner):
@@ -319,7 +320,7 @@ def test_a_factor_that_is_frozen_or_without_gradient_stays(space):
 
 
 @pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("mode", ["decoupled", "coupled"])
+@pytest.mark.parametrize("mode", MODES)
 def test_grad_scaler_unscales_and_skips(fused, mode):
     torch.set_default_dtype(torch.float32)
 
@@ -342,12 +343,14 @@ def test_grad_scaler_unscales_and_skips(fused, mode):
         return model
 
     plain = lora()
-    reference = ReferenceProximal(plain, lam=1.0, mode=mode, selective=False)
+    selective = mode == "projection"
+    reference = ReferenceProximal(plain, lam=1.0, mode=mode, selective=selective)
     expected = run(plain, reference, scaled=False)
-    model = run(proximal(proximal_mode=mode, proximal_selective=False))
+    model = run(proximal(proximal_mode=mode, proximal_selective=selective))
     assert_same(model, expected, 2e-5)
     steps = next(iter(model.base_model.model._proximal_lora.adapters.values())).statistics.steps
     assert float(steps) == 7
+    assert proximal_firing_rate(model) == pytest.approx(sum(reference.fired) / 7)
 
 
 class OwnOptimizer:

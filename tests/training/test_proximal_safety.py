@@ -35,7 +35,7 @@ from peft_linear.training.proximal import (
     proximal_firing_rate,
     proximal_summary,
 )
-from peft_linear.training.proximal_step import find_steps
+from peft_linear.training.proximal_find import find_steps
 from peft_linear.tuners.proximal_lora import ProximalLoraConfig, reset_proximal_anchor
 from peft_linear.tuners.proximal_lora.state import find_adapters, live_records
 

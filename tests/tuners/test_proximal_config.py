@@ -122,7 +122,9 @@ def test_bad_lambda(value):
     ("fields", "message"),
     [
         ({"proximal_space": "weights"}, "proximal_space must be one of 'factors', 'delta', got 'weights'"),
-        ({"proximal_mode": None}, "proximal_mode must be one of 'decoupled', 'coupled', got None"),
+        ({"proximal_mode": None}, "proximal_mode must be one of 'decoupled', 'coupled', 'projection', got None"),
+        ({"proximal_mode": "projection", "proximal_space": "delta"}, "use proximal_space='factors', got 'delta'"),
+        ({"proximal_mode": "projection", "proximal_selective": False}, "selects by itself, tensor by tensor"),
         ({"proximal_selective": "yes"}, "proximal_selective must be True or False, got 'yes'"),
         ({"r": 0}, "the rank r must be a positive integer, got 0"),
         ({"r": -4}, "the rank r must be a positive integer, got -4"),

@@ -27,7 +27,7 @@ from .peft_type import PROXIMAL_LORA
 
 
 SPACES = ("factors", "delta")
-MODES = ("decoupled", "coupled")
+MODES = ("decoupled", "coupled", "projection")
 
 # With these the adapter's change of the weight is not s·B·A.
 _NOT_A_PRODUCT = ("use_dora", "kasa_config", "use_qalora", "use_bdlora", "monteclora_config")
@@ -50,15 +50,20 @@ class ProximalLoraConfig(LoraConfig):
         proximal_space (`"factors"` or `"delta"`):
             `"factors"`: D = Σ ‖A−A0‖² + ‖B−B0‖², the paper's. `"delta"`: D = Σ ‖s·BA − s·B0A0‖_F², the distance of
             the weights, computed from r×r matrices; it does not depend on how the product BA is written.
-        proximal_mode (`"decoupled"` or `"coupled"`):
+        proximal_mode (`"decoupled"`, `"coupled"` or `"projection"`):
             `"decoupled"`: the proximal operator after the optimizer's step (as AdamW decays weights). `"coupled"`: the
             gradient of the penalty is added to the loss gradient before the step (as L2 regularisation).
+            `"projection"`, for comparison: Selective Projection Decay (Tian et al., arXiv 2411.01713), tensor by
+            tensor; λ then has no unit and is not multiplied by the learning rate, 1 being the projection onto the
+            ball around θ0 that the tensor came from. In factor space only.
         proximal_selective (`bool`):
-            Whether the pull acts only at steps at which ⟨∇R(θ_t), θ_t−θ0⟩ >= 0 (the paper's eq. 8).
+            Whether the pull acts only at steps at which ⟨∇R(θ_t), θ_t−θ0⟩ >= 0 (the paper's eq. 8). The mode
+            `"projection"` brings a selection of its own (per tensor, > 0) and admits no other value than `True`.
 
     Raises:
-        PeftLinearError: one of the four is not one of its values, `r` is not positive, or `proximal_space="delta"` is
-            combined with a variant of LoRA whose change of the weight is not s·B·A.
+        PeftLinearError: one of the four is not one of its values, `r` is not positive, `proximal_space="delta"` is
+            combined with a variant of LoRA whose change of the weight is not s·B·A, or `proximal_mode="projection"`
+            with `proximal_space="delta"` or `proximal_selective=False`.
     """
 
     proximal_lambda: float = field(
@@ -71,7 +76,10 @@ class ProximalLoraConfig(LoraConfig):
     )
     proximal_mode: str = field(
         default="decoupled",
-        metadata={"help": "'decoupled' (proximal operator after the step) or 'coupled' (gradient before the step)."},
+        metadata={
+            "help": "'decoupled' (proximal operator after the step), 'coupled' (gradient before the step) or "
+            "'projection' (Selective Projection Decay, for comparison)."
+        },
     )
     proximal_selective: bool = field(
         default=True,
@@ -92,6 +100,8 @@ class ProximalLoraConfig(LoraConfig):
         bad_ranks = {key: rank for key, rank in (self.rank_pattern or {}).items() if rank <= 0}
         if bad_ranks:
             raise PeftLinearError(f"the ranks in rank_pattern must be positive integers, got {bad_ranks}")
+        if self.proximal_mode == "projection":
+            _check_projection(self)
         if self.proximal_space == "delta":
             variants = variants_without_product(self)
             if variants:
@@ -113,6 +123,19 @@ def check_strength(value: Any) -> None:
         raise PeftLinearError(
             f"proximal_lambda must be a finite number >= 0 (0 is plain LoRA), got {value!r} "
             f"of type {type(value).__name__}"
+        )
+
+
+def _check_projection(config: ProximalLoraConfig) -> None:
+    if config.proximal_space != "factors":
+        raise PeftLinearError(
+            "proximal_mode='projection' (Selective Projection Decay) is defined tensor by tensor: use "
+            f"proximal_space='factors', got {config.proximal_space!r}"
+        )
+    if not config.proximal_selective:
+        raise PeftLinearError(
+            "proximal_mode='projection' (Selective Projection Decay) selects by itself, tensor by tensor: leave "
+            "proximal_selective=True, or use proximal_mode='decoupled' to pull at every step"
         )
 
 

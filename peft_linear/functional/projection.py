@@ -1,0 +1,98 @@
+# Copyright 2026 The peft-linear authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Selective Projection Decay (Tian et al., NeurIPS 2024, arXiv 2411.01713), a rival of the proximal term, on tensors.
+
+Per tensor, with `θ_{t−1}` the tensor before the optimizer's step, `g` the gradient there and `θ̃` the tensor after it:
+if `⟨g, θ_{t−1}−θ0⟩ > 0` (strictly, else the first step of all would be 0/0), then
+
+    ρ = clip((‖θ̃−θ0‖ − ‖θ_{t−1}−θ0‖) / ‖θ̃−θ0‖, 0, 1),    θ_t = θ̃ − λρ·(θ̃−θ0),
+
+and otherwise `θ_t = θ̃`. λ has no unit and is not multiplied by the learning rate. λ = 1 is the projection of θ̃ onto
+the ball around θ0 that θ_{t−1} lies on; above 1 the step goes beyond that ball, and for λρ > 1 beyond θ0 itself.
+An anchor of `None` stands for zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from .proximal import Anchor, differences, wide_dtype
+
+
+def projection_conditions(
+    gradients: Sequence[Tensor], parameters: Sequence[Tensor], anchors: Sequence[Anchor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """What the step depends on from before the optimizer's: per tensor, whether it fires, and ‖θ−θ0‖.
+
+    Returns:
+        fires: 0 or 1 per tensor, 1 where ⟨g, θ−θ0⟩ > 0 (a gradient that is not finite does not fire).
+        norms: ‖θ−θ0‖ per tensor.
+        Both are float64 scalars on the tensor's device (float32 where it has no float64), which the host never reads.
+
+    Cost O(number of parameters); a fixed number of kernels per shape, dtype and device.
+    """
+    moved = differences(parameters, anchors)
+    fires, norms = [torch.empty(())] * len(moved), [torch.empty(())] * len(moved)
+    for members in _of_equal_shape(moved):
+        rows = torch.stack([moved[i].reshape(-1) for i in members])
+        rows = rows.to(wide_dtype(rows.device))
+        slopes = torch.stack([gradients[i].reshape(-1) for i in members]).to(rows)
+        products = (slopes * rows).sum(dim=1)
+        lengths = torch.linalg.vector_norm(rows, dim=1)
+        for i, product, length in zip(members, products, lengths, strict=True):
+            fires[i], norms[i] = (product > 0).to(length), length
+    return fires, norms
+
+
+def projection_step_(
+    parameters: Sequence[Tensor],
+    anchors: Sequence[Anchor],
+    fires: Sequence[Tensor],
+    norms: Sequence[Tensor],
+    strengths: Sequence[float],
+) -> None:
+    """In place `θ ← θ̃ − λρ·(θ̃−θ0)` where a tensor fires; the others keep every bit.
+
+    Args:
+        parameters: θ̃, after the optimizer's step.
+        anchors: θ0.
+        fires, norms: what `projection_conditions` gave before the step.
+        strengths: λ per tensor.
+    """
+    moved = differences(parameters, anchors)
+    for members in _of_equal_shape(moved):
+        mine = [moved[i] for i in members]
+        lengths = _row_norms(mine)
+        before, fired = (torch.stack([values[i] for i in members]) for values in (norms, fires))
+        # no 0/0 where the step led to the anchor itself
+        ratios = ((lengths - before) / lengths.clamp_min(torch.finfo(lengths.dtype).tiny)).clamp(0, 1)
+        shrinkage = ratios * fired * lengths.new_tensor([strengths[i] for i in members])
+        changes = torch._foreach_mul(mine, list(shrinkage.to(mine[0]).unbind()))
+        torch._foreach_sub_([parameters[i] for i in members], changes)
+
+
+def _row_norms(tensors: Sequence[Tensor]) -> Tensor:
+    rows = torch.stack([tensor.reshape(-1) for tensor in tensors])
+    return torch.linalg.vector_norm(rows.to(wide_dtype(rows.device)), dim=1)
+
+
+def _of_equal_shape(tensors: Sequence[Tensor]) -> Iterator[list[int]]:
+    """Positions of the tensors that can be stacked."""
+    groups: dict[tuple, list[int]] = {}
+    for index, tensor in enumerate(tensors):
+        groups.setdefault((tensor.shape, tensor.dtype, tensor.device), []).append(index)
+    yield from groups.values()
