@@ -42,37 +42,45 @@ def dense_block_step(a, b, a0, b0, scaling, lam, lr_a, lr_b):
 
 
 class ReferenceProximal:
-    """What must happen around `optimizer.step()` for the objective R + (λ/2)·D, on a plain LoRA model in float64."""
+    """What must happen around `optimizer.step()` for the objective R + (λ/2)·D, on a plain LoRA model in float64.
+
+    `lam` is λ, or a function of a parameter's name and the number of steps taken; where λ = 0 nothing happens.
+    """
 
     def __init__(self, model, *, lam, space="factors", mode="decoupled", selective=True, scaling=1.0):
         self.parameters = lora_parameters(model)
         self.start = {name: p.detach().clone() for name, p in self.parameters.items()}
-        self.lam, self.space, self.mode, self.selective, self.scaling = lam, space, mode, selective, scaling
+        self.strength = lam if callable(lam) else lambda name, step: lam
+        self.space, self.mode, self.selective, self.scaling = space, mode, selective, scaling
         self.fired = []
 
+    def lam(self, name):
+        return self.strength(name, len(self.fired) - 1)
+
     def before_step(self):
+        self.fired.append(None)
         if self.mode == "projection":
             return self._before_projection()
         inner = 0.0
         for name, p in self.parameters.items():
-            if p.grad is not None:
+            if p.grad is not None and self.lam(name) > 0:
                 inner += float((p.grad * (p.detach() - self.start[name])).sum())
-        self.fired.append(not self.selective or inner >= 0)
+        self.fired[-1] = not self.selective or inner >= 0
         if self.mode == "coupled" and self.fired[-1]:
             self.risk_gradients = {n: p.grad for n, p in self.parameters.items()}
             for name, gradient in self._penalty_gradients().items():
                 p = self.parameters[name]
                 if p.grad is not None:
-                    p.grad = p.grad + self.lam / 2 * gradient
+                    p.grad = p.grad + self.lam(name) / 2 * gradient
 
     def _before_projection(self):
         """Selective Projection Decay: c = ⟨g, θ−θ0⟩ and ‖θ−θ0‖ of every tensor before the step."""
         self.conditions = {}
         for name, p in self.parameters.items():
-            if p.grad is not None:
+            if p.grad is not None and self.lam(name) > 0:
                 away = p.detach() - self.start[name]
                 self.conditions[name] = (float((p.grad * away).sum()), float((away**2).sum()) ** 0.5)
-        self.fired.append(sum(c > 0 for c, _ in self.conditions.values()) / len(self.conditions))
+        self.fired[-1] = sum(c > 0 for c, _ in self.conditions.values()) / max(len(self.conditions), 1)
 
     def _after_projection(self):
         for name, (condition, before) in self.conditions.items():
@@ -80,7 +88,7 @@ class ReferenceProximal:
             length = float(((p - start) ** 2).sum()) ** 0.5
             if condition > 0 and length > 0:
                 ratio = min(max((length - before) / length, 0.0), 1.0)
-                p.copy_(p - self.lam * ratio * (p - start))
+                p.copy_(p - self.lam(name) * ratio * (p - start))
 
     def _penalty_gradients(self):
         if self.space == "factors":
@@ -108,12 +116,12 @@ class ReferenceProximal:
             for name, p in self.parameters.items():
                 if p.grad is not None:
                     eta = learning_rates[name]
-                    p.copy_(self.start[name] + (p - self.start[name]) / (1 + eta * self.lam))
+                    p.copy_(self.start[name] + (p - self.start[name]) / (1 + eta * self.lam(name)))
             return
         for a, b in pairs(self.parameters):
             pa, pb = self.parameters[a], self.parameters[b]
             new_a, new_b = dense_block_step(
-                pa, pb, self.start[a], self.start[b], self.scaling, self.lam, learning_rates[a], learning_rates[b]
+                pa, pb, self.start[a], self.start[b], self.scaling, self.lam(a), learning_rates[a], learning_rates[b]
             )
             pa.copy_(new_a)
             pb.copy_(new_b)

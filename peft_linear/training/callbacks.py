@@ -25,9 +25,10 @@ from .proximal import proximal_summary
 class ProximalCallback(TrainerCallback):
     """Adds to every log of a Trainer how far the adapter is from the pretrained model, and how often the term acted.
 
-    The keys are `proximal_distance` (‖θ−θ0‖ of the factors), `proximal_distance_delta` (of the weights) and
-    `proximal_firing_rate` (fraction of the optimizer steps so far; left out before the first, and for λ = 0). The term
-    itself acts with or without this callback.
+    The keys are `proximal_distance` (‖θ−θ0‖ of the factors), `proximal_distance_delta` (of the weights),
+    `proximal_lambda` (λ of the last step, with its schedule; `proximal_lambda_<adapter>` where several adapters
+    differ) and `proximal_firing_rate` (fraction of the optimizer steps so far; left out before the first, and for
+    λ = 0). The term itself acts with or without this callback.
 
     The values go into the log and into `trainer.state.log_history`. Trackers see them if their callback comes later:
     `TrainingArguments(report_to="none")` with `callbacks=[ProximalCallback(), TensorBoardCallback()]`.

@@ -66,16 +66,34 @@ def proximal_distance(model: nn.Module, adapter_name: str | None = None, space: 
 
 
 def proximal_firing_rate(model: nn.Module, adapter_name: str | None = None) -> float:
-    """Fraction of the optimizer steps so far at which the term acted (1 without the selective rule).
+    """Fraction of the optimizer steps so far with λ > 0 at which the term acted (1 without the selective rule).
 
-    Of one adapter, or of all active ones together; NaN before the first step, and with λ = 0.
+    Of one adapter, or of all active ones together; NaN before the first step, and with λ = 0. A run that is resumed
+    with its optimizer's state goes on counting. With `proximal_mode="projection"`, which decides tensor by tensor, the
+    fraction of the tensors is meant, averaged over the steps.
 
     Raises:
         PeftLinearError: no such adapter.
     """
-    statistics = [adapter.statistics for adapter in find_adapters(model, adapter_name)]
-    steps = sum(float(each.steps) for each in statistics)
-    return sum(float(each.fired) for each in statistics) / steps if steps else float("nan")
+    counts = [adapter.statistics.total() for adapter in find_adapters(model, adapter_name)]
+    active = sum(float(each.active) for each in counts)
+    return sum(float(each.fired) for each in counts) / active if active else float("nan")
+
+
+def proximal_strength(model: nn.Module, adapter_name: str | None = None) -> dict[str, float]:
+    """λ of the last optimizer step (before the first: of that one), of the named adapter or of every active one.
+
+    By adapter name; `proximal_lambda` times what the schedule makes of it. What `proximal_lambda_pattern` gives to
+    single modules is multiplied alike.
+
+    Raises:
+        PeftLinearError: no such adapter.
+    """
+    return {
+        adapter.name: adapter.config.proximal_lambda
+        * adapter.strengths.factor(max(adapter.statistics.position - 1, 0))
+        for adapter in find_adapters(model, adapter_name)
+    }
 
 
 def proximal_summary(model: nn.Module) -> dict[str, float]:
@@ -88,6 +106,11 @@ def proximal_summary(model: nn.Module) -> dict[str, float]:
     summary = {"proximal_distance": proximal_distance(model, space="factors")}
     if not any(variants_without_product(adapter.config) for adapter in adapters):
         summary["proximal_distance_delta"] = proximal_distance(model, space="delta")
+    strengths = proximal_strength(model)
+    if len(set(strengths.values())) == 1:
+        summary["proximal_lambda"] = next(iter(strengths.values()))
+    else:
+        summary.update({f"proximal_lambda_{name}": strength for name, strength in strengths.items()})
     rate = proximal_firing_rate(model)
     if not math.isnan(rate):
         summary["proximal_firing_rate"] = rate

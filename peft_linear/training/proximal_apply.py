@@ -34,7 +34,7 @@ def penalty_gradients(part: AdapterStep, factor: float | Tensor) -> Iterator[tup
             gradients = factor_gradient([s.value for s in steps], [s.anchor for s in steps], factor * strength)
             yield from zip(steps, gradients, strict=True)
         return
-    for stack in stack_modules(part.modules, part.adapter.name):
+    for stack in stack_modules(part.pulled, part.adapter.name):
         weights = stack.squared_scalings * stack.strengths * factor
         yield from stack.unstack(*delta_gradient(stack.a, stack.b, stack.a0, stack.b0, weights))
 
@@ -46,7 +46,7 @@ def apply_decoupled(part: AdapterStep, gate: Tensor | None) -> None:
             step_size = steps[0].learning_rate * steps[0].strength
             factor_proximal_step_([s.value for s in steps], [s.anchor for s in steps], step_size, gate)
         return
-    for stack in stack_modules(part.modules, part.adapter.name):
+    for stack in stack_modules(part.pulled, part.adapter.name):
         rates_a, rates_b = stack.rates(gate)
         stack.store(*delta_proximal_step(stack.a, stack.b, stack.a0, stack.b0, rates_a, rates_b))
 

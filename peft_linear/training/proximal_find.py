@@ -22,9 +22,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import PeftLinearError
-from ..tuners.proximal_lora.config import check_strength
 from ..tuners.proximal_lora.state import live_records
 from ..tuners.proximal_lora.tracked import TrackedAdapter
+from .proximal_counts import Counter
 from .proximal_stack import ModuleStep, Stepped
 
 
@@ -33,43 +33,75 @@ class AdapterStep:
     """The part of one optimizer step that concerns one adapter."""
 
     adapter: TrackedAdapter
-    modules: list[ModuleStep] = field(default_factory=list)
+    counter: Counter
+    modules: list[ModuleStep] = field(default_factory=list)  # also those with λ = 0 at this step
     gate: Tensor | None = None  # 0 or 1, on the factors' device; None: always acts
 
+    @property
+    def pulled(self) -> list[ModuleStep]:
+        """The modules with λ > 0 at this step."""
+        return [module for module in self.modules if module.strength > 0]
+
     def stepped(self) -> list[Stepped]:
-        """The factors that the optimizer steps, A before B, in module order."""
-        return [step for module in self.modules for step in module.stepped()]
+        """The factors with λ > 0 that the optimizer steps, A before B, in module order."""
+        return [step for module in self.pulled for step in module.stepped()]
 
 
 def find_steps(optimizer: Any) -> Iterator[AdapterStep]:
-    """The live adapters with λ > 0 of which `optimizer` is about to step a factor: trainable, and with a gradient.
+    """The live adapters with some λ > 0 of which `optimizer` is about to step a factor: trainable, with a gradient.
 
     Raises:
         PeftLinearError: the factors are sharded or flattened, or their group has no learning rate.
     """
     groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+    held = []
     for record in list(live_records):
         for adapter in list(record.adapters.values()):
-            strength = adapter.config.proximal_lambda
-            check_strength(strength)
-            if strength == 0 and adapter.seen:
+            pulled = adapter.strengths.pulled()
+            if not pulled and adapter.seen:
                 continue
-            held = any(p.requires_grad and id(p) in groups for _, _, *pair in adapter.layers() for p in pair)
-            if held:
+            if any(p.requires_grad and id(p) in groups for _, _, *pair in adapter.layers() for p in pair):
                 adapter.see()
-            elif strength > 0:
+                if pulled:
+                    held.append(adapter)
+            elif pulled:
                 _refuse_flattened(adapter)
-            if not held or strength == 0:
-                continue
-            part = AdapterStep(adapter)
-            seen: set[int] = set()  # tied adapters are two parameters of one memory
-            for factors in adapter.factors():
-                a = _stepped(factors.a, factors.anchor.a, strength, groups, adapter, seen)
-                b = _stepped(factors.b, factors.anchor.b, strength, groups, adapter, seen)
-                if a is not None or b is not None:
-                    part.modules.append(ModuleStep(factors, a, b))
-            if part.modules:
-                yield part
+    for counter in _counters(held, groups):
+        part = _adapter_step(counter, groups)
+        if part.modules:
+            yield part
+
+
+def _counters(adapters: list[TrackedAdapter], groups: dict[int, dict]) -> list[Counter]:
+    """Where the adapters' steps are counted. Adapters of one name (of several models) are numbered in the optimizer's
+    order, which a resumed run shares."""
+    order = {parameter: index for index, parameter in enumerate(groups)}
+    firsts = []
+    for adapter in adapters:
+        factors = ((f"{n}.{x}", id(p)) for n, _, a, b in adapter.layers() for x, p in (("A", a), ("B", b)))
+        name, parameter = next((n, p) for n, p in factors if p in groups)
+        firsts.append((order[parameter], name, groups[parameter], adapter))
+    counters: list[Counter] = []
+    for _, name, group, adapter in sorted(firsts, key=lambda first: first[0]):
+        earlier = sum(c.group is group and c.adapter.name == adapter.name for c in counters)
+        label = f"{adapter.name}#{earlier + 1}" if earlier else adapter.name
+        counters.append(Counter(adapter, name, group, label))
+    return counters
+
+
+def _adapter_step(counter: Counter, groups: dict[int, dict]) -> AdapterStep:
+    adapter, strengths = counter.adapter, counter.adapter.strengths
+    # reading the position may wait for the device: only where it matters
+    factor = strengths.factor(int(counter.read().steps)) if strengths.scheduled else 1.0
+    part = AdapterStep(adapter, counter)
+    seen: set[int] = set()  # tied adapters are two parameters of one memory
+    for factors in adapter.factors():
+        strength = strengths.base(factors.name) * factor
+        a = _stepped(factors.a, factors.anchor.a, strength, groups, adapter, seen)
+        b = _stepped(factors.b, factors.anchor.b, strength, groups, adapter, seen)
+        if a is not None or b is not None:
+            part.modules.append(ModuleStep(factors, a, b))
+    return part
 
 
 def _stepped(

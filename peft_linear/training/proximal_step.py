@@ -54,10 +54,12 @@ class ProximalStep:
         if again:
             return
         self._parts = list(find_steps(optimizer))
-        taken = {id(step.value) for other in self._others for part in other._parts for step in part.stepped()}
+        taken = {id(s.value) for o in self._others for part in o._parts for m in part.modules for s in m.stepped()}
         for part in self._parts:
             mode, steps = part.adapter.config.proximal_mode, part.stepped()
-            if mode == "projection":
+            if not steps:
+                pass  # the schedule has λ = 0 at this step
+            elif mode == "projection":
                 prepare_projection(part, [self._risk_gradient(s.value) for s in steps])
             elif part.adapter.config.proximal_selective:
                 product = inner_product(
@@ -81,14 +83,14 @@ class ProximalStep:
             if not part.modules:
                 continue
             gate = part.gate if valid is None else (valid if part.gate is None else part.gate * valid.to(part.gate))
-            fired: float | Tensor = 1.0 if gate is None else gate
-            if part.adapter.config.proximal_mode == "decoupled":
+            fired: float | Tensor = 1 if gate is None else gate
+            if not part.pulled:
+                fired = 0
+            elif part.adapter.config.proximal_mode == "decoupled":
                 apply_decoupled(part, gate)
             elif part.adapter.config.proximal_mode == "projection":
                 fired = apply_projection(part, gate)
-            statistics = part.adapter.statistics
-            statistics.steps = statistics.steps + (1 if valid is None else valid)
-            statistics.fired = statistics.fired + fired
+            part.counter.add(1 if valid is None else valid, bool(part.pulled), fired)
 
     def restore_gradients(self) -> None:
         """The gradients become the risk's again, so that one that is kept does not take the term in twice."""
@@ -116,7 +118,7 @@ class ProximalStep:
             self._substitutes.append((step.value, ours, original))
 
     def _release(self, part: AdapterStep) -> None:
-        inner = {id(step.value) for step in part.stepped()}
+        inner = {id(step.value) for module in part.modules for step in module.stepped()}
         for mine in self._parts:
             if mine.adapter is part.adapter:
                 mine.modules = [module for module in mine.modules if not _any_in(module, inner)]

@@ -19,19 +19,15 @@ import itertools
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from proximal_loop import assert_same, batches, groups, lora, proximal, reference_run, risk, train
 from reference_proximal import ReferenceProximal, lora_parameters
 from torch import nn
-from torch.nn import functional as F
 
-import peft_linear  # noqa: F401
 from peft_linear.errors import PeftLinearError
 from peft_linear.training.proximal import attach_proximal, proximal_distance, proximal_firing_rate
-from peft_linear.tuners.proximal_lora import ProximalLoraConfig
+from peft_linear.tuners.proximal_lora.state import find_adapters
 
 
-TARGETS = ["0", "2"]
-ALPHA, RANK = 6, 3
 MODES = ["decoupled", "coupled", "projection"]
 VARIANTS = [*itertools.product(["factors", "delta"], MODES[:2], [True, False]), ("factors", "projection", True)]
 SGD, ADAMW = torch.optim.SGD, torch.optim.AdamW
@@ -42,68 +38,6 @@ def double():
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
-
-
-def adapted(config):
-    torch.manual_seed(0)
-    base = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 4))
-    torch.manual_seed(1)
-    return get_peft_model(base, config)
-
-
-def lora(**kwargs):
-    return adapted(LoraConfig(target_modules=TARGETS, r=RANK, lora_alpha=ALPHA, **kwargs))
-
-
-def proximal(lam=1.0, **kwargs):
-    config = ProximalLoraConfig(target_modules=TARGETS, r=RANK, lora_alpha=ALPHA, proximal_lambda=lam, **kwargs)
-    return adapted(config)
-
-
-def batches(count=12):
-    torch.manual_seed(7)
-    return [(torch.randn(6, 5), torch.randint(0, 4, (6,))) for _ in range(count)]
-
-
-def risk(model, batch):
-    return F.cross_entropy(model(batch[0]), batch[1])
-
-
-def groups(model):
-    """Two learning rates, as LoRA+ has them."""
-    named = lora_parameters(model)
-    return [
-        {"params": [p for n, p in named.items() if "lora_A" in n], "lr": 0.05},
-        {"params": [p for n, p in named.items() if "lora_B" in n], "lr": 0.2},
-    ]
-
-
-def train(model, optimizer, *, clip=None, reference=None, data=None):
-    for batch in data or batches():
-        optimizer.zero_grad()
-        risk(model, batch).backward()
-        if clip:
-            nn.utils.clip_grad_norm_(model.parameters(), clip)
-        if reference:
-            reference.before_step()
-        rates = reference.rates(optimizer) if reference else None
-        optimizer.step()
-        if reference:
-            reference.after_step(rates)
-    return model
-
-
-def reference_run(make, *, lam=1.0, space="factors", mode="decoupled", selective=True, **kwargs):
-    model = lora()
-    reference = ReferenceProximal(model, lam=lam, space=space, mode=mode, selective=selective, scaling=ALPHA / RANK)
-    return train(model, make(groups(model)), reference=reference, **kwargs), reference
-
-
-def assert_same(model, other, tolerance=1e-12):
-    mine, theirs = lora_parameters(model), lora_parameters(other)
-    assert list(mine) == list(theirs)
-    for name in mine:
-        torch.testing.assert_close(mine[name], theirs[name], rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize(("space", "mode", "selective"), VARIANTS)
@@ -348,8 +282,7 @@ def test_grad_scaler_unscales_and_skips(fused, mode):
     expected = run(plain, reference, scaled=False)
     model = run(proximal(proximal_mode=mode, proximal_selective=selective))
     assert_same(model, expected, 2e-5)
-    steps = next(iter(model.base_model.model._proximal_lora.adapters.values())).statistics.steps
-    assert float(steps) == 7
+    assert find_adapters(model)[0].statistics.total().steps == 7
     assert proximal_firing_rate(model) == pytest.approx(sum(reference.fired) / 7)
 
 

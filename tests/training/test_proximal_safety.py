@@ -461,7 +461,7 @@ def test_distance_of_what_has_none():
         proximal_distance(proximal(use_dora=True), space="delta")
     with pytest.raises(PeftLinearError, match="has no active ProximalLoRA adapter"):
         attach_proximal(mlp(), SGD(mlp().parameters(), lr=0.1))
-    assert set(proximal_summary(proximal())) == {"proximal_distance", "proximal_distance_delta"}
+    assert set(proximal_summary(proximal())) == {"proximal_distance", "proximal_distance_delta", "proximal_lambda"}
 
 
 def test_distances_through_wrappers():

@@ -87,11 +87,19 @@ def test_reloading_keeps_the_member():
     assert PeftType("PROXIMAL_LORA") is PROXIMAL_LORA
 
 
-def test_the_configuration_is_lora_with_four_more_fields(tmp_path):
+def test_the_configuration_is_lora_with_seven_more_fields(tmp_path):
     extra = {f.name for f in dataclasses.fields(ProximalLoraConfig)} - {f.name for f in dataclasses.fields(LoraConfig)}
-    assert extra == {"proximal_lambda", "proximal_space", "proximal_mode", "proximal_selective"}
+    kinds = ("lambda", "space", "mode", "selective", "lambda_pattern", "schedule", "schedule_steps")
+    assert extra == {f"proximal_{kind}" for kind in kinds}
     config = ProximalLoraConfig(
-        r=5, target_modules=["q"], proximal_lambda=3, proximal_space="delta", proximal_mode="coupled"
+        r=5,
+        target_modules=["q"],
+        proximal_lambda=3,
+        proximal_space="delta",
+        proximal_mode="coupled",
+        proximal_lambda_pattern={"q": 7, r"k\d": 0},
+        proximal_schedule="linear",
+        proximal_schedule_steps=9,
     )
     assert config.peft_type is PROXIMAL_LORA and config.proximal_lambda == 3.0 and config.proximal_selective
     config.save_pretrained(tmp_path)
@@ -101,6 +109,7 @@ def test_the_configuration_is_lora_with_four_more_fields(tmp_path):
     written = json.loads((tmp_path / "adapter_config.json").read_text())
     assert written["peft_type"] == "PROXIMAL_LORA"
     assert get_peft_config(written).proximal_space == "delta"
+    assert written["proximal_lambda_pattern"] == {"q": 7.0, r"k\d": 0.0} and written["proximal_schedule_steps"] == 9
     assert copy.deepcopy(config) == config == pickle.loads(pickle.dumps(config))
     assert dataclasses.replace(config, r=2).r == 2
 
@@ -126,6 +135,14 @@ def test_bad_lambda(value):
         ({"proximal_mode": "projection", "proximal_space": "delta"}, "use proximal_space='factors', got 'delta'"),
         ({"proximal_mode": "projection", "proximal_selective": False}, "selects by itself, tensor by tensor"),
         ({"proximal_selective": "yes"}, "proximal_selective must be True or False, got 'yes'"),
+        ({"proximal_lambda_pattern": ["q"]}, "proximal_lambda_pattern must be a dict"),
+        ({"proximal_lambda_pattern": {"q": -1}}, r"proximal_lambda_pattern\['q'\] must be a finite number >= 0"),
+        ({"proximal_lambda_pattern": {"q(": 1}}, r"the key 'q\(' of proximal_lambda_pattern is not a regular"),
+        ({"proximal_lambda_pattern": {3: 1}}, "the key 3 of proximal_lambda_pattern is not a regular"),
+        ({"proximal_schedule": "step"}, "proximal_schedule must be one of 'constant', 'linear', 'cosine', 'warmup'"),
+        ({"proximal_schedule": "linear"}, "needs proximal_schedule_steps, a positive number .* got None"),
+        ({"proximal_schedule": "cosine", "proximal_schedule_steps": 0}, "needs proximal_schedule_steps, .* got 0"),
+        ({"proximal_schedule_steps": 5}, "proximal_schedule_steps=5 says how long a schedule is, but"),
         ({"r": 0}, "the rank r must be a positive integer, got 0"),
         ({"r": -4}, "the rank r must be a positive integer, got -4"),
         ({"r": 2.5}, "the rank r must be a positive integer, got 2.5"),

@@ -26,10 +26,17 @@ from .config import ProximalLoraConfig
 from .export import export_lora
 from .model import ProximalLoraModel
 from .peft_type import PROXIMAL_LORA
-from .state import reset_proximal_anchor
+from .state import reset_proximal_anchor, set_proximal_schedule
 
 
-__all__ = ["PROXIMAL_LORA", "ProximalLoraConfig", "ProximalLoraModel", "export_lora", "reset_proximal_anchor"]
+__all__ = [
+    "PROXIMAL_LORA",
+    "ProximalLoraConfig",
+    "ProximalLoraModel",
+    "export_lora",
+    "reset_proximal_anchor",
+    "set_proximal_schedule",
+]
 
 
 def _register() -> None:

@@ -17,12 +17,14 @@ from __future__ import annotations
 
 import math
 import numbers
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
 from peft import LoraConfig
 
 from ...errors import PeftLinearError
+from ...functional.schedule import SCHEDULES
 from .peft_type import PROXIMAL_LORA
 
 
@@ -60,8 +62,18 @@ class ProximalLoraConfig(LoraConfig):
             Whether the pull acts only at steps at which ⟨∇R(θ_t), θ_t−θ0⟩ >= 0 (the paper's eq. 8). The mode
             `"projection"` brings a selection of its own (per tensor, > 0) and admits no other value than `True`.
 
+        proximal_lambda_pattern (`dict`):
+            λ of modules by name or regular expression, matched as `rank_pattern` and `alpha_pattern` are; the others
+            have `proximal_lambda`. A module with λ = 0 is plain LoRA, and does not count in the selective rule.
+        proximal_schedule (`"constant"`, `"linear"`, `"cosine"` or `"warmup"`):
+            How λ changes over the first `proximal_schedule_steps` optimizer steps: down to 0 along a line or a half
+            cosine, or up from 0 along a line. What comes after keeps the last value. The position is counted in the
+            optimizer's state, so a run that is resumed with its optimizer goes on where it was.
+        proximal_schedule_steps (`int`):
+            Length of the schedule in optimizer steps of this adapter; needed by all but `"constant"`.
+
     Raises:
-        PeftLinearError: one of the four is not one of its values, `r` is not positive, `proximal_space="delta"` is
+        PeftLinearError: one of these is not one of its values, `r` is not positive, `proximal_space="delta"` is
             combined with a variant of LoRA whose change of the weight is not s·B·A, or `proximal_mode="projection"`
             with `proximal_space="delta"` or `proximal_selective=False`.
     """
@@ -85,6 +97,18 @@ class ProximalLoraConfig(LoraConfig):
         default=True,
         metadata={"help": "Pull only at steps at which the loss gradient has a component away from the anchor."},
     )
+    proximal_lambda_pattern: dict = field(
+        default_factory=dict,
+        metadata={"help": "λ by module name or regular expression, as in alpha_pattern; others: proximal_lambda."},
+    )
+    proximal_schedule: str = field(
+        default="constant",
+        metadata={"help": "How λ changes: 'constant', 'linear' or 'cosine' (down to 0), 'warmup' (up from 0)."},
+    )
+    proximal_schedule_steps: int | None = field(
+        default=None,
+        metadata={"help": "Length of the schedule of λ in optimizer steps; needed unless it is 'constant'."},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -95,6 +119,8 @@ class ProximalLoraConfig(LoraConfig):
         _check_choice("proximal_mode", self.proximal_mode, MODES)
         if not isinstance(self.proximal_selective, bool):
             raise PeftLinearError(f"proximal_selective must be True or False, got {self.proximal_selective!r}")
+        self.proximal_lambda_pattern = _checked_pattern(self.proximal_lambda_pattern)
+        _check_schedule(self)
         if isinstance(self.r, bool) or not isinstance(self.r, numbers.Integral) or self.r <= 0:
             raise PeftLinearError(f"the rank r must be a positive integer, got {self.r!r}")
         bad_ranks = {key: rank for key, rank in (self.rank_pattern or {}).items() if rank <= 0}
@@ -116,14 +142,48 @@ def variants_without_product(config: LoraConfig) -> list[str]:
     return [name for name in _NOT_A_PRODUCT if getattr(config, name, None)]
 
 
-def check_strength(value: Any) -> None:
-    """Raises `PeftLinearError` unless `value` is a finite number >= 0."""
+def check_strength(value: Any, name: str = "proximal_lambda") -> None:
+    """Raises `PeftLinearError` unless `value` is a finite number >= 0; `name` says what it is."""
     number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not number or not math.isfinite(value) or value < 0:
         raise PeftLinearError(
-            f"proximal_lambda must be a finite number >= 0 (0 is plain LoRA), got {value!r} "
-            f"of type {type(value).__name__}"
+            f"{name} must be a finite number >= 0 (0 is plain LoRA), got {value!r} of type {type(value).__name__}"
         )
+
+
+def _checked_pattern(pattern: Any) -> dict[str, float]:
+    if not isinstance(pattern or {}, dict):
+        raise PeftLinearError(
+            f"proximal_lambda_pattern must be a dict of λ by module name or regular expression, got {pattern!r}"
+        )
+    for key, value in (pattern or {}).items():
+        check_strength(value, f"proximal_lambda_pattern[{key!r}]")
+        try:
+            re.compile(key)
+        except (TypeError, re.error) as error:
+            raise PeftLinearError(
+                f"the key {key!r} of proximal_lambda_pattern is not a regular expression ({error}); use re.escape on "
+                "names that are meant literally"
+            ) from error
+    return {key: float(value) for key, value in (pattern or {}).items()}
+
+
+def _check_schedule(config: ProximalLoraConfig) -> None:
+    _check_choice("proximal_schedule", config.proximal_schedule, SCHEDULES)
+    steps = config.proximal_schedule_steps
+    if config.proximal_schedule == "constant":
+        if steps is not None:
+            raise PeftLinearError(
+                f"proximal_schedule_steps={steps!r} says how long a schedule is, but proximal_schedule is 'constant'; "
+                f"set it to one of {', '.join(map(repr, SCHEDULES[1:]))}, or leave the steps out"
+            )
+        return
+    if isinstance(steps, bool) or not isinstance(steps, numbers.Integral) or steps <= 0:
+        raise PeftLinearError(
+            f"proximal_schedule={config.proximal_schedule!r} needs proximal_schedule_steps, a positive number of "
+            f"optimizer steps (usually the steps of the whole run), got {steps!r}"
+        )
+    config.proximal_schedule_steps = int(steps)
 
 
 def _check_projection(config: ProximalLoraConfig) -> None:

@@ -47,7 +47,7 @@ _FACTORS = {"lora_A.weight": "lora_B.weight", "lora_embedding_A": "lora_embeddin
 def export_lora(adapter_dir: str | os.PathLike, out_dir: str | os.PathLike, *, overwrite: bool = False) -> Path:
     """Writes the ProximalLoRA adapter in `adapter_dir` as a plain LoRA adapter that needs nothing of this package.
 
-    The weights are the same; the configuration loses the four proximal fields and says `LORA`. Where `rank_pattern` or
+    The weights are the same; the configuration loses the proximal fields and says `LORA`. Where `rank_pattern` or
     `alpha_pattern` give modules different ranks or scalings, ranks are padded with zeros to the largest one and
     scalings are folded into B, so that the one `lora_alpha / r` of the configuration holds for every module (consumers
     outside of peft know no other): the products are unchanged up to rounding in the stored dtype. Adapters of

@@ -58,7 +58,7 @@ class UnseenUpdateGuard:
         if adapter is None or adapter.seen:
             self.remove()
             return
-        if adapter.config.proximal_lambda == 0:
+        if not adapter.strengths.pulled():
             return
         value = parameter.detach()
         if self._seen is not None and self._seen.shape == value.shape and not torch.equal(self._seen, value):

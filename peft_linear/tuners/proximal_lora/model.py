@@ -24,6 +24,7 @@ from torch import nn
 from .config import ProximalLoraConfig
 from .peft_compat import as_lora
 from .state import find_adapters, forget_adapter, track_adapter
+from .strength import check_patterns
 
 
 class ProximalLoraModel(LoraModel):
@@ -42,6 +43,8 @@ class ProximalLoraModel(LoraModel):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Makes the adapter's layers as LoRA does, then records the factors as they start."""
         config = self.peft_config[adapter_name]
+        if isinstance(config, ProximalLoraConfig):
+            check_patterns(config, adapter_name, model)
         with as_lora(config):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         if isinstance(config, ProximalLoraConfig):

@@ -37,6 +37,7 @@ from .anchors import ANCHOR_NAME, AnchorSource, write_anchors
 from .config import ProximalLoraConfig
 from .peft_type import PROXIMAL_LORA
 from .state import find_records, track_adapter
+from .strength import check_patterns
 from .tracked import TrackedAdapter
 
 
@@ -114,6 +115,8 @@ def _mix_our_adapters() -> None:
 
     def inject_adapter(original: Callable, self: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any):
         config = self.peft_config[adapter_name]
+        if isinstance(config, ProximalLoraConfig):
+            check_patterns(config, adapter_name, model)
         with as_lora(config):
             original(self, model, adapter_name, *args, **kwargs)
         if isinstance(config, ProximalLoraConfig):

@@ -29,6 +29,7 @@ from torch import nn
 
 from ...errors import PeftLinearError
 from .config import ProximalLoraConfig
+from .strength import Schedule
 from .tracked import TrackedAdapter
 
 
@@ -117,3 +118,24 @@ def reset_proximal_anchor(model: nn.Module, adapter_name: str | None = None) -> 
         for adapter in find_adapters(model, adapter_name):
             adapter.provisional = False
             adapter.capture()
+
+
+def set_proximal_schedule(model: nn.Module, schedule: Schedule | None, adapter_name: str | None = None) -> None:
+    """Gives the named adapter (default: every active one) a schedule of λ that the configuration has no name for.
+
+    Args:
+        model: the model, or anything around it.
+        schedule: `schedule(t)` is what `proximal_lambda` (and each value of `proximal_lambda_pattern`) is multiplied
+            with in the step after t optimizer steps, a finite number >= 0. It replaces `proximal_schedule`; `None`
+            gives that back. A function cannot be saved with the adapter: when a run is resumed, set it again; the
+            position t is saved in the optimizer's state and goes on.
+        adapter_name: one adapter.
+
+    Raises:
+        PeftLinearError: `model` has no such ProximalLoRA adapter; at a step, `schedule` gave no such number.
+
+    Example:
+        >>> set_proximal_schedule(model, lambda t: 1.0 if t < 100 else 0.1)  # doctest: +SKIP
+    """
+    for adapter in find_adapters(model, adapter_name):
+        adapter.strengths.schedule = schedule

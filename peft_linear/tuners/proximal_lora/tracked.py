@@ -18,7 +18,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from peft.tuners.lora import LoraLayer
@@ -28,6 +28,7 @@ from ...errors import FileError, PeftLinearError
 from .anchors import ANCHOR_NAME, AnchorSource, FactorAnchor
 from .config import ProximalLoraConfig
 from .guard import UnseenUpdateGuard
+from .strength import Strengths
 
 
 class Factors(NamedTuple):
@@ -40,18 +41,29 @@ class Factors(NamedTuple):
     anchor: FactorAnchor
 
 
+class Counts(NamedTuple):
+    """Optimizer steps of one adapter in one optimizer; tensors where what is counted was decided on a device."""
+
+    steps: float | Tensor = 0  # taken: the position in a schedule
+    active: float | Tensor = 0  # of these, with λ > 0
+    fired: float | Tensor = 0  # of these, at which the term acted (the fraction of tensors, for projection decay)
+
+
 @dataclass
 class Statistics:
-    """Optimizer steps seen, and those at which the term acted; tensors where the decision was taken on a device."""
+    """What the optimizers that step an adapter have counted. Each is known by the first factor it holds."""
 
-    steps: float | Tensor = 0
-    fired: float | Tensor = 0
+    by_optimizer: dict[str, Counts] = field(default_factory=dict)
+
+    def total(self) -> Counts:
+        """The sum over optimizers."""
+        counts = self.by_optimizer.values()
+        return Counts(*(sum(float(value) for value in column) for column in zip(*counts, strict=True)))
 
     @property
-    def firing_rate(self) -> float:
-        """Fraction of the optimizer steps at which the term acted; NaN before the first."""
-        steps = float(self.steps)
-        return float(self.fired) / steps if steps else float("nan")
+    def position(self) -> int:
+        """The optimizer steps taken, of the optimizer that took most."""
+        return max((int(counts.steps) for counts in self.by_optimizer.values()), default=0)
 
 
 class TrackedAdapter:
@@ -60,6 +72,7 @@ class TrackedAdapter:
     def __init__(self, name: str, config: ProximalLoraConfig, layers: dict[str, LoraLayer]) -> None:
         self.name = name
         self.config = config
+        self.strengths = Strengths(config, layers)
         self.statistics = Statistics()
         self.seen = False  # whether an optimizer step was ever seen with this adapter in it
         # EVA fills in A by a call of its own after the adapter exists
@@ -116,7 +129,7 @@ class TrackedAdapter:
     @property
     def worth_saving(self) -> bool:
         """Whether the anchor says more than the factors do: it is used, and known or trained with."""
-        return self.config.proximal_lambda > 0 and (self.seen or not self._guessed)
+        return self.strengths.pulled() and (self.seen or not self._guessed)
 
     def see(self) -> None:
         """An optimizer is about to step the adapter: its anchor is final."""
@@ -178,9 +191,7 @@ class TrackedAdapter:
         stored = source.read()
         if stored is None:
             self.capture_continuing()
-            if self.config.proximal_lambda > 0 and (
-                self.config.proximal_space == "factors" or self.config.proximal_selective
-            ):
+            if self.strengths.pulled() and (self.config.proximal_space == "factors" or self.config.proximal_selective):
                 warnings.warn(
                     f"{source.path} has no {ANCHOR_NAME}: adapter {self.name!r} is pulled toward zero in the factor "
                     "that starts at zero (usually B), and toward its loaded value in the other"
