@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from ..functional.gram import DEFAULT_MAX_BYTES, Part, cheapest, nonzero_positions, weight_gram
-from .recorder import Call, by_example
+from .recorder import by_example
+from .shared_inputs import SharedInputs, workable
 from .terms import Term
 
 
@@ -32,30 +33,36 @@ class TermAccumulator:
     A part depends on its own batch alone, so that batches can be taken in any order, and by different processes.
     """
 
-    def __init__(self, name: str, term: Term) -> None:
+    def __init__(self, name: str, number: int, term: Term, shared: SharedInputs) -> None:
         self.name = name
+        self.number = number  # of the term, among those of its module
         self.term = term
+        self._shared = shared
         self._keeps_rows = False
-        self._inputs: dict[int, Tensor] = {}
+        self._inputs: dict[int, Tensor] = {}  # by call: (B, T, k)
         self._rows: dict[int, Tensor] = {}  # by output: (B, k, l)
-        self._cotangents: dict[tuple[int, int], Tensor] = {}  # by (call, output): (B, T, l)
+        self._cotangents: dict[int, Tensor] = {}  # by call: (B, C, T, l)
+        self._given: set[tuple[int, int]] = set()  # (call, output) for which there was a cotangent
 
-    def add(self, calls: Sequence[Call], number: int, cotangent: Tensor, output: int, size: int, outputs: int) -> None:
-        """Takes the cotangent of call `number` for output `output` of a batch of `size` examples."""
+    def add(self, call: int, cotangent: Tensor, output: int, size: int, outputs: int) -> None:
+        """Takes the cotangent of a call for output `output` of a batch of `size` examples."""
         first = not self._inputs
-        if number not in self._inputs:
-            self._inputs[number] = self.term.inputs(_workable(by_example(calls[number].inputs, size, self.name)))
-        inputs = self._inputs[number]
-        cotangent = self.term.cotangents(_workable(by_example(cotangent, size, self.name)).to(inputs.dtype))
+        if call not in self._inputs:
+            self._inputs[call] = self._shared.features(self.name, self.number, call, size)
+        inputs = self._inputs[call]
+        cotangent = self.term.cotangents(workable(by_example(cotangent, size, self.name)).to(inputs.dtype))
         if first:
-            length = inputs.shape[1] * len(calls)
+            length = inputs.shape[1] * self._shared.num_calls(self.name)
             pair_size = length * (self.term.channels + self.term.features / outputs)
             self._keeps_rows = self.term.features * self.term.channels <= pair_size
         if self._keeps_rows:
             rows = inputs.mT @ cotangent
             self._rows[output] = self._rows[output].add_(rows) if output in self._rows else rows
-        else:
-            self._cotangents[number, output] = cotangent
+            return
+        if call not in self._cotangents:
+            self._cotangents[call] = cotangent.new_empty(size, outputs, *cotangent.shape[1:])
+        self._cotangents[call][:, output] = cotangent
+        self._given.add((call, output))
 
     def end_batch(self, outputs: int) -> Part | None:
         """The batch's part, or None where the module had no share in it; ready for the next batch."""
@@ -64,24 +71,18 @@ class TermAccumulator:
             zero = torch.zeros_like(next(iter(self._rows.values())))
             part = torch.stack([self._rows.get(output, zero) for output in range(outputs)], dim=1).flatten(0, 1)
         elif self._cotangents:
-            numbers = sorted({number for number, _ in self._cotangents})
-            inputs = torch.cat([self._inputs[number] for number in numbers], dim=1)
-            cotangents = torch.stack(
-                [
-                    torch.cat([self._cotangent(number, output) for number in numbers], dim=1)
-                    for output in range(outputs)
-                ],
-                dim=1,
-            )
+            for call, cotangents in self._cotangents.items():
+                for output in range(outputs):
+                    if (call, output) not in self._given:  # this call has no part in this output
+                        cotangents[:, output] = 0
+            calls = sorted(self._cotangents)
+            inputs, cotangents = self._inputs[calls[0]], self._cotangents[calls[0]]
+            if len(calls) > 1:
+                inputs = torch.cat([self._inputs[call] for call in calls], dim=1)
+                cotangents = torch.cat([self._cotangents[call] for call in calls], dim=2)
             part = nonzero_positions(inputs, cotangents)
-        self._inputs, self._rows, self._cotangents = {}, {}, {}
+        self._inputs, self._rows, self._cotangents, self._given = {}, {}, {}, set()
         return part
-
-    def _cotangent(self, number: int, output: int) -> Tensor:
-        found = self._cotangents.get((number, output))
-        if found is None:  # this call has no part in this output
-            found = torch.zeros_like(next(c for (other, _), c in self._cotangents.items() if other == number))
-        return found
 
 
 class TermKernel(NamedTuple):
@@ -95,6 +96,7 @@ def term_kernel(
     term: Term,
     max_bytes: int = DEFAULT_MAX_BYTES,
     signed: bool = False,
+    product_dtype: torch.dtype | None = None,
 ) -> TermKernel:
     """The kernel of a term from its parts, which may be lazy; the mean over its draws, one of them at a time.
 
@@ -111,7 +113,7 @@ def term_kernel(
             drawn = _Features(parts, slice(draw * width, (draw + 1) * width))
         if not any(are_rows) and not signed:
             way = cheapest(drawn)
-        gram = weight_gram(drawn, "ghost" if way == "ghost" else "explicit", max_bytes, signed).cpu()
+        gram = weight_gram(drawn, "ghost" if way == "ghost" else "explicit", max_bytes, signed, product_dtype).cpu()
         if draw == 0:
             mean = gram
         else:
@@ -128,6 +130,7 @@ class _Features(Sequence[Part]):
 
     def __init__(self, parts: Sequence[Part], features: slice) -> None:
         self._parts, self._features = parts, features
+        self.in_files = getattr(parts, "in_files", False)
 
     def __len__(self) -> int:
         return len(self._parts)
@@ -137,8 +140,3 @@ class _Features(Sequence[Part]):
         if isinstance(part, Tensor):
             return part[:, self._features]
         return part[0][..., self._features], part[1]
-
-
-def _workable(tensor: Tensor) -> Tensor:
-    """float32 and float64 stay; half precision is summed in float32."""
-    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()

@@ -83,7 +83,8 @@ class PartStore:
             [
                 loader or partial(self._zeros, number, as_rows, features, channels, dtype)
                 for number, loader in enumerate(loaders)
-            ]
+            ],
+            in_files=bool(self._stored),
         )
 
     def release(self, keys: Sequence[str]) -> None:
@@ -129,8 +130,9 @@ class PartStore:
 
 
 class _Parts(Sequence[Part]):
-    def __init__(self, loaders: Sequence[Callable[[], Part]]) -> None:
+    def __init__(self, loaders: Sequence[Callable[[], Part]], in_files: bool) -> None:
         self._loaders = loaders
+        self.in_files = in_files
 
     def __len__(self) -> int:
         return len(self._loaders)

@@ -30,6 +30,7 @@ from .batches import Batch, evaluate
 from .outputs import OutputFunction
 from .parameters import differentiable, parameter_rows
 from .recorder import Recorder, by_example, recording
+from .shared_inputs import SharedInputs
 from .targets import base_model
 from .terms import Term
 
@@ -51,6 +52,7 @@ class Job:
     function: OutputFunction
     device: torch.device
     signed: bool = False  # the kernel of sign descent
+    product_dtype: torch.dtype | None = None  # of products of rows; None: that of the rows
 
     @property
     def has_head(self) -> bool:
@@ -65,33 +67,39 @@ class Job:
 def capturing(job: Job) -> Iterator[Callable[[int], tuple[Parts, Tensor]]]:
     """Hooks the modules; yields the function that takes a batch's number to its parts by key, and its outputs."""
     hooked = {**job.candidates, **job.head_linear}
+    shared = SharedInputs(job.terms)
     accumulators = {
-        name: {key: TermAccumulator(name, term) for key, term in zip(job.keys(name), job.terms[name], strict=True)}
+        name: [TermAccumulator(name, number, term, shared) for number, term in enumerate(job.terms[name])]
         for name in hooked
     }
     now = {"output": 0, "size": 0, "outputs": 0}
     checked = False
 
     def take(name: str, number: int, cotangent: Tensor) -> None:
-        for accumulator in accumulators[name].values():
-            accumulator.add(recorder.calls[name], number, cotangent, now["output"], now["size"], now["outputs"])
+        for accumulator in accumulators[name]:
+            accumulator.add(number, cotangent, now["output"], now["size"], now["outputs"])
 
     def capture(number: int) -> tuple[Parts, Tensor]:
         nonlocal checked
         recorder.clear()
         outputs = evaluate(job.model, job.batches[number].to(job.device), job.function, number)
+        if recorder.copy_changed_inputs():
+            recorder.clear()
+            outputs = evaluate(job.model, job.batches[number].to(job.device), job.function, number)
         now["size"], now["outputs"] = outputs.shape
         if not checked:
             _check_batch(recorder, job, outputs)
             checked = True
+        shared.start(recorder.calls)
         for output in range(outputs.shape[1]):
             now["output"] = output
             recorder.backward(outputs[:, output].sum(), output + 1 < outputs.shape[1], take)
         parts = {
             key: accumulator.end_batch(outputs.shape[1])
-            for module in accumulators.values()
-            for key, accumulator in module.items()
+            for name, of_module in accumulators.items()
+            for key, accumulator in zip(job.keys(name), of_module, strict=True)
         }
+        shared.clear()
         recorder.clear()
         return parts, outputs.detach()
 

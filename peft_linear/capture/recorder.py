@@ -37,7 +37,8 @@ Take = Callable[[str, int, Tensor], None]  # (module, number of the call, cotang
 class Call:
     """One call of a module."""
 
-    inputs: Tensor  # as the module saw it
+    inputs: Tensor  # as the module saw it, unless its version is another one by now
+    version: int
     leaf: Tensor | None = None  # its output, where the graph begins here
 
 
@@ -47,10 +48,24 @@ class Recorder:
 
     modules: Mapping[str, nn.Module]
     calls: dict[str, list[Call]] = field(default_factory=dict)
+    copied: set[str] = field(default_factory=set)  # modules whose inputs the model changes in place later on
     _take: Take | None = None
 
     def clear(self) -> None:
         self.calls = {name: [] for name in self.modules}
+
+    def copy_changed_inputs(self) -> bool:
+        """Whether the model has changed a recorded input in place since; such inputs will be copied from now on.
+
+        Autograd does not notice: it keeps no input of a layer whose weight takes no gradient.
+        """
+        changed = {
+            name
+            for name, calls in self.calls.items()
+            if name not in self.copied and any(call.inputs._version != call.version for call in calls)
+        }
+        self.copied |= changed
+        return bool(changed)
 
     def backward(self, scalar: Tensor, keep_graph: bool, on_cotangent: Take) -> None:
         """One backward pass from `scalar` to the recorded outputs, handed out as they come; without parameters."""
@@ -83,7 +98,9 @@ class Recorder:
                     "leave it out of `targets`"
                 )
             number = len(self.calls[name])
-            call = Call(_first_tensor(name, args, kwargs).detach())
+            inputs = _first_tensor(name, args, kwargs).detach()
+            inputs = inputs.clone() if name in self.copied else inputs
+            call = Call(inputs, inputs._version)
             self.calls[name].append(call)
             if output.requires_grad:
                 output.register_hook(lambda gradient: self._receive(name, number, gradient))

@@ -213,7 +213,7 @@ class Run:
             if parts is None:
                 ways.append("zero")
                 continue
-            kernel = term_kernel(parts, term, self._plan().product_bytes, self.job.signed)
+            kernel = term_kernel(parts, term, self._plan().product_bytes, self.job.signed, self.job.product_dtype)
             del parts
             stores[key].release([key])
             spread = kernel.spread if spread is None else spread

@@ -42,6 +42,7 @@ Map = Callable[[Tensor], Tensor]
 class Term:
     """`inputs`: (N, T, d_in) → (N, T, k); `cotangents`: (N, T, d_out) → (N, T, l); a Jacobian row has k·l numbers.
 
+    Where there is a `matrix` (k, d_in) float64, the features are h·matrixᵀ, and `inputs` is not used.
     With `draws` > 1 the k features are that many equal slices, one a draw of A, and the kernel is the mean over them.
     """
 
@@ -50,6 +51,7 @@ class Term:
     features: int  # k
     channels: int  # l
     draws: int = 1
+    matrix: Tensor | None = None
 
 
 def module_terms(
@@ -78,7 +80,7 @@ def module_terms(
             return _existing_lora(module, adapter, d_in, d_out)  # type: ignore[arg-type]
         stacked = torch.cat([initial_lora_a(name, d_in, rank, seed, draw) for draw in range(draws)])
         a = stacked * (lora_alpha / rank)
-        return [Term(_linear(a), _same, features=rank * draws, channels=d_out, draws=draws)], rank * (d_in + d_out)
+        return [Term(_same, _same, rank * draws, d_out, draws=draws, matrix=a)], rank * (d_in + d_out)
     if space == "weight":
         return [Term(_same, _same, features=d_in, channels=d_out)], d_in * d_out
     if space == "rows":
@@ -137,7 +139,7 @@ def _existing_lora(layer: LoraLayer, adapter: str, d_in: int, d_out: int) -> tup
     scaling = float(layer.scaling[adapter])
     a, b = (scaling * _weight(factor[adapter]) for factor in (layer.lora_A, layer.lora_B))
     rank = a.shape[0]
-    terms = [Term(_linear(a), _same, features=rank, channels=d_out)]
+    terms = [Term(_same, _same, features=rank, channels=d_out, matrix=a)]
     if b.any():
         terms.append(Term(_same, _linear(b.T), features=d_in, channels=rank))
     return terms, sum(p.numel() for p in (*layer.lora_A[adapter].parameters(), *layer.lora_B[adapter].parameters()))

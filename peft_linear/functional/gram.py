@@ -37,6 +37,7 @@ of parts may be lazy, one that reads a part from a file when it is asked for it:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
@@ -51,6 +52,8 @@ Pair = tuple[Tensor, Tensor]  # inputs (N, T, d_in), cotangents (N, C, T, d_out)
 Part = Tensor | Pair  # Jacobian rows (N·C, d_in, d_out), or what they are made of
 
 DEFAULT_MAX_BYTES = 256 * 2**20  # of temporary memory for one product
+_CACHED_NUMBERS = 48 * 2**10  # of a row in one slice, so that its product finds it in a processor's cache
+_LONGEST_SUM = 4096  # products of rows in one sum that is not float64
 
 
 def jacobian_rows(
@@ -62,12 +65,8 @@ def jacobian_rows(
 
 
 def rows_gram(rows: Tensor, max_bytes: int = DEFAULT_MAX_BYTES) -> Tensor:
-    """`K = R Rᵀ` of rows (n, P) in float64, (n, n), symmetric to the last bit.
-
-    Products and sums are taken in float64 whatever the dtype of the rows: rounding in K would spoil its small
-    eigenvalues by eps·λ1, rounding in the rows only by about eps·sqrt(λ1·λi).
-    """
-    return _explicit([rows[:, :, None]], max_bytes)
+    """`K = R Rᵀ` of rows (n, P) in float64, (n, n), symmetric to the last bit, whatever the dtype of the rows."""
+    return _explicit([rows[:, :, None]], max_bytes, product_dtype=torch.float64)
 
 
 def weight_gram(
@@ -75,6 +74,7 @@ def weight_gram(
     method: Method = "auto",
     max_bytes: int = DEFAULT_MAX_BYTES,
     signed: bool = False,
+    product_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """The Gram matrix of one map over all examples of `parts`, (n, n) float64, n = Σ N·C.
 
@@ -87,6 +87,9 @@ def weight_gram(
         signed: take `(J sign(J)ᵀ + sign(J) Jᵀ)/2` instead, the symmetrised kernel of sign descent, which Adam is near
             to at its first steps (Malladi et al., arXiv 2210.05643). Needs rows, so it is always explicit; it is not
             positive semidefinite in general.
+        product_dtype: of the products of rows, of which at most 4,096 are summed in it, all others in float64; default
+            that of the parts. In float32 an entry is off by about 4e-8·sqrt(K_ii·K_jj), which drowns eigenvalues below
+            about 1e-7·max(K_ii)·sqrt(n); in float64 those of float32 rows are right down to about 1e-12·λ1.
     """
     if not parts:
         raise KernelError("no batches to take a Gram matrix of; pass at least one (inputs, cotangents) pair")
@@ -96,7 +99,7 @@ def weight_gram(
         if signed:
             raise KernelError("the sign kernel needs Jacobian rows; pass method='explicit' or 'auto'")
         return _ghost(parts, max_bytes)  # type: ignore[arg-type]
-    return _explicit(parts, max_bytes, signed)
+    return _explicit(parts, max_bytes, signed, product_dtype)
 
 
 def cheapest(parts: Sequence[Part]) -> Literal["explicit", "ghost"]:
@@ -125,22 +128,29 @@ def nonzero_positions(inputs: Tensor, cotangents: Tensor) -> Pair:
     A classifier that reads one token leaves one position in its last layer; padding leaves none of itself. Positions
     are gathered to the front, up to the largest count in the batch (at least one).
     """
-    alive = (cotangents != 0).any(-1).any(1)  # (N, T)
+    alive = (torch.linalg.vector_norm(cotangents, ord=math.inf, dim=-1) != 0).any(1)  # (N, T); NaN counts as alive
     count = max(1, int(alive.sum(1).max()))
     if count == alive.shape[1]:
         return inputs, cotangents
-    order = torch.argsort(alive.to(torch.uint8), dim=1, descending=True, stable=True)[:, :count]
+    order = torch.argsort(alive.to(torch.uint8), dim=1, descending=True, stable=True)[:, :count]  # (N, count)
     inputs = inputs.gather(1, order[..., None].expand(-1, -1, inputs.shape[-1]))
     index = order[:, None, :, None].expand(-1, cotangents.shape[1], -1, cotangents.shape[-1])
     return inputs, cotangents.gather(2, index)
 
 
 def _add_product(total: Tensor, rows: Tensor, strips: int = 4) -> None:
-    """Adds R Rᵀ to the upper triangle of `total`, in blocks: (strips+1)/(2·strips) of the full product's work."""
+    """Adds R Rᵀ to the upper triangle of `total`, in blocks: (strips+1)/(2·strips) of the full product's work.
+
+    Products are taken in the dtype of the rows, at most `_LONGEST_SUM` of them are summed in it, the rest in float64.
+    """
     edge = max(64, -(-len(rows) // strips))
-    for top in range(0, len(rows), edge):
-        strip = slice(top, top + edge)
-        total[strip, top:].addmm_(rows[strip], rows[top:].T)
+    for part in rows.split(_LONGEST_SUM, dim=1):
+        for top in range(0, len(part), edge):
+            strip, right = slice(top, top + edge), part[top:].T
+            if part.dtype == total.dtype:
+                total[strip, top:].addmm_(part[strip], right)
+            else:
+                total[strip, top:] += part[strip] @ right
 
 
 def _mirror_(upper: Tensor, edge: int = 1024) -> Tensor:
@@ -153,28 +163,36 @@ def _mirror_(upper: Tensor, edge: int = 1024) -> Tensor:
     return upper
 
 
-def _explicit(parts: Sequence[Part], max_bytes: int, signed: bool = False) -> Tensor:
-    """Sums R Rᵀ over slices of the map's matrix; a slice of all rows is gathered in float64, part by part."""
+def _explicit(
+    parts: Sequence[Part], max_bytes: int, signed: bool = False, product_dtype: torch.dtype | None = None
+) -> Tensor:
+    """Sums R Rᵀ over slices of the map's matrix; the rows of a slice are formed part by part in one buffer."""
     example, (features, channels) = _example_and_widths(parts[0])
-    n = sum(count_rows(part) for part in parts)
+    dtype = product_dtype or example.dtype
+    layouts = [_layout(part) for part in parts]
+    n = sum(size * outputs for size, outputs in layouts)
     total = torch.zeros(n, n, dtype=torch.float64, device=example.device)
-    wide = max(1, min(features, max_bytes // (8 * max(n, 1))))
-    step = max(1, min(channels, max_bytes // (8 * max(n, 1) * wide)))
-    buffer = torch.empty(n * wide * step, dtype=torch.float64, device=example.device)
+    numbers = max(1, max_bytes // (dtype.itemsize * max(n, 1)))  # of each row, in one slice
+    if example.device.type == "cpu" and not getattr(parts, "in_files", False):
+        numbers = min(numbers, _CACHED_NUMBERS)
+    wide = max(1, min(features, math.isqrt(numbers // 3)))  # wider than high: what MKL is quickest at
+    step = min(channels, max(1, numbers // wide))
+    wide = max(1, min(features, numbers // step))
+    buffer = torch.empty(n * wide * step, dtype=dtype, device=example.device)
     for left in range(0, features, wide):
         for start in range(0, channels, step):
-            width = min(wide, features - left), min(step, channels - start)
-            rows = buffer[: n * width[0] * width[1]].view(n, *width)
+            rows = buffer[: n * min(wide, features - left) * min(step, channels - start)].view(n, -1)
             row = 0
-            for part in parts:
-                piece = _rows_of(part, slice(left, left + wide), slice(start, start + step))
-                rows[row : row + len(piece)] = piece
-                row += len(piece)
+            for part, (size, outputs) in zip(parts, layouts, strict=True):
+                target = rows[row : row + size * outputs]
+                _write_rows(target, part, slice(left, left + wide), slice(start, start + step))
+                row += len(target)
             if signed:
-                total.addmm_(rows.flatten(1), rows.flatten(1).sign().T)
+                total += rows @ rows.sign().T
             else:
-                _add_product(total, rows.flatten(1))
-    return (total + total.T).mul_(0.5) if signed else _mirror_(total)
+                _add_product(total, rows)
+    total = (total + total.T).mul_(0.5) if signed else _mirror_(total)
+    return _examples_first_(total, layouts)
 
 
 def _example_and_widths(part: Part) -> tuple[Tensor, tuple[int, int]]:
@@ -183,10 +201,36 @@ def _example_and_widths(part: Part) -> tuple[Tensor, tuple[int, int]]:
     return part[0], (part[0].shape[-1], part[1].shape[-1])
 
 
-def _rows_of(part: Part, features: slice, channels: slice) -> Tensor:
+def _write_rows(target: Tensor, part: Part, features: slice, channels: slice) -> None:
+    """Rows of a slice into `target` (N·C, k·l); of a pair they come output by output, (C·N, k·l)."""
     if isinstance(part, Tensor):
-        return part[:, features, channels]
-    return jacobian_rows(part[0][..., features], part[1][..., channels]).flatten(0, 1)
+        target.view(len(part), -1, part[0, 0, channels].numel()).copy_(part[:, features, channels])
+        return
+    inputs, cotangents = part[0][..., features].mT, part[1][..., channels]
+    by_output = target.view(cotangents.shape[1], len(inputs), inputs.shape[1], -1)
+    for output, rows in enumerate(by_output):
+        if rows.dtype == inputs.dtype:
+            torch.bmm(inputs, cotangents[:, output], out=rows)
+        else:
+            rows.copy_(inputs @ cotangents[:, output])
+
+
+def _layout(part: Part) -> tuple[int, int]:
+    """(N, C) of a pair, whose rows are formed output by output; (N·C, 1) of rows, which come as they are."""
+    return (len(part), 1) if isinstance(part, Tensor) else (part[1].shape[0], part[1].shape[1])
+
+
+def _examples_first_(gram: Tensor, layouts: Sequence[tuple[int, int]]) -> Tensor:
+    """Reorders, in place, the rows and columns of those parts that came output by output."""
+    row = 0
+    for size, outputs in layouts:
+        here = slice(row, row + size * outputs)
+        if size > 1 and outputs > 1:
+            order = torch.arange(size * outputs, device=gram.device).view(outputs, size).T.flatten()
+            gram[here] = gram[here][order]
+            gram[:, here] = gram[:, here][:, order]
+        row = here.stop
+    return gram
 
 
 def _ghost(pairs: Sequence[Pair], max_bytes: int) -> Tensor:

@@ -69,12 +69,17 @@ class Spectrum:
         object.__setattr__(self, "eigenvalues", values.clamp_min(0.0))
 
     @classmethod
-    def from_gram(cls, gram: Tensor, *, eps: float | None = None, name: str = "the kernel") -> Spectrum:
+    def from_gram(
+        cls, gram: Tensor, *, eps: float | None = None, entry_error: float = 0.0, name: str = "the kernel"
+    ) -> Spectrum:
         """Spectrum of a Gram matrix. Cost O(n³), always in float64.
 
         Args:
             gram: (n, n) real tensor, symmetric up to rounding.
             eps: See the class; by default that of `gram.dtype`.
+            entry_error: Standard deviation of an entry's rounding error, relative to sqrt(K_ii·K_jj). A symmetric
+                matrix of such errors has a spectral norm of about 2·sqrt(n)·entry_error·max K_ii (Wigner's
+                semicircle), which the noise floor then is at least.
             name: What the kernel belongs to, for messages.
 
         Raises:
@@ -93,7 +98,11 @@ class Spectrum:
                 f"{name} is not symmetric: entries differ from their transpose by up to {asymmetry:.2e} "
                 f"(tolerance {tolerance:.2e}); symmetrise it, e.g. (K + K.T) / 2"
             )
-        return cls(torch.linalg.eigvalsh((gram + gram.T) / 2), eps=eps, name=name)
+        eigenvalues = torch.linalg.eigvalsh((gram + gram.T) / 2)
+        largest = float(eigenvalues[-1])
+        if entry_error > 0 and largest > 0:
+            eps = max(eps, 2 * entry_error * float(gram.diagonal().max()) / (len(gram) ** 0.5 * largest))
+        return cls(eigenvalues, eps=eps, name=name)
 
     def __len__(self) -> int:
         return len(self.eigenvalues)

@@ -142,11 +142,14 @@ class ModuleKernels:
         """Eigenvalues of `subset(names)`; O(n³).
 
         The noise floor follows the precision of the Jacobian rows, which the provenance names: relative errors of
-        about 10·eps in the rows are errors of about (10·eps)²·λ1 in the small eigenvalues of K = J Jᵀ.
+        about 10·eps in the rows are errors of about (10·eps)²·λ1 in the small eigenvalues of K = J Jᵀ. Products of
+        rows in float32 add an error of about 4e-8·sqrt(K_ii·K_jj) to every entry.
         """
-        dtype = _FLOATS.get(str(self.provenance.get("dtype")), torch.float64)
+        dtype, product_dtype = (
+            _FLOATS.get(str(self.provenance.get(key)), torch.float64) for key in ("dtype", "product_dtype")
+        )
         eps = max(torch.finfo(torch.float64).eps, (10 * torch.finfo(dtype).eps) ** 2)
-        return Spectrum.from_gram(self.subset(names), eps=eps)
+        return Spectrum.from_gram(self.subset(names), eps=eps, entry_error=torch.finfo(product_dtype).eps / 3)
 
     def select_examples(self, indices: Sequence[int] | Tensor) -> ModuleKernels:
         """The same kernels on the examples `indices`, in that order (repeats allowed, as a bootstrap needs)."""
