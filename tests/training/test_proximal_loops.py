@@ -58,8 +58,10 @@ def test_every_variant_is_the_loop_written_by_hand(space, mode, selective, make,
     )
 
 
-def test_lambda_zero_is_lora_bit_for_bit():
-    plain, model = lora(), proximal(lam=0.0)
+@pytest.mark.parametrize(("space", "mode", "selective"), VARIANTS)
+def test_lambda_zero_is_lora_bit_for_bit(space, mode, selective):
+    plain = lora()
+    model = proximal(lam=0.0, proximal_space=space, proximal_mode=mode, proximal_selective=selective)
     train(plain, ADAMW(groups(plain)))
     train(model, ADAMW(groups(model)))
     for a, b in zip(lora_parameters(plain).values(), lora_parameters(model).values(), strict=True):
@@ -67,7 +69,7 @@ def test_lambda_zero_is_lora_bit_for_bit():
 
 
 @pytest.mark.parametrize("space", ["factors", "delta"])
-def test_a_very_large_lambda_stays_at_the_pretrained_model(space):
+def test_a_very_large_lambda_stays_at_the_pretrained_model(space):  # see test_proximal_laws for the other modes
     model = proximal(lam=1e12, proximal_space=space, proximal_selective=False)
     train(model, ADAMW(groups(model)))
     assert proximal_distance(model, space="delta") < 1e-9
