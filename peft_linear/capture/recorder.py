@@ -135,6 +135,9 @@ def recording(
 ) -> Iterator[Recorder]:
     """Hooks `modules` of `model`, which is in eval mode with frozen parameters inside the block, and as before after.
 
+    Raises:
+        TargetError: 4-bit weights that are packed for inference, so that no gradient goes through them.
+
     Restored also when the block raises: hooks, train/eval mode of every module, `requires_grad` of every parameter.
     `.grad`, buffers and random states are never touched.
     """
@@ -142,6 +145,7 @@ def recording(
     recorder.clear()
     modes = [(module, module.training) for module in model.modules()]
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    packers = _inference_packers(model)
     handles = []
     try:
         for name, module in modules.items():
@@ -151,9 +155,13 @@ def recording(
                 module.training = False
         for parameter in trainable:
             parameter.requires_grad_(False)
+        for module in packers:
+            module.support_avx512bf16_for_cpu = False
         with torch.enable_grad():
             yield recorder
     finally:
+        for module in packers:
+            module.support_avx512bf16_for_cpu = True
         for handle in handles:
             handle.remove()
         for module, training in modes:
@@ -161,6 +169,18 @@ def recording(
         for parameter in trainable:
             parameter.requires_grad_(True)
         recorder.clear()
+
+
+def _inference_packers(model: nn.Module) -> list[nn.Module]:
+    """4-bit linears of bitsandbytes that would pack their weights for inference in eval mode, on CPUs with bf16."""
+    packers = [module for module in model.modules() if getattr(module, "support_avx512bf16_for_cpu", False)]
+    for module in packers:
+        if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+            raise TargetError(
+                f"{type(module).__name__} has 4-bit weights that bitsandbytes packed for inference in an earlier pass "
+                "in eval mode; no gradient goes through them: load the model anew, and call this before any such pass"
+            )
+    return packers
 
 
 def _first_tensor(name: str, args: tuple, kwargs: dict[str, Any]) -> Tensor:

@@ -52,6 +52,9 @@ Pair = tuple[Tensor, Tensor]  # inputs (N, T, d_in), cotangents (N, C, T, d_out)
 Part = Tensor | Pair  # Jacobian rows (N·C, d_in, d_out), or what they are made of
 
 DEFAULT_MAX_BYTES = 256 * 2**20  # of temporary memory for one product
+_STRIPS, _STRIP = 4, 32  # in which the upper triangle of a product is taken: their number, and rows of one at least
+_PIECE = 256  # rows of a table of the ghost way
+_PER_ENTRY = 8  # work on an entry of that table beside the product, in multiplications
 _CACHED_NUMBERS = 48 * 2**10  # of a row in one slice, so that its product finds it in a processor's cache
 _LONGEST_SUM = 4096  # products of rows in one sum that is not float64
 
@@ -98,7 +101,7 @@ def weight_gram(
     if method == "ghost":
         if signed:
             raise KernelError("the sign kernel needs Jacobian rows; pass method='explicit' or 'auto'")
-        return _ghost(parts, max_bytes)  # type: ignore[arg-type]
+        return _ghost(parts, max_bytes, product_dtype)  # type: ignore[arg-type]
     return _explicit(parts, max_bytes, signed, product_dtype)
 
 
@@ -113,8 +116,10 @@ def cheapest(parts: Sequence[Part]) -> Literal["explicit", "ghost"]:
         examples += len(inputs)
         rows += len(inputs) * cotangents.shape[1]
         d_in, d_out = inputs.shape[-1], cotangents.shape[-1]
-    explicit = rows * d_in * d_out * (length + rows)
-    ghost = examples**2 * length**2 * d_in + rows**2 * length**2 * (d_out + 1)
+    edge = max(_STRIP, -(-rows // _STRIPS))
+    explicit = rows * d_in * d_out * (length + (rows + edge) / 2)  # of the product, what touches the upper triangle
+    edge = min(examples, _examples_in_piece(rows // examples * length))
+    ghost = (1 + edge / examples) / 2 * length**2 * (examples**2 * d_in + rows**2 * (d_out + _PER_ENTRY))
     return "ghost" if ghost < explicit else "explicit"
 
 
@@ -128,6 +133,8 @@ def nonzero_positions(inputs: Tensor, cotangents: Tensor) -> Pair:
     A classifier that reads one token leaves one position in its last layer; padding leaves none of itself. Positions
     are gathered to the front, up to the largest count in the batch (at least one).
     """
+    if bool((cotangents[:, 0, :, 0] != 0).all()):
+        return inputs, cotangents
     alive = (torch.linalg.vector_norm(cotangents, ord=math.inf, dim=-1) != 0).any(1)  # (N, T); NaN counts as alive
     count = max(1, int(alive.sum(1).max()))
     if count == alive.shape[1]:
@@ -138,12 +145,12 @@ def nonzero_positions(inputs: Tensor, cotangents: Tensor) -> Pair:
     return inputs, cotangents.gather(2, index)
 
 
-def _add_product(total: Tensor, rows: Tensor, strips: int = 4) -> None:
-    """Adds R Rᵀ to the upper triangle of `total`, in blocks: (strips+1)/(2·strips) of the full product's work.
+def _add_product(total: Tensor, rows: Tensor) -> None:
+    """Adds R Rᵀ to the upper triangle of `total`, in strips: (_STRIPS + 1)/(2·_STRIPS) of the full product's work.
 
     Products are taken in the dtype of the rows, at most `_LONGEST_SUM` of them are summed in it, the rest in float64.
     """
-    edge = max(64, -(-len(rows) // strips))
+    edge = max(_STRIP, -(-len(rows) // _STRIPS))
     for part in rows.split(_LONGEST_SUM, dim=1):
         for top in range(0, len(part), edge):
             strip, right = slice(top, top + edge), part[top:].T
@@ -233,24 +240,25 @@ def _examples_first_(gram: Tensor, layouts: Sequence[tuple[int, int]]) -> Tensor
     return gram
 
 
-def _ghost(pairs: Sequence[Pair], max_bytes: int) -> Tensor:
+def _ghost(pairs: Sequence[Pair], max_bytes: int, product_dtype: torch.dtype | None = None) -> Tensor:
     counts = [count_rows(pair) for pair in pairs]
     starts = [sum(counts[:i]) for i in range(len(counts))]
     total = torch.empty(sum(counts), sum(counts), dtype=torch.float64, device=pairs[0][0].device)
-    for group in _groups(pairs, max_bytes // 4):
-        held = {i: list(_pieces(*pairs[i], max_bytes=max_bytes)) for i in group}
+    dtype = product_dtype or pairs[0][0].dtype
+    for group in _groups(pairs, max_bytes // 4, dtype):
+        held = {i: list(_pieces(pairs[i], max_bytes, dtype)) for i in group}
         for j in range(group.start, len(pairs)):
-            right = held[j] if j in held else list(_pieces(*pairs[j], max_bytes=max_bytes))
+            right = held[j] if j in held else list(_pieces(pairs[j], max_bytes, dtype))
             for i in range(group.start, min(group.stop, j + 1)):
                 _fill(total, starts[i], starts[j], held[i], right)
     return _mirror_(total)
 
 
-def _groups(pairs: Sequence[Pair], max_bytes: int) -> Iterator[range]:
-    """Runs of pairs that fit `max_bytes` in float64 (or single ones): what is held while the others pass by."""
+def _groups(pairs: Sequence[Pair], max_bytes: int, dtype: torch.dtype) -> Iterator[range]:
+    """Runs of pairs that fit `max_bytes` in `dtype` (or single ones): what is held while the others pass by."""
     start = held = 0
     for number, (inputs, cotangents) in enumerate(pairs):
-        size = 8 * (inputs.numel() + cotangents.numel())
+        size = dtype.itemsize * (inputs.numel() + cotangents.numel())
         if number > start and held + size > max_bytes:
             yield range(start, number)
             start, held = number, 0
@@ -258,13 +266,22 @@ def _groups(pairs: Sequence[Pair], max_bytes: int) -> Iterator[range]:
     yield range(start, len(pairs))
 
 
-def _pieces(inputs: Tensor, cotangents: Tensor, max_bytes: int) -> Iterator[Pair]:
-    """The pair in float64 and in runs of examples, so short that the table of two runs (C·T by C·T each) fits."""
-    inputs, cotangents = inputs.to(torch.float64), cotangents.to(torch.float64)
+def _pieces(pair: Pair, max_bytes: int, dtype: torch.dtype) -> Iterator[Pair]:
+    """The pair in runs of examples, so short that the table of two runs (C·T by C·T each) fits and stays in the cache.
+
+    Many runs are good for another reason: of a table that lies on the diagonal, half is computed in vain.
+    """
+    inputs, cotangents = (tensor.to(dtype) for tensor in pair)
     edge = cotangents.shape[1] * inputs.shape[1]
-    count = max(1, int((max_bytes / 16) ** 0.5) // edge)
+    largest = int((max_bytes / (2 * dtype.itemsize)) ** 0.5) // edge
+    count = max(1, min(largest, _examples_in_piece(edge)) if inputs.device.type == "cpu" else largest)
     for k in range(0, len(inputs), count):
         yield inputs[k : k + count], cotangents[k : k + count]
+
+
+def _examples_in_piece(edge: int) -> int:
+    """`edge` = C·T."""
+    return max(1, _PIECE // max(1, edge))
 
 
 def _fill(total: Tensor, row: int, start: int, left: Sequence[Pair], right: Sequence[Pair]) -> None:
@@ -280,9 +297,9 @@ def _fill(total: Tensor, row: int, start: int, left: Sequence[Pair], right: Sequ
 
 
 def _ghost_block(left: Pair, right: Pair) -> Tensor:
-    """Σ_{t,s} (h_it·h_js)(δ_iat·δ_jbs) for two runs of examples in float64, ((i,a), (j,b))."""
+    """Σ_{t,s} (h_it·h_js)(δ_iat·δ_jbs) for two runs of examples, ((i,a), (j,b)), summed in float64."""
     (h1, d1), (h2, d2) = left, right
     (n1, c1, t1, _), (n2, c2, t2, _) = d1.shape, d2.shape
     table = (d1.reshape(n1 * c1 * t1, -1) @ d2.reshape(n2 * c2 * t2, -1).T).view(n1, c1, t1, n2, c2, t2)
     table *= (h1.reshape(n1 * t1, -1) @ h2.reshape(n2 * t2, -1).T).view(n1, 1, t1, n2, 1, t2)
-    return table.sum(dim=(2, 5)).reshape(n1 * c1, n2 * c2)
+    return table.sum(dim=5).sum(dim=2, dtype=torch.float64).reshape(n1 * c1, n2 * c2)
