@@ -30,13 +30,14 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
 
 import torch
 from ntk_memory import peak_bytes
 from ntk_peers import PEERS, Case
+from ntk_speed_report import DRAWS, FLOOR, OURS, STEP, table, write
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -49,9 +50,6 @@ from transformers import (
 from peft_linear import compute_ntk
 from peft_linear.capture.recorder import recording
 from peft_linear.capture.targets import resolve_targets
-
-
-OURS, FLOOR, STEP = "peft_linear", "floor", "training step"
 
 
 def bert(layers=6, width=384) -> torch.nn.Module:
@@ -121,17 +119,23 @@ def floor(case: Case) -> None:
             recorder.backward(outputs[:, a].sum(), a + 1 < outputs.shape[1], lambda *_: None)
 
 
-def ours(case: Case) -> torch.Tensor:
+def ours(case: Case, draws: int = 1) -> torch.Tensor:
     kernels = compute_ntk(
         case.model,
         [case.batch],
         space=case.space,
         rank=case.rank,
         lora_alpha=case.lora_alpha,
+        draws=draws,
         always_trained=(),
         progress=False,
     )
     return kernels.subset()
+
+
+def ours_draws(case: Case) -> torch.Tensor | None:
+    """A mean over 16 draws of A in the same passes; no peer takes it. None where there is no A."""
+    return ours(case, draws=16) if case.space == "lora" else None
 
 
 def training_step(case: Case) -> None:
@@ -141,7 +145,15 @@ def training_step(case: Case) -> None:
     model(**case.batch).logits.square().mean().backward()
 
 
-METHODS: dict[str, Callable[[Case], torch.Tensor | None]] = {FLOOR: floor, OURS: ours, STEP: training_step, **PEERS}
+METHODS: dict[str, Callable[[Case], torch.Tensor | None]] = {
+    FLOOR: floor,
+    OURS: ours,
+    DRAWS: ours_draws,
+    STEP: training_step,
+    **PEERS,
+}
+TIMED = (OURS, DRAWS, *PEERS)
+SLOW = 12  # times the floor
 
 
 def synchronise(device: str) -> None:
@@ -157,7 +169,7 @@ def timed(method: Callable, case: Case, device: str) -> tuple[float, torch.Tenso
     return time.perf_counter() - start, result
 
 
-def time_case(name: str, space: str, rounds: int, device: str) -> dict[str, dict]:
+def time_case(name: str, space: str, methods: Sequence[str], rounds: int, device: str) -> dict[str, dict]:
     """Medians over rounds of each method's time over the floor's in the same round; kernels checked against ours."""
     case = build(name, space, device)
     floor(case)
@@ -168,20 +180,19 @@ def time_case(name: str, space: str, rounds: int, device: str) -> dict[str, dict
     for number in range(rounds):
         base, _ = timed(floor, case, device)
         seconds.setdefault(FLOOR, []).append(base)
-        for method in (OURS, *PEERS):
-            if rows.get(method, {}).get("error") or (
-                number and method == "authors" and seconds[method][0] > 20 * base
-            ):
-                continue  # the slowest peer is timed once
+        for method in methods:
+            if rows.get(method, {}).get("error") or (number and seconds[method][0] > SLOW * base):
+                continue  # what takes very long is timed once
             try:
                 taken, kernel = timed(METHODS[method], case, device)
             except Exception as error:
                 rows[method] = {"error": f"{type(error).__name__}: {error}"[:200]}
                 continue
+            if kernel is None:
+                continue
             ratios.setdefault(method, []).append(taken / base)
             seconds.setdefault(method, []).append(taken)
-            kernel = kernel.double().cpu()
-            difference = float((kernel - reference).norm() / reference.norm())
+            difference = float((kernel.double().cpu() - reference).norm() / reference.norm())
             rows[method] = {"difference": difference}
     rows[FLOOR] = {"ratio": 1.0}
     for method, values in ratios.items():
@@ -214,32 +225,12 @@ def print_peak(name: str, space: str, method: str, device: str) -> None:
         print((peak_bytes() - before) / 2**20)
 
 
-def table(results: dict) -> str:
-    lines = ["| case | space | method | time / floor | low to high | seconds | peak MiB | peak / training step |"]
-    lines.append("|---|---|---|---|---|---|---|---|")
-    for key, rows in results["cases"].items():
-        name, space = key.split("/")
-        step = rows[STEP]["peak"]
-        for method, row in rows.items():
-            if "error" in row:
-                lines.append(f"| {name} | {space} | {method} | failed: {row['error'].splitlines()[0][:80]} | | | | |")
-                continue
-            peak = row.get("peak")
-            cells = [
-                f"{row['ratio']:.2f}" if "ratio" in row else "",
-                f"{row['low']:.2f} to {row['high']:.2f}" if "low" in row else "",
-                f"{row['seconds']:.2f}" if "seconds" in row else "",
-                f"{peak:.0f}" if peak is not None else "",
-                f"{peak / step:.2f}" if peak is not None and step else "",
-            ]
-            lines.append(f"| {name} | {space} | {method} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=None)
     parser.add_argument("--spaces", nargs="+", default=["lora", "weight"])
+    parser.add_argument("--methods", nargs="+", choices=TIMED, default=TIMED)
+    parser.add_argument("--measure", nargs="+", choices=["time", "memory"], default=["time", "memory"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, default=None, help="folder for results.json and README.md")
@@ -258,23 +249,25 @@ def main(argv: list[str] | None = None) -> int:
         "command": "python examples/benchmarks/ntk_speed.py " + " ".join(argv if argv is not None else sys.argv[1:]),
         "cases": {},
     }
+    earlier = arguments.output / "results.json" if arguments.output else None
+    if earlier and earlier.exists():  # of the other measurement, or of other cases
+        results["cases"] = json.loads(earlier.read_text())["cases"]
     for name in names:
         for space in arguments.spaces:
-            rows = time_case(name, space, arguments.rounds, arguments.device)
-            rows[STEP] = {}
-            for method, row in rows.items():
-                if "error" not in row:
-                    row["peak"] = peak_megabytes(name, space, method, arguments.device)
-            results["cases"][f"{name}/{space}"] = rows
-            print(table({"cases": {f"{name}/{space}": rows}}), flush=True)
+            rows = results["cases"].setdefault(f"{name}/{space}", {})
+            if "time" in arguments.measure:
+                for method, row in time_case(
+                    name, space, arguments.methods, arguments.rounds, arguments.device
+                ).items():
+                    rows.setdefault(method, {}).update(row)
+            if "memory" in arguments.measure:
+                for method in (*[m for m in rows if m != STEP], STEP):
+                    if "error" not in rows.get(method, {}):
+                        peak = peak_megabytes(name, space, method, arguments.device)
+                        rows.setdefault(method, {})["peak"] = peak
+            print(table({f"{name}/{space}": rows}), flush=True)
             if arguments.output:
-                arguments.output.mkdir(parents=True, exist_ok=True)
-                (arguments.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-                heading = (
-                    f"# Speed of `compute_ntk`\n\n{results['machine']}, torch {results['torch']}, {results['date']}, "
-                )
-                heading += f"medians over {results['rounds']} rounds. Command: `{results['command']}`\n\n"
-                (arguments.output / "README.md").write_text(heading + table(results))
+                write(results, arguments.output)
     return 0
 
 

@@ -1,0 +1,43 @@
+# Copyright 2026 The peft-linear authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The benchmark of speed, on its smallest case."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+
+@pytest.mark.parametrize("space", ["lora", "weight"])
+def test_times_are_ratios_and_peers_agree(load_script, tmp_path, space):
+    ntk_speed = load_script("benchmarks/ntk_speed.py")
+    arguments = ["--cases", "tiny", "--spaces", space, "--methods", "peft_linear", "torch.func", "authors"]
+    ntk_speed.main([*arguments, "--measure", "time", "--rounds", "1", "--device", "cpu", "--output", str(tmp_path)])
+    rows = json.loads((tmp_path / "results.json").read_text())["cases"][f"tiny/{space}"]
+    assert rows["floor"]["ratio"] == 1 and rows["peft_linear"]["ratio"] > 0
+    for peer in ("torch.func", "authors"):
+        assert rows[peer]["difference"] < 1e-4
+    text = (tmp_path / "README.md").read_text()
+    assert f"| tiny | {space} | torch.func |" in text and "time of torch.func / ours at least" in text
+
+
+def test_goals_say_what_was_not_reached(load_script):
+    rows = {"peft_linear": {"ratio": 2.0, "peak": 10.0}, "training step": {"peak": 10.0}, "TRAK": {"ratio": 6.0}}
+    lines = load_script("benchmarks/ntk_speed_report.py").goals({"bert-32x128/weight": rows}).splitlines()[2:]
+    assert lines == [
+        "| bert-32x128 | weight | time / floor at most 1.5 | 2.00 | no |",
+        "| bert-32x128 | weight | peak / training step at most 1.3 | 1.00 | yes |",
+        "| bert-32x128 | weight | time of TRAK / ours at least 1.5 | 3.00 | yes |",
+    ]
