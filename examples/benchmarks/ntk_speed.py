@@ -181,7 +181,7 @@ def time_case(name: str, space: str, methods: Sequence[str], rounds: int, device
         base, _ = timed(floor, case, device)
         seconds.setdefault(FLOOR, []).append(base)
         for method in methods:
-            if rows.get(method, {}).get("error") or (number and seconds[method][0] > SLOW * base):
+            if rows.get(method, {}).get("error") or (number and seconds.get(method, [0.0])[0] > SLOW * base):
                 continue  # what takes very long is timed once
             try:
                 taken, kernel = timed(METHODS[method], case, device)
