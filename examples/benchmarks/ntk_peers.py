@@ -16,6 +16,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -65,6 +66,25 @@ class Case:
 
 def torch_func(case: Case) -> Tensor:
     """vmap(jacrev) over the counted parameters alone, then one contraction a parameter; the fastest of some chunks."""
+    if case.best_chunk is None:
+        find_best_chunk(case)
+    return _torch_func(case, case.best_chunk)
+
+
+def find_best_chunk(case: Case) -> None:
+    """Sets the chunk size with which torch.func is quickest; a size that needs too much memory is none."""
+    taken = {}
+    for chunk in sorted({min(len(case.batch["input_ids"]), size) for size in (4, 16, 64)}):
+        start = time.perf_counter()
+        try:
+            _torch_func(case, chunk)
+        except RuntimeError:
+            continue
+        taken[chunk] = time.perf_counter() - start
+    case.best_chunk = min(taken, key=lambda chunk: taken[chunk]) if taken else 1
+
+
+def _torch_func(case: Case, chunk: int | None) -> Tensor:
     network, counted = case.network()
     state = {name: p.detach() for name, p in network.named_parameters()} | dict(network.named_buffers())
     parameters = {name: state.pop(name) for name in counted}
@@ -74,13 +94,8 @@ def torch_func(case: Case) -> Tensor:
             network, {**state, **parameters}, (), {"inputs_embeds": embedded[None]}
         ).logits[0]
 
-    def run(chunk: int) -> Tensor:
-        jacobian = torch.func.vmap(torch.func.jacrev(single), (None, 0), chunk_size=chunk)
-        return _contract(jacobian(parameters, case.embeddings()).values())
-
-    if case.best_chunk is None:
-        case.best_chunk = _fastest(run, sorted({min(len(case.batch["input_ids"]), size) for size in (4, 16, 64)}))
-    return run(case.best_chunk)
+    jacobian = torch.func.vmap(torch.func.jacrev(single), (None, 0), chunk_size=chunk)
+    return _contract(jacobian(parameters, case.embeddings()).values())
 
 
 def authors(case: Case) -> Tensor:
@@ -185,17 +200,6 @@ def _contract(jacobians) -> Tensor:
         product = rows @ rows.T
         total = product if total is None else total.add_(product)
     return total
-
-
-def _fastest(run: Callable[[int], Tensor], sizes: list[int]) -> int:
-    import time
-
-    def seconds(size: int) -> float:
-        start = time.perf_counter()
-        run(size)
-        return time.perf_counter() - start
-
-    return min(sizes, key=seconds)
 
 
 PEERS: dict[str, Callable[[Case], Tensor]] = {

@@ -25,7 +25,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
+import resource
 import statistics
 import subprocess
 import sys
@@ -36,7 +38,7 @@ from pathlib import Path
 
 import torch
 from ntk_memory import peak_bytes
-from ntk_peers import PEERS, Case
+from ntk_peers import PEERS, Case, find_best_chunk
 from ntk_speed_report import DRAWS, FLOOR, OURS, STEP, table, write
 from transformers import (
     BertConfig,
@@ -169,11 +171,23 @@ def timed(method: Callable, case: Case, device: str) -> tuple[float, torch.Tenso
     return time.perf_counter() - start, result
 
 
+def describe(error: Exception) -> str:
+    return "out of memory" if "memory" in str(error) else f"{type(error).__name__}: {error}"[:200]
+
+
+def limit_memory(fraction: float = 0.8) -> None:
+    """What needs more than this part of the machine's memory fails, instead of being killed with all of us."""
+    limit = int(fraction * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+
+
 def time_case(name: str, space: str, methods: Sequence[str], rounds: int, device: str) -> dict[str, dict]:
     """Medians over rounds of each method's time over the floor's in the same round; kernels checked against ours."""
     case = build(name, space, device)
     floor(case)
     reference = ours(case)
+    if "torch.func" in methods:
+        find_best_chunk(case)
     rows: dict[str, dict] = {}
     ratios: dict[str, list[float]] = {}
     seconds: dict[str, list[float]] = {}
@@ -186,7 +200,7 @@ def time_case(name: str, space: str, methods: Sequence[str], rounds: int, device
             try:
                 taken, kernel = timed(METHODS[method], case, device)
             except Exception as error:
-                rows[method] = {"error": f"{type(error).__name__}: {error}"[:200]}
+                rows[method] = {"error": describe(error)}
                 continue
             if kernel is None:
                 continue
@@ -239,6 +253,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.peak_of:
         print_peak(*arguments.peak_of, arguments.device)
         return 0
+    limit_memory()
     names = arguments.cases or (ON_CPU if arguments.device == "cpu" else [n for n in CASES if n != "tiny"])
     machine = torch.cuda.get_device_name() if arguments.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
     results: dict = {
