@@ -15,7 +15,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -88,7 +88,7 @@ class TermAccumulator:
 class TermKernel(NamedTuple):
     gram: Tensor  # (n, n) float64, on the CPU
     spread: float | None  # relative deviation between draws of A, where there are several
-    way: str  # "rows", "explicit" or "ghost"
+    way: str  # "rows", "explicit" or "ghost"; joined by "+" where slices of the features went different ways
 
 
 def term_kernel(
@@ -100,33 +100,98 @@ def term_kernel(
 ) -> TermKernel:
     """The kernel of a term from its parts, which may be lazy; the mean over its draws, one of them at a time.
 
-    The spread is the standard deviation of the draws about their mean in Frobenius norm, over the mean's norm. Mean
-    and sum of squares are updated draw by draw (Welford), so that two kernels are held, however many draws there are.
+    The spread is the standard deviation of the draws about their mean in Frobenius norm, over the mean's norm.
     """
     width = term.features // term.draws
-    mean, squares = torch.empty(0), 0.0
-    are_rows = [isinstance(part, Tensor) for part in parts]
-    way = "rows" if all(are_rows) else "explicit"
+    return next(nested_kernels(parts, term, [width], max_bytes, signed, product_dtype))[1]
+
+
+def nested_kernels(
+    parts: Sequence[Part],
+    term: Term,
+    ranks: Sequence[int],  # ascending; the last is the number of features of a draw
+    max_bytes: int = DEFAULT_MAX_BYTES,
+    signed: bool = False,
+    product_dtype: torch.dtype | None = None,
+) -> Iterator[tuple[int, TermKernel]]:
+    """`term_kernel` of adapters of several ranks from the parts of the largest R, in the order of `ranks`.
+
+    A of rank r is the first r rows of A of rank R, and its scaling R/r times as large: its kernel is (R/r)² times that
+    of the first r features of each draw (R/r times for the sign kernel, which takes the scaling once). Gram matrices
+    add over features, so each rank adds to the one below it, and all take no more products than R alone.
+    """
+    means = {rank: _Mean() for rank in ranks}
+    width = ranks[-1]
     for draw in range(term.draws):
-        drawn: Sequence[Part] = parts
-        if term.draws > 1:
-            drawn = _Features(parts, slice(draw * width, (draw + 1) * width))
+        for rank, gram, way in _growing(parts, term, draw, ranks, max_bytes, signed, product_dtype):
+            means[rank].add(gram, may_overwrite=rank == width)
+            del gram
+            if draw + 1 == term.draws:
+                yield rank, means.pop(rank).kernel((width / rank) ** (1 if signed else 2), way)
+
+
+def kernels_at_work(draws: int, ranks: int) -> int:
+    """How many (n, n) matrices `nested_kernels` holds at a time, beside what was taken from it already."""
+    return 2 if draws == 1 or ranks == 1 else ranks + 2
+
+
+def _growing(
+    parts: Sequence[Part],
+    term: Term,
+    draw: int,
+    ranks: Sequence[int],
+    max_bytes: int,
+    signed: bool,
+    product_dtype: torch.dtype | None,
+) -> Iterator[tuple[int, Tensor, str]]:
+    """The Gram matrices (n, n) of the first features of a draw, as many as each rank says, and the way taken.
+
+    They are one tensor that grows; its last state is the receiver's.
+    """
+    are_rows = [isinstance(part, Tensor) for part in parts]
+    ways: dict[str, None] = {}
+    gram: Tensor | None = None
+    start = draw * ranks[-1]
+    for below, rank in zip([0, *ranks], ranks, strict=False):
+        taken = parts if rank - below == term.features else _Features(parts, slice(start + below, start + rank))
+        way = "rows" if all(are_rows) else "explicit"
         if not any(are_rows) and not signed:
-            way = cheapest(drawn)
-        gram = weight_gram(drawn, "ghost" if way == "ghost" else "explicit", max_bytes, signed, product_dtype).cpu()
-        if draw == 0:
-            mean = gram
-        else:
-            gram -= mean
-            squares += float(gram.norm()) ** 2 * draw / (draw + 1)
-            mean += gram.div_(draw + 1)
-    norm = float(mean.norm())
-    spread = ((squares / (term.draws - 1)) ** 0.5 / norm if norm > 0 else 0.0) if term.draws > 1 else None
-    return TermKernel(mean, spread, way)
+            way = cheapest(taken)
+        ways[way] = None
+        more = weight_gram(taken, "ghost" if way == "ghost" else "explicit", max_bytes, signed, product_dtype).cpu()
+        gram = more if gram is None else gram.add_(more)
+        del more
+        yield rank, gram, "+".join(ways)
+
+
+class _Mean:
+    """Mean and spread of kernels, updated one by one (Welford)."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._squares = 0.0
+        self._mean = torch.empty(0)
+
+    def add(self, gram: Tensor, may_overwrite: bool) -> None:
+        self._count += 1
+        if self._count == 1:
+            self._mean = gram if may_overwrite else gram.clone()
+            return
+        deviation = gram.sub_(self._mean) if may_overwrite else gram - self._mean
+        self._squares += float(deviation.norm()) ** 2 * (self._count - 1) / self._count
+        self._mean += deviation.div_(self._count)
+
+    def kernel(self, factor: float, way: str) -> TermKernel:
+        """The mean, times `factor`, which the spread does not depend on; at the end, for it takes the place."""
+        norm = float(self._mean.norm())
+        spread = None
+        if self._count > 1:
+            spread = (self._squares / (self._count - 1)) ** 0.5 / norm if norm > 0 else 0.0
+        return TermKernel(self._mean.mul_(factor), spread, way)
 
 
 class _Features(Sequence[Part]):
-    """The same parts with a slice of their features (one draw of A)."""
+    """The same parts with a slice of their features (of one draw of A)."""
 
     def __init__(self, parts: Sequence[Part], features: slice) -> None:
         self._parts, self._features = parts, features

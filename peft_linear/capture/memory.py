@@ -24,7 +24,6 @@ from ..errors import PeftLinearError
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-_SQUARES = 3  # (n, n) matrices at work at a time: a sum, what is added to it, and the kernel of the task head
 
 
 def parse_memory(value: int | str | None) -> int | None:
@@ -58,8 +57,10 @@ class MemoryPlan:
     parts_bytes: int | None  # that parts may take in memory; more goes to files; None: no limit
 
     @classmethod
-    def make(cls, limit: int | None, rows: int, blocks: int, product_bytes: int) -> MemoryPlan:
-        """For `blocks` kernels of (rows, rows) float64 numbers.
+    def make(cls, limit: int | None, rows: int, blocks: int, product_bytes: int, squares: int = 3) -> MemoryPlan:
+        """For `blocks` kernels of (rows, rows) float64 numbers, of which `squares` are at work at a time.
+
+        By default these are a sum, what is added to it, and the kernel of the task head.
 
         Raises:
             PeftLinearError: the limit is too low for a single kernel and the product that makes it.
@@ -68,9 +69,9 @@ class MemoryPlan:
             return cls(product_bytes, True, None)
         square = 8 * rows**2
         product_bytes = max(8 * rows, min(product_bytes, limit // 8))
-        free = limit - _SQUARES * square - product_bytes
+        free = limit - squares * square - product_bytes
         if free < 0:
-            needed = max(_SQUARES * square * 8 / 7, _SQUARES * square + 8 * rows) + 1
+            needed = max(squares * square * 8 / 7, squares * square + 8 * rows) + 1
             raise PeftLinearError(
                 f"max_memory={format_memory(limit)} is too little for kernels of {rows} rows (examples times "
                 f"outputs): one takes {format_memory(square)}, and the work on it {format_memory(needed)}; raise "

@@ -18,26 +18,74 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 from torch import nn
 
-from ..errors import PeftLinearError
 from ..functional.gram import DEFAULT_MAX_BYTES
 from ..kernels import ModuleKernels
 from .batches import read_batches
 from .fingerprint import fingerprint
 from .memory import parse_memory
-from .outputs import OutputFunction, OutputKind, label_shift
-from .parameters import split_parameters
-from .passes import Job, no_gradient
+from .outputs import OutputKind
+from .passes import no_gradient
 from .processes import Team
-from .run import Run
+from .request import Prepared, Request
+from .run import Result, Run
 from .run_folder import RunFolder
-from .targets import Targets, base_model, linear_shape, resolve_always_trained, resolve_targets
-from .terms import Space, check_adapter_arguments, linear_parameter_terms, module_terms
+from .targets import Targets, base_model, linear_shape
+from .terms import Space
+
+
+@overload
+def compute_ntk(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    targets: Targets = ...,
+    space: Space = ...,
+    rank: int = ...,
+    lora_alpha: float = ...,
+    draws: int = ...,
+    outputs: OutputKind = ...,
+    always_trained: Sequence[str] | None = ...,
+    seed: int = ...,
+    progress: bool = ...,
+    *,
+    num_projections: int = ...,
+    kernel: Literal["gradient", "sign"] = ...,
+    product_dtype: torch.dtype | None = ...,
+    max_bytes: int = ...,
+    max_memory: int | str | None = ...,
+    folder: str | os.PathLike | None = ...,
+    distributed: bool = ...,
+) -> ModuleKernels: ...
+
+
+@overload
+def compute_ntk(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    targets: Targets = ...,
+    space: Literal["lora"] = ...,
+    *,
+    rank: Sequence[int],
+    lora_alpha: float = ...,
+    draws: int = ...,
+    outputs: OutputKind = ...,
+    always_trained: Sequence[str] | None = ...,
+    seed: int = ...,
+    progress: bool = ...,
+    num_projections: int = ...,
+    kernel: Literal["gradient", "sign"] = ...,
+    product_dtype: torch.dtype | None = ...,
+    max_bytes: int = ...,
+    max_memory: int | str | None = ...,
+    folder: str | os.PathLike | None = ...,
+    distributed: bool = ...,
+) -> dict[int, ModuleKernels]: ...
 
 
 def compute_ntk(
@@ -45,7 +93,7 @@ def compute_ntk(
     batches: Iterable[Mapping[str, Any]],
     targets: Targets = "all-linear",
     space: Space = "lora",
-    rank: int = 8,
+    rank: int | Sequence[int] = 8,
     lora_alpha: float = 16.0,
     draws: int = 1,
     outputs: OutputKind = "logits",
@@ -60,7 +108,7 @@ def compute_ntk(
     max_memory: int | str | None = None,
     folder: str | os.PathLike | None = None,
     distributed: bool = True,
-) -> ModuleKernels:
+) -> ModuleKernels | dict[int, ModuleKernels]:
     """The empirical NTK `K_m = J_m J_mᵀ` of every target module m at the model's present parameters.
 
     One forward and C backward passes a batch give the rows of every module at once, through hooks on the unmodified
@@ -76,7 +124,9 @@ def compute_ntk(
         space: which parameters of a module count: "lora" (a fresh adapter, B = 0; a layer that carries an active LoRA
             adapter counts with its own A, B and scaling), "weight" (the full matrix), "rows" or "columns" (the first
             `rank` of them), "bias".
-        rank, lora_alpha: of the adapter under consideration; its scaling is lora_alpha / rank.
+        rank, lora_alpha: of the adapter under consideration; its scaling is lora_alpha / rank. Several ranks, such as
+            rank=(4, 8, 16), share the passes and the products of the largest (space="lora" only), for A of a lower
+            rank is the first rows of A of a higher one.
         draws: draws of LoRA's random A taken in the same pass; blocks are their mean, `kernels.spread` is the
             relative standard deviation between them. The mean estimates (lora_alpha²/(3·rank·d_in)) · K_weight.
         outputs: "logits" (C = number of labels), "label_logit", "margin", "log_likelihood", "random_projection"
@@ -100,14 +150,17 @@ def compute_ntk(
             bytes; where the blocks do not fit, the result is lazy (see ModuleKernels). None: no limit.
         folder: keeps rows and finished blocks here, checksummed, so that a run that was killed goes on where it
             stopped when it is called again with the same arguments, and gives the same kernels to the bit. Holds the
-            kernels at the end (`ModuleKernels.load(folder)`). Default: memory, or a temporary folder.
+            kernels at the end (`ModuleKernels.load(folder)`); of several ranks, those of rank 8 in the folder
+            "rank-8" in it. Default: memory, or a temporary folder.
         distributed: where several processes run (under `accelerate launch` or torchrun), divide the work among them:
             every process then has to call this with the same model and the same batches (not its own shard), and all
             get the same kernels. They need a file system in common, with `folder` on it or, on a single machine, the
             system's temporary folder. False: this process works alone.
 
     Returns:
-        ModuleKernels with float64 (n, n) blocks on the CPU, n = N·C.
+        ModuleKernels with float64 (n, n) blocks on the CPU, n = N·C. Where `rank` is a sequence, a dict of them by
+        rank, in its order: each what a call with that rank alone returns, up to rounding. A module that carries an
+        adapter keeps its own rank, and has the same block in all of them.
 
     Raises:
         TargetError: unknown or unusable targets, candidates that take no gradient, examples that cannot be told apart.
@@ -122,83 +175,80 @@ def compute_ntk(
     Source: *Linearization Explains Fine-Tuning in Large Language Models* (arXiv 2602.08239), section 4; the
     factorisation of a linear layer's per-example gradient is Goodfellow's (arXiv 1510.01799).
     """
-    check_adapter_arguments(space, rank, lora_alpha, draws)
-    if kernel not in ("gradient", "sign"):
-        raise PeftLinearError(f'kernel must be "gradient" or "sign", got {kernel!r}')
-    if product_dtype not in (None, torch.float32, torch.float64):
-        raise PeftLinearError(f"product_dtype must be None, torch.float32 or torch.float64, got {product_dtype!r}")
-    limit = parse_memory(max_memory)
-    function = OutputFunction(
-        outputs, shift=label_shift(base_model(model)), num_projections=num_projections, seed=seed
+    request = Request(
+        targets=targets,
+        space=space,
+        rank=rank,
+        lora_alpha=lora_alpha,
+        draws=draws,
+        outputs=outputs,
+        always_trained=always_trained,
+        seed=seed,
+        num_projections=num_projections,
+        kernel=kernel,
+        product_dtype=product_dtype,
     )
-    head = resolve_always_trained(model, always_trained)
-    chosen = resolve_targets(model, targets, reserved=head)
-    head_linear, head_other = split_parameters(head)
-    terms, num_parameters = {}, {}
-    for name, module in chosen.items():
-        terms[name], num_parameters[name] = module_terms(name, module, space, rank, lora_alpha, draws, seed)
-    terms |= {name: linear_parameter_terms(module) for name, module in head_linear.items()}
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    asked = {
-        "targets": list(chosen),
-        "always_trained": sorted(head),
-        "space": space,
-        "rank": rank,
-        "lora_alpha": lora_alpha,
-        "draws": draws,
-        "outputs": outputs,
-        "num_projections": num_projections,
-        "kernel": kernel,
-        "product_dtype": str(product_dtype),
-        "seed": seed,
-    }
-
+    limit = parse_memory(max_memory)
+    prepared = request.prepare(model)
+    needs_labels = prepared.job.function.needs_labels
     team = Team.assemble() if distributed else Team()
     store = RunFolder(team, folder)
     try:
         read = team.each(
-            "reading the batches", lambda: read_batches(batches, model, function.needs_labels, f"outputs={outputs!r}")
+            "reading the batches", lambda: read_batches(batches, model, needs_labels, f"outputs={outputs!r}")
         )
-        signed = kernel == "sign"
-        job = Job(model, chosen, head_linear, head_other, terms, read, function, device, signed, product_dtype)
-        run = Run(job, team, store, limit, max_bytes, progress)
+        run = Run(replace(prepared.job, batches=read), request.folders, team, store, limit, max_bytes, progress)
         if store.kept or team.size > 1:
-            store.open(team.gather("taking checksums", lambda: fingerprint(model, read, asked)))
-            if run.is_finished():
-                return run.load()
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            result = run.complete()
-        if len(result.zero) == len(chosen):
-            raise no_gradient(chosen, outputs)
-        kernels = ModuleKernels(
-            blocks=result.blocks,
-            base=result.base,
-            outputs=result.outputs,
-            labels=result.labels,
-            num_parameters=num_parameters,
-            shapes={name: linear_shape(module) for name, module in chosen.items()},  # type: ignore[misc]
-            output_kind=outputs,
-            space=space,
-            rank=rank,
-            lora_alpha=float(lora_alpha),
-            spread=result.spread,
-            provenance={
-                **_describe(model, device, product_dtype),
-                "seed": seed,
-                "draws": draws,
-                "kernel": kernel,
-                "always_trained": sorted(head),
-                "no_gradient": result.zero,
-                **result.record,
-            },
-        )
-        team.each("finishing", lambda: store.finish(kernels, result.files))
-        return kernels
+            store.open(team.gather("taking checksums", lambda: fingerprint(model, read, prepared.arguments)))
+        kernels = run.load() if run.is_finished() else _complete(run, request, prepared)
+        return {one: kernels[one] for one in request.ranks} if request.by_rank else kernels[request.ranks[0]]
     except BaseException:
         store.discard()
         raise
     finally:
         team.disband()
+
+
+def _complete(run: Run, request: Request, prepared: Prepared) -> dict[int, ModuleKernels]:
+    """Computes what is missing; the kernels by rank, and in the folder if there is one."""
+    device = run.job.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        result = run.complete()
+    if len(result.of_rank[request.ranks[0]].zero) == len(run.job.candidates):
+        raise no_gradient(run.job.candidates, request.outputs)
+    kernels = {rank: _kernels_of_rank(rank, result, request, prepared) for rank in result.of_rank}
+    finished = {request.folders[rank]: (kernels[rank], result.of_rank[rank].files) for rank in kernels}
+    run.team.each("finishing", lambda: run.folder.finish(finished))
+    return kernels
+
+
+def _kernels_of_rank(rank: int, result: Result, request: Request, prepared: Prepared) -> ModuleKernels:
+    job, found = prepared.job, result.of_rank[rank]
+    ranks = {"ranks": sorted(request.ranks)} if request.by_rank else {}
+    return ModuleKernels(
+        blocks=found.blocks,
+        base=result.base,
+        outputs=result.outputs,
+        labels=result.labels,
+        num_parameters=prepared.num_parameters(rank, max(request.ranks)),
+        shapes={name: linear_shape(module) for name, module in job.candidates.items()},  # type: ignore[misc]
+        output_kind=request.outputs,
+        space=request.space,
+        rank=rank,
+        lora_alpha=float(request.lora_alpha),
+        spread=found.spread,
+        provenance={
+            **_describe(job.model, job.device, request.product_dtype),
+            "seed": request.seed,
+            "draws": request.draws,
+            **ranks,
+            "kernel": request.kernel,
+            "always_trained": prepared.arguments["always_trained"],
+            "no_gradient": found.zero,
+            "ways": found.ways,
+            **result.record,
+        },
+    )
 
 
 def _describe(model: nn.Module, device: torch.device, product_dtype: torch.dtype | None) -> dict[str, Any]:

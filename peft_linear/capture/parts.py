@@ -11,11 +11,16 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What is kept of every batch until the Gram matrices are taken: in memory, or in one file a batch."""
+"""What is kept of every batch until the Gram matrices are taken: in memory, or in one file a batch.
+
+A tensor that several parts of a batch have in common, as the inputs of queries, keys and values, is kept once.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -25,9 +30,11 @@ from torch import Tensor
 from ..functional.gram import Part
 from ..kernels.tensor_files import open_file
 from .run_folder import PARTS, RunFolder
+from .shared_inputs import identity
 
 
 _ROWS, _INPUTS, _COTANGENTS, _OUTPUTS = "rows:", "inputs:", "cotangents:", "outputs"
+_SHARED = "shared"  # metadata of a file: {a tensor that is not in it: the one that is the same}, as JSON
 
 
 class PartStore:
@@ -42,7 +49,8 @@ class PartStore:
         self._folder = folder
         self._device = device
         self._held: dict[int, dict[str, Part]] = {}
-        self._stored: dict[int, set[str]] = {}  # names of the tensors in the files of those batches
+        self._uses: dict[int, Counter[tuple]] = {}  # of each tensor of a held batch, by its parts
+        self._stored: dict[int, dict[str, str]] = {}  # of batches in files: the tensor in the file, by name
 
     def file_of(self, number: int) -> str:
         return f"{PARTS}/{number:06d}{self._name}.safetensors"
@@ -51,7 +59,8 @@ class PartStore:
         """Keeps the parts of a batch and its outputs (B, C); the files written for it, with their sha256."""
         self.outputs[number] = outputs.detach().to("cpu", torch.float64)
         self._held[number] = {key: part for key, part in parts.items() if part is not None}
-        self.held_bytes += sum(map(_bytes, self._held[number].values()))
+        self._uses[number] = Counter(map(identity, _tensors(self._held[number].values())))
+        self.held_bytes += _total_bytes(self._held[number].values())
         return self._write(number) if self.in_files else {}
 
     def keep_within(self, limit: int) -> None:
@@ -66,9 +75,9 @@ class PartStore:
         if number in self._held or number in self._stored:
             return
         with open_file(self._folder.path / self.file_of(number)) as file:
-            names = set(file.keys())
+            self._stored[number] = {name: name for name in file.keys()}  # noqa: SIM118
+            self._stored[number] |= json.loads((file.metadata() or {}).get(_SHARED, "{}"))
             self.outputs[number] = file.get_tensor(_OUTPUTS).clone()
-        self._stored[number] = names
 
     def parts(self, key: str, features: int, channels: int) -> Sequence[Part] | None:
         """The parts of one key in the order of the batches, lazy where they lie in files; None where all are zero."""
@@ -89,23 +98,25 @@ class PartStore:
 
     def release(self, keys: Sequence[str]) -> None:
         """Forgets parts that are held in memory."""
-        for parts in self._held.values():
-            for key in keys:
-                part = parts.pop(key, None)
-                self.held_bytes -= 0 if part is None else _bytes(part)
+        for number, parts in self._held.items():
+            for tensor in _tensors(parts.pop(key) for key in keys if key in parts):
+                self._uses[number][identity(tensor)] -= 1
+                self.held_bytes -= 0 if self._uses[number][identity(tensor)] else tensor.nbytes
 
     def _loader(self, number: int, key: str) -> Callable[[], Part] | None:
         if number in self._stored:
             names = self._stored[number]
-            return partial(self._load, number, key) if {f"{_ROWS}{key}", f"{_INPUTS}{key}"} & names else None
+            found = f"{_ROWS}{key}" in names or f"{_INPUTS}{key}" in names
+            return partial(self._load, number, key) if found else None
         part = self._held[number].get(key)
         return None if part is None else lambda: part
 
     def _load(self, number: int, key: str) -> Part:
+        names = self._stored[number]
         with open_file(self._folder.path / self.file_of(number), str(self._device)) as file:
-            if f"{_ROWS}{key}" in self._stored[number]:
-                return file.get_tensor(f"{_ROWS}{key}")
-            return file.get_tensor(f"{_INPUTS}{key}"), file.get_tensor(f"{_COTANGENTS}{key}")
+            if f"{_ROWS}{key}" in names:
+                return file.get_tensor(names[f"{_ROWS}{key}"])
+            return file.get_tensor(names[f"{_INPUTS}{key}"]), file.get_tensor(names[f"{_COTANGENTS}{key}"])
 
     def _zeros(self, number: int, as_rows: bool, features: int, channels: int, dtype: torch.dtype) -> Part:
         """Zeros that take no memory."""
@@ -117,16 +128,22 @@ class PartStore:
 
     def _write(self, number: int) -> dict[str, str]:
         tensors = {_OUTPUTS: self.outputs[number]}
-        for key, part in self._held.pop(number).items():
+        held = self._held.pop(number)
+        for key, part in held.items():
             if isinstance(part, Tensor):
                 tensors[f"{_ROWS}{key}"] = part
             else:
                 tensors[f"{_INPUTS}{key}"], tensors[f"{_COTANGENTS}{key}"] = part
-            self.held_bytes -= _bytes(part)
-        name = self.file_of(number)
-        checksum = self._folder.write(name, tensors)
-        self._stored[number] = set(tensors)
-        return {name: checksum}
+        first: dict[tuple, str] = {}
+        stored = {name: first.setdefault(identity(tensor), name) for name, tensor in tensors.items()}
+        shared = {name: other for name, other in stored.items() if name != other}
+        kept = {name: tensor for name, tensor in tensors.items() if name not in shared}
+        file = self.file_of(number)
+        checksum = self._folder.write(file, kept, {_SHARED: json.dumps(shared)} if shared else None)
+        self.held_bytes -= _total_bytes(held.values())
+        del self._uses[number]
+        self._stored[number] = stored
+        return {file: checksum}
 
 
 class _Parts(Sequence[Part]):
@@ -141,6 +158,10 @@ class _Parts(Sequence[Part]):
         return self._loaders[index]()
 
 
-def _bytes(part: Part) -> int:
-    tensors = (part,) if isinstance(part, Tensor) else part
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+def _tensors(parts: Iterable[Part]) -> list[Tensor]:
+    return [tensor for part in parts for tensor in ((part,) if isinstance(part, Tensor) else part)]
+
+
+def _total_bytes(parts: Iterable[Part]) -> int:
+    """Of tensors that are all alive; what several parts share counts once."""
+    return sum({identity(tensor): tensor.nbytes for tensor in _tensors(parts)}.values())

@@ -15,9 +15,8 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -28,33 +27,28 @@ from torch import Tensor
 from ..errors import PeftLinearError
 from ..kernels import ModuleKernels
 from ..kernels.module_kernels import INDEX
-from ..kernels.tensor_files import BlockFiles, open_file
-from .accumulate import TermKernel, term_kernel
+from .accumulate import TermKernel, kernels_at_work, nested_kernels, term_kernel
 from .batches import gather_labels
+from .blocks import BASE, BlockStore, RankBlocks
 from .memory import MemoryPlan, format_memory
 from .parts import PartStore
 from .passes import OTHER, Job, Parts, capturing, capturing_other
 from .processes import Team
-from .run_folder import BLOCKS, RunFolder
+from .run_folder import RunFolder
 from .terms import Term
 
 
-BASE = "(base)"  # the task of the head's kernel
 Capturing = Callable[[Job], AbstractContextManager[Callable[[int], tuple[Parts, Tensor]]]]
 
 
 @dataclass
 class Result:
-    """Blocks of every candidate (lazy where they do not fit into memory) and what belongs to them."""
+    """The blocks of every rank, and what they have in common."""
 
     outputs: Tensor  # (N, C) float64
-    blocks: Mapping[str, Tensor]
+    of_rank: dict[int, RankBlocks]
     base: Tensor
     labels: Tensor | None  # (N,)
-    spread: dict[str, float]
-    ways: dict[str, str]
-    zero: list[str]  # candidates whose block is zero
-    files: dict[str, str]  # the file of each block in the folder, where there are files
     record: dict[str, Any] = field(default_factory=dict)  # for the provenance
 
 
@@ -62,9 +56,16 @@ class Run:
     """Parts of all batches first, then one kernel after the other; each step is divided over the team."""
 
     def __init__(
-        self, job: Job, team: Team, folder: RunFolder, limit: int | None, product_bytes: int, progress: bool
+        self,
+        job: Job,
+        folders: Mapping[int, str],  # of every rank, ascending: where its result lies in the folder
+        team: Team,
+        folder: RunFolder,
+        limit: int | None,
+        product_bytes: int,
+        progress: bool,
     ) -> None:
-        self.job, self.team, self.folder = job, team, folder
+        self.job, self.folders, self.team, self.folder = job, folders, team, folder
         self.limit, self.product_bytes, self.progress = limit, product_bytes, progress
         self.plan: MemoryPlan | None = None
         self.labels: Tensor | None = None
@@ -74,15 +75,19 @@ class Run:
         self.linear = PartStore("", sizes, folder, in_files, job.device)
         self.other = PartStore("-other", sizes, folder, in_files, job.device)
         self.tasks = [*job.candidates, *([BASE] if job.has_head else [])]
-        self.results: dict[str, tuple[Tensor, dict[str, Any]]] = {}  # where they are held
+        self.blocks = BlockStore(self.tasks, folders, folder, in_files)
 
     def is_finished(self) -> bool:
         """Whether the folder holds the whole result already."""
-        return all(file in self.folder.finished for file in [INDEX, *map(self._file_of, self.tasks)])
+        indices = {f"{folder}{INDEX}" for folder in self.folders.values()}
+        return indices <= self.folder.finished.keys() and all(map(self.blocks.is_finished, self.tasks))
 
-    def load(self) -> ModuleKernels:
-        """The result of the finished run that the folder holds."""
-        kernels = ModuleKernels.load(self.folder.path)
+    def load(self) -> dict[int, ModuleKernels]:
+        """The result of the finished run that the folder holds, by rank."""
+        return {rank: self._load(folder) for rank, folder in self.folders.items()}
+
+    def _load(self, folder: str) -> ModuleKernels:
+        kernels = ModuleKernels.load(self.folder.path / folder)
         self._make_plan(kernels.num_outputs)
         blocks = kernels.blocks
         if self._plan().blocks_in_memory:
@@ -100,8 +105,7 @@ class Run:
         result = self.team.each("collecting", self._collect)  # nobody goes on before all have what they need
         result.record = {
             "num_batches": len(self.job.batches),
-            "ways": result.ways,
-            "storage": self._storage(result.blocks),
+            "storage": self._storage(next(iter(result.of_rank.values())).blocks),
             "processes": self.team.size,
             "seconds_passes": passes - start,
             "seconds_gram": time.perf_counter() - passes,
@@ -152,39 +156,31 @@ class Run:
         """As soon as the number of outputs is known; what cannot work fails here, before the long part."""
         if self.plan is not None:
             return
-        rows, blocks = num_outputs * sum(batch.size for batch in self.job.batches), len(self.job.candidates)
-        self.plan = MemoryPlan.make(self.limit, rows, blocks, self.product_bytes)
+        rows = num_outputs * sum(batch.size for batch in self.job.batches)
+        blocks = len(self.job.candidates) * len(self.folders)
+        draws = max(term.draws for terms in self.job.terms.values() for term in terms)
+        squares = kernels_at_work(draws, len(self.folders)) + 1  # and the kernel of the task head
+        self.plan = MemoryPlan.make(self.limit, rows, blocks, self.product_bytes, squares)
         self.labels = gather_labels(list(self.job.batches), torch.empty(0, num_outputs), self.job.function)
         if self.team.size > 1 and not self.folder.kept and not self.plan.blocks_in_memory:
             raise PeftLinearError(
                 f"{blocks} blocks of {format_memory(8 * rows**2)} do not fit max_memory, so they stay in files, and "
                 "those of several processes need a `folder`; pass one that all processes share, or raise max_memory"
             )
+        self.blocks.in_files |= not self.plan.blocks_in_memory
 
     def _plan(self) -> MemoryPlan:
         assert self.plan is not None
         return self.plan
 
-    def _blocks_in_files(self) -> bool:
-        return self.folder.kept or self.team.size > 1 or not self._plan().blocks_in_memory
-
-    def _file_of(self, task: str) -> str:
-        return f"{BLOCKS}/{self.tasks.index(task):05d}.safetensors"
-
     def _take_grams(self) -> None:
-        missing = [task for task in self.tasks if self._file_of(task) not in self.folder.finished]
+        missing = [task for task in self.tasks if not self.blocks.is_finished(task)]
         self.resumed["blocks"] = len(self.tasks) - len(missing)
         if self.team.size > 1:  # the dearest first, so that those of one round take about the same time
             missing.sort(key=lambda task: -sum(t.features * t.channels for t in self._terms(task).values()))
 
         def work(task: str) -> dict[str, str]:
-            gram, spread, way = self._kernel(task)
-            about = {"spread": spread, "way": way, "zero": not bool(gram.any())}
-            if not self._blocks_in_files():
-                self.results[task] = gram, about
-                return {}
-            name = self._file_of(task)
-            return {name: self.folder.write(name, {"block": gram}, {"about": json.dumps(about)})}
+            return self.blocks.put(task, self._kernels(task))
 
         def done(results: list[dict[str, str]]) -> None:
             for files in results:
@@ -198,6 +194,21 @@ class Run:
         return {
             key: term for name in names for key, term in zip(self.job.keys(name), self.job.terms[name], strict=True)
         }
+
+    def _kernels(self, task: str) -> Iterator[tuple[int, TermKernel]]:
+        """The kernel of every rank; an adapter that the model carries, and the task head, have one for all of them."""
+        nested = {key: term for key, term in self._terms(task).items() if term.nested}
+        if len(self.folders) > 1 and nested:
+            [(key, term)] = nested.items()
+            parts = self.linear.parts(key, term.features, term.channels)
+            if parts is not None:
+                ranks, product_bytes = list(self.folders), self._plan().product_bytes
+                yield from nested_kernels(parts, term, ranks, product_bytes, self.job.signed, self.job.product_dtype)
+                self.linear.release([key])
+                return
+        kernel = self._kernel(task)
+        for rank in self.folders:
+            yield rank, kernel
 
     def _kernel(self, task: str) -> TermKernel:
         """The sum over the terms of a task; the spread is that of its first term, the only one with several draws."""
@@ -226,37 +237,13 @@ class Run:
 
     def _collect(self) -> Result:
         values = torch.cat([self.linear.outputs[number] for number in range(len(self.job.batches))])
-        n = values.numel()
-        files: dict[str, str] = {}
-        if self._blocks_in_files():
-            files = {task: self._file_of(task) for task in self.tasks}
-            about = {task: self._about(file) for task, file in files.items()}
-            places = {task: (self.folder.path / file, "block") for task, file in files.items()}
-            blocks: Mapping[str, Tensor] = BlockFiles(places, (n, n), self.folder.owner)
-            base = blocks[BASE].clone() if BASE in blocks else None
-            if self._plan().blocks_in_memory:
-                blocks = {name: blocks[name].clone() for name in self.job.candidates}
-            else:
-                blocks = BlockFiles({name: places[name] for name in self.job.candidates}, (n, n), self.folder.owner)
-        else:
-            about = {task: about for task, (_, about) in self.results.items()}
-            blocks = {task: gram for task, (gram, _) in self.results.items()}
-            base = blocks.pop(BASE, None)
-        names = list(self.job.candidates)
+        n, in_memory = values.numel(), self._plan().blocks_in_memory
         return Result(
             outputs=values,
-            blocks=blocks,
-            base=torch.zeros(n, n, dtype=torch.float64) if base is None else base,
+            of_rank={rank: self.blocks.of_rank(rank, n, in_memory) for rank in self.folders},
+            base=self.blocks.base(n),
             labels=self.labels,
-            spread={name: about[name]["spread"] for name in names if about[name]["spread"] is not None},
-            ways={("base" if task == BASE else task): about[task]["way"] for task in self.tasks},
-            zero=[name for name in names if about[name]["zero"]],
-            files={name: file for name, file in files.items() if name != BASE},
         )
-
-    def _about(self, name: str) -> dict[str, Any]:
-        with open_file(self.folder.path / name) as file:
-            return json.loads(file.metadata()["about"])
 
 
 def _same(x: Tensor) -> Tensor:

@@ -18,6 +18,9 @@ finished.jsonl            one line a finished file, with its sha256; a line cut 
 parts/000012.safetensors  what one batch leaves (Jacobian rows or their factors, outputs); removed at the end
 blocks/00003.safetensors  the kernel of one module
 kernels.safetensors       at the end: everything else, and which block lies where
+
+Where several ranks are asked for, blocks and kernels of each lie in a folder of their own, rank-8/blocks/… and
+rank-8/kernels.safetensors, which can be moved and loaded by itself; the kernel of the task head stays in blocks/.
 """
 
 from __future__ import annotations
@@ -111,14 +114,18 @@ class RunFolder:
                 record.flush()
                 os.fsync(record.fileno())
 
-    def finish(self, kernels: ModuleKernels, files: Mapping[str, str]) -> None:
-        """At the end of a run, called by all processes: writes the index, removes what the result does not need."""
+    def finish(self, results: Mapping[str, tuple[ModuleKernels, Mapping[str, str]]]) -> None:
+        """At the end of a run, called by all processes: writes the index, removes what the result does not need.
+
+        `results`: kernels and the file of each block, by the part of this folder in which they lie ("" for itself).
+        """
         if self._path is None or self._team.rank != 0:
             return
         if self.kept:
-            kernels.save_index(self.path, files)
-            self.record({INDEX: self._sha256(INDEX) or ""})
-        if self.kept or kernels.lazy:
+            for folder, (kernels, files) in results.items():
+                kernels.save_index(self.path / folder, files)
+                self.record({f"{folder}{INDEX}": self._sha256(f"{folder}{INDEX}") or ""})
+        if self.kept or any(kernels.lazy for kernels, _ in results.values()):
             shutil.rmtree(self.path / PARTS, ignore_errors=True)
         else:
             self.discard()
@@ -153,7 +160,7 @@ class RunFolder:
                     f"the folder {os.fspath(path)!r} holds the run of something else: it differs in "
                     f"{'; '.join(found)}. Pass the same model, data and arguments to go on with it, or another folder"
                 )
-            for unfinished in [*path.glob("*/.*.tmp"), *path.glob(".*.token")]:
+            for unfinished in [*path.glob("**/.*.tmp"), *path.glob(".*.token")]:
                 unfinished.unlink(missing_ok=True)
         elif path.is_dir() and any(path.iterdir()):
             raise FileError(

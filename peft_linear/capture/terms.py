@@ -44,6 +44,7 @@ class Term:
 
     Where there is a `matrix` (k, d_in) float64, the features are h·matrixᵀ, and `inputs` is not used.
     With `draws` > 1 the k features are that many equal slices, one a draw of A, and the kernel is the mean over them.
+    Where they are `nested`, the first r features of each draw are, but for its scaling, those of an adapter of rank r.
     """
 
     inputs: Map
@@ -52,6 +53,7 @@ class Term:
     channels: int  # l
     draws: int = 1
     matrix: Tensor | None = None
+    nested: bool = False
 
 
 def module_terms(
@@ -80,7 +82,8 @@ def module_terms(
             return _existing_lora(module, adapter, d_in, d_out)  # type: ignore[arg-type]
         stacked = torch.cat([initial_lora_a(name, d_in, rank, seed, draw) for draw in range(draws)])
         a = stacked * (lora_alpha / rank)
-        return [Term(_same, _same, rank * draws, d_out, draws=draws, matrix=a)], rank * (d_in + d_out)
+        term = Term(_same, _same, features=rank * draws, channels=d_out, draws=draws, matrix=a, nested=True)
+        return [term], rank * (d_in + d_out)
     if space == "weight":
         return [Term(_same, _same, features=d_in, channels=d_out)], d_in * d_out
     if space == "rows":
@@ -114,6 +117,7 @@ def initial_lora_a(
 
     The numbers depend on `name`, `seed` and `draw` alone, so that a module's block does not change with the company
     it is computed in, and they leave the global random state untouched. They are rounded to float32, as peft's are.
+    Row by row, they do not depend on `rank`: A of a lower rank is the first rows of this one.
     """
     digest = hashlib.sha256(f"{name}\0{seed}\0{draw}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
