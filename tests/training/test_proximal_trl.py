@@ -112,6 +112,7 @@ def fit(trainer_class, folder, tokenizer, dataset, *, model=None, config=None, c
     arguments = config_class(
         output_dir=str(folder), report_to="none", use_cpu=True, disable_tqdm=True, **defaults | settings
     )
+    torch.manual_seed(7)  # older versions of TRL do not seed before they make the adapter
     trainer = trainer_class(
         model=base_model() if model is None else model,
         args=arguments,
