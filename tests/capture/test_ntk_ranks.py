@@ -1,0 +1,395 @@
+# Copyright 2026 The peft-linear authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""compute_ntk(rank=(4, 8, 16)): one pass, and for every rank what a call with it alone returns."""
+
+from __future__ import annotations
+
+import gc
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import reference
+import small_models as small
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from peft_linear.capture import accumulate, run
+from peft_linear.capture.accumulate import kernels_at_work, nested_kernels, term_kernel
+from peft_linear.capture.memory import MemoryPlan
+from peft_linear.capture.ntk import compute_ntk
+from peft_linear.capture.recorder import Recorder
+from peft_linear.capture.terms import Term, initial_lora_a
+from peft_linear.errors import FileError, PeftLinearError
+from peft_linear.kernels import ModuleKernels
+
+
+EXACT = {"rtol": 1e-10, "atol": 1e-12}
+RANKS = (3, 1, 4)
+SIZES = (3, 2, 1)
+QUERY = "bert.encoder.layer.0.attention.self.query"
+TESTS = Path(__file__).parents[1]
+
+
+def ntk(model, batches=None, **kwargs):
+    return compute_ntk(model, small.text_batches(SIZES) if batches is None else batches, progress=False, **kwargs)
+
+
+def assert_same(got, expected, **tolerance):
+    tolerance = tolerance or EXACT
+    assert got.names == expected.names
+    assert (got.rank, got.space, got.lora_alpha) == (expected.rank, expected.space, expected.lora_alpha)
+    assert got.num_parameters == expected.num_parameters
+    assert got.shapes == expected.shapes
+    assert got.spread == pytest.approx(expected.spread, rel=1e-9)
+    assert got.provenance["no_gradient"] == expected.provenance["no_gradient"]
+    for name in expected.names:
+        assert_close(got[name], expected[name], **tolerance)
+        assert torch.equal(got[name], got[name].T)
+    assert_close(got.base, expected.base, **tolerance)
+    assert_close(got.outputs, expected.outputs, **tolerance)
+    assert torch.equal(got.labels, expected.labels)
+
+
+def assert_each_is_its_own(model, several, **options):
+    for rank, kernels in several.items():
+        assert_same(kernels, ntk(model, rank=rank, **options))
+
+
+@settings(max_examples=30, deadline=None)
+@given(rank=st.integers(1, 40), more=st.integers(0, 40), d_in=st.integers(1, 40), draw=st.integers(0, 3))
+def test_a_of_a_lower_rank_is_the_first_rows_of_a_higher_one(rank, more, d_in, draw):
+    higher = initial_lora_a("x", d_in, rank + more, seed=5, draw=draw)
+    assert torch.equal(higher[:rank], initial_lora_a("x", d_in, rank, seed=5, draw=draw))
+
+
+OPTIONS = {
+    "lora": {},
+    "draws": {"draws": 3},
+    "sign": {"kernel": "sign", "draws": 2},
+    "projected": {"outputs": "random_projection", "num_projections": 2, "seed": 4, "lora_alpha": 5.0},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("factory", [small.bert, small.gpt2])
+def test_every_rank_gives_what_it_gives_alone(factory, options):
+    model = small.seeded(factory)
+    several = ntk(model, rank=RANKS, **options)
+    assert list(several) == list(RANKS)
+    assert_each_is_its_own(model, several, **options)
+    for kernels in several.values():
+        assert kernels.provenance["ranks"] == sorted(RANKS)
+        assert bool(kernels.spread) == (options.get("draws", 1) > 1)
+
+
+@pytest.mark.parametrize("way", ["explicit", "ghost"])
+def test_every_way_gives_the_same(way, monkeypatch):
+    model = small.seeded(small.bert)
+    expected = ntk(model, rank=RANKS, draws=3)
+    monkeypatch.setattr(accumulate, "cheapest", lambda pairs: way)
+    got = ntk(model, rank=RANKS, draws=3, max_bytes=2**12)
+    for rank in RANKS:
+        assert_same(got[rank], expected[rank])
+        assert way in {got[rank].provenance["ways"][name] for name in got[rank].names}
+
+
+def test_every_rank_is_exact():
+    """Against the kernel of a peft adapter of that rank, taken example by example."""
+    several = ntk(small.seeded(small.bert), rank=range(1, 4), lora_alpha=5, targets=["query"])
+    for rank, kernels in several.items():
+        peft_model = reference.with_lora(small.seeded(small.bert), [QUERY], rank=rank, lora_alpha=5)
+        parameters = reference.lora_parameters(peft_model, QUERY)
+        expected = reference.kernel(peft_model, parameters, small.text_batches(SIZES), reference.logits)
+        assert_close(kernels[QUERY], expected, **EXACT)
+        assert kernels.num_parameters[QUERY] == sum(parameter.numel() for parameter in parameters)
+
+
+def test_one_rank_in_a_sequence_and_one_alone():
+    model = small.seeded(small.bert)
+    alone = ntk(model, rank=2)
+    assert isinstance(alone, ModuleKernels) and "ranks" not in alone.provenance
+    for one in ([2], (2,), range(2, 3)):
+        several = ntk(model, rank=one)
+        assert list(several) == [2]
+        assert_same(several[2], alone, rtol=0, atol=0)
+
+
+def test_all_ranks_take_the_passes_and_the_products_of_the_largest(monkeypatch):
+    counted = {"forward": 0, "backward": 0, "features": 0}
+    model = small.seeded(small.bert)
+    model.register_forward_pre_hook(lambda *_: counted.update(forward=counted["forward"] + 1))
+    backward, weight_gram = Recorder.backward, accumulate.weight_gram
+
+    def count_backward(*args, **kwargs):
+        counted["backward"] += 1
+        return backward(*args, **kwargs)
+
+    def count_features(parts, *args):
+        counted["features"] += (parts[0] if isinstance(parts[0], torch.Tensor) else parts[0][0].mT).shape[1]
+        return weight_gram(parts, *args)
+
+    monkeypatch.setattr(Recorder, "backward", count_backward)
+    monkeypatch.setattr(accumulate, "weight_gram", count_features)
+    ntk(model, rank=(2, 5, 3), draws=4, targets=["query"], always_trained=())
+    assert counted == {"forward": 3, "backward": 3 * 3, "features": 2 * 4 * 5}
+
+
+def with_adapter():
+    return reference.with_lora(small.seeded(small.bert), [QUERY], rank=2, lora_alpha=4.0, b_scale=0.3)
+
+
+@pytest.mark.parametrize("storage", [{}, {"max_memory": "30KB"}])
+def test_an_adapter_that_is_there_keeps_its_own_rank(storage, tmp_path):
+    model = with_adapter()
+    options = {"targets": ["query", "value"], "draws": 2}
+    several = ntk(model, rank=(4, 1), folder=tmp_path / "run" if storage else None, **storage, **options)
+    assert_each_is_its_own(model, several, **options)
+    value = QUERY.replace("query", "value")
+    assert torch.equal(several[4][QUERY], several[1][QUERY])
+    assert several[4].num_parameters[QUERY] == several[1].num_parameters[QUERY] == 2 * (16 + 16)
+    assert several[4].num_parameters[value] == 4 * several[1].num_parameters[value] == 4 * (16 + 16)
+    assert QUERY not in several[4].spread and value in several[4].spread
+    parameters = reference.lora_parameters(model, QUERY)
+    assert_close(
+        several[1][QUERY], reference.kernel(model, parameters, small.text_batches(SIZES), reference.logits), **EXACT
+    )
+
+
+def test_modules_without_a_gradient_are_zero_at_every_rank():
+    options = {"targets": ["step", "unused"], "always_trained": ["head"]}
+    model = small.seeded(small.Recurrent)
+    several = ntk(model, rank=RANKS, **options)
+    assert_each_is_its_own(model, several, **options)
+    assert all(not kernels["unused"].any() and kernels["step"].any() for kernels in several.values())
+
+
+def files_below(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("draws, limit", [(1, "30KB"), (2, "40KB")])  # a block takes 2.6 KB
+def test_files_and_limits_change_nothing(draws, limit, tmp_path):
+    model = small.seeded(small.bert)
+    options = {"rank": RANKS, "draws": draws}
+    expected = ntk(model, **options)
+    for storage in (
+        {"max_memory": limit},
+        {"folder": tmp_path / "run"},
+        {"folder": tmp_path / "b", "max_memory": limit},
+    ):
+        got = ntk(model, **storage, **options)
+        for rank in RANKS:
+            assert_same(got[rank], expected[rank])
+            assert got[rank].provenance["storage"]["parts"] == "files"
+            assert got[rank].lazy == ("max_memory" in storage)
+        last = got.pop(RANKS[-1])
+        del got
+        gc.collect()
+        assert_same(last, expected[RANKS[-1]])  # a temporary folder lives as long as any rank needs it
+
+
+def test_the_folder_holds_the_kernels_of_every_rank_and_each_can_be_moved(tmp_path):
+    model = small.seeded(small.bert)
+    several = ntk(model, rank=RANKS, folder=tmp_path / "run")
+    count = len(several[1])
+    assert files_below(tmp_path / "run") == sorted(
+        [
+            *(f"rank-{rank}/blocks/{i:05d}.safetensors" for rank in RANKS for i in range(count)),
+            *(f"rank-{rank}/kernels.safetensors" for rank in RANKS),
+            f"blocks/{count:05d}.safetensors",
+            "finished.jsonl",
+            "manifest.json",
+        ]
+    )
+    shutil.move(tmp_path / "run" / "rank-3", tmp_path / "moved")
+    shutil.rmtree(tmp_path / "run")
+    assert_same(ModuleKernels.load(tmp_path / "moved"), several[3], rtol=0, atol=0)
+
+
+def stop_at_task(monkeypatch, number):
+    """Lets `number` modules finish; the kernel of the lowest rank of the next one is finished as well."""
+    kernels, started = run.nested_kernels, 0
+
+    def stopped(*args):
+        nonlocal started
+        started += 1
+        generated = kernels(*args)
+        yield next(generated)
+        if started > number:
+            raise KeyboardInterrupt
+        yield from generated
+
+    monkeypatch.setattr(run, "nested_kernels", stopped)
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    model, passes = small.seeded(small.bert), []
+    options = {"rank": RANKS, "draws": 2}
+    whole = ntk(model, folder=tmp_path / "whole", **options)
+    handle = model.register_forward_pre_hook(lambda *_: passes.append(1) if len(passes) < 2 else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        ntk(model, folder=tmp_path / "run", **options)
+    handle.remove()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_at_task(patch, 5)
+        ntk(model, folder=tmp_path / "run", **options)
+    assert not list((tmp_path / "run").glob("rank-*/kernels.safetensors"))
+    with pytest.raises(FileError, match="holds no kernels.safetensors.*not finished"):
+        ModuleKernels.load(tmp_path / "run" / "rank-3")
+    model.register_forward_pre_hook(lambda *_: passes.append(1))
+    resumed = ntk(model, folder=tmp_path / "run", **options)
+    assert len(passes) == 2  # no pass is made again
+    for rank in RANKS:
+        assert resumed[rank].provenance["storage"]["resumed_batches"] == 3
+        assert resumed[rank].provenance["storage"]["resumed_blocks"] == 5
+        assert_same(resumed[rank], whole[rank], rtol=0, atol=0)
+
+    damaged = tmp_path / "run" / "rank-3" / "blocks" / "00002.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-8])
+    (damaged.parent / ".00002.safetensors.x.tmp").write_bytes(b"half")
+    again = ntk(model, folder=tmp_path / "run", **options)
+    assert len(passes) == 2 + 3  # the parts were gone, so they are captured again
+    assert again[3].provenance["storage"]["resumed_blocks"] == len(whole[3])
+    assert files_below(tmp_path / "run") == files_below(tmp_path / "whole")
+    finished = ntk(model, folder=tmp_path / "run", **options | {"rank": sorted(RANKS)})
+    assert len(passes) == 2 + 3
+    assert list(finished) == sorted(RANKS)
+    for rank in RANKS:
+        assert_same(again[rank], whole[rank], rtol=0, atol=0)
+        assert_same(finished[rank], whole[rank], rtol=0, atol=0)
+    for other in ((1, 3), 3):
+        with pytest.raises(FileError, match=r"argument rank \(\[1, 3, 4\] there, .*3.* here\)"):
+            ntk(model, folder=tmp_path / "run", **options | {"rank": other})
+
+
+BAD_RANKS = [
+    ({"rank": ()}, r"rank=\(\) names no rank; pass one, or several, such as"),
+    ({"rank": (4, 8, 4)}, r"rank=\(4, 8, 4\) names a rank twice"),
+    ({"rank": (4, 0)}, "rank must be a positive integer, got 0"),
+    ({"rank": (4, 8.0)}, "rank must be a positive integer, got 8.0"),
+    ({"rank": "48"}, "rank must be a positive integer, got '48'"),
+    ({"rank": (4, 8), "space": "weight"}, 'share the random A of space="lora", got space=.weight.*once for each'),
+    ({"rank": [4], "space": "rows"}, 'share the random A of space="lora", got space=.rows'),
+]
+
+
+@pytest.mark.parametrize("arguments, message", BAD_RANKS)
+def test_bad_ranks_stop_before_any_forward_pass(arguments, message):
+    model = small.seeded(small.bert)
+    model.forward = None  # a forward pass would fail otherwise
+    with pytest.raises(PeftLinearError, match=message):
+        ntk(model, **arguments)
+
+
+@pytest.mark.parametrize("kind", ["rows", "pairs"])
+@pytest.mark.parametrize("ranks, draws", [((6,), 1), ((6,), 3), ((1, 2, 6), 1), ((1, 2, 6), 3)])
+def test_no_more_kernels_are_held_than_are_planned_for(kind, ranks, draws, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    features, n = ranks[-1] * draws, 37
+    parts = [normal(n, features, 5) if kind == "rows" else (normal(n, 2, features), normal(n, 1, 2, 5))]
+    term = Term(lambda x: x, lambda x: x, features, 5, draws=draws, nested=True)
+    weight_gram, add = accumulate.weight_gram, accumulate._Mean.add
+    most = 0
+
+    def look(more):
+        nonlocal most
+        tensors = [one for one in gc.get_objects() if type(one) is torch.Tensor and one.shape == (n, n)]
+        most = max(most, len({one.data_ptr() for one in tensors}) + more)
+
+    def look_at_gram(*args):
+        look(1)
+        return weight_gram(*args)
+
+    def look_at_add(mean, gram, may_overwrite):
+        look(0 if may_overwrite else 1)
+        return add(mean, gram, may_overwrite)
+
+    monkeypatch.setattr(accumulate, "weight_gram", look_at_gram)
+    monkeypatch.setattr(accumulate._Mean, "add", look_at_add)
+    for rank, kernel in nested_kernels(parts, term, ranks):
+        rows = parts[0] if kind == "rows" else (parts[0][0].mT @ parts[0][1][:, 0])
+        draw = rows.unflatten(1, (draws, -1))[:, :, :rank] * (ranks[-1] / rank)
+        expected = torch.stack([one.flatten(1) @ one.flatten(1).T for one in draw.unbind(1)])
+        assert_close(kernel.gram, expected.mean(0), **EXACT)
+        if draws > 1:
+            deviation = float(expected.std(0).norm() / expected.mean(0).norm())
+            assert kernel.spread == pytest.approx(deviation, rel=1e-9)
+        del kernel, expected
+    assert most <= kernels_at_work(draws, len(ranks))
+    assert most == kernels_at_work(draws, len(ranks)) or draws == len(ranks) == 1
+
+
+def test_the_kernels_at_work_count_towards_max_memory():
+    model = small.seeded(small.bert)
+    limit = "15KB"  # 3 kernels of 2.6 KB, but not 3 + 3
+    ntk(model, max_memory=limit, draws=2)
+    ntk(model, max_memory=limit, rank=RANKS)
+    with pytest.raises(PeftLinearError, match="max_memory=15KB is too little for kernels of 18 rows"):
+        ntk(model, max_memory=limit, rank=RANKS, draws=2)
+    assert MemoryPlan.make(10**6, 10, 5, 100, squares=7).parts_bytes == 10**6 - 100 - (7 + 5) * 800
+
+
+def test_term_kernel_is_that_of_the_only_rank():
+    rows = torch.randn(5, 4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    term = Term(lambda x: x, lambda x: x, 4, 3, draws=2)
+    kernel = term_kernel([rows], term)
+    expected = sum(half.flatten(1) @ half.flatten(1).T for half in rows.split(2, dim=1)) / 2
+    assert_close(kernel.gram, expected, **EXACT)
+
+
+TOGETHER = """
+import sys
+import small_models as small
+from peft_linear import compute_ntk
+
+several = compute_ntk(
+    small.seeded(small.bert), small.text_batches(SIZES), progress=False, rank=RANKS, draws=2, folder=sys.argv[1]
+)
+assert all(kernels.provenance["processes"] == 2 for kernels in several.values())
+""".replace("SIZES", repr(SIZES)).replace("RANKS", repr(RANKS))
+
+
+def test_two_processes_give_the_kernels_of_one(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    environment = os.environ | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    command = [sys.executable, "-c", TOGETHER, str(tmp_path / "run")]
+    both = [
+        subprocess.Popen(
+            command, env=environment | {"RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True
+        )
+        for rank in ("0", "1")
+    ]
+    try:
+        errors = [process.communicate(timeout=120)[1] for process in both]
+    finally:
+        for process in both:
+            process.kill()
+    assert [process.returncode for process in both] == [0, 0], errors
+    expected = ntk(small.seeded(small.bert), rank=RANKS, draws=2)
+    for rank in RANKS:
+        assert_same(ModuleKernels.load(tmp_path / "run" / f"rank-{rank}"), expected[rank])
