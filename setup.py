@@ -38,7 +38,7 @@ setup(
     package_data={"peft_linear": ["py.typed"]},
     python_requires=">=3.10",
     install_requires=[
-        "torch>=2.4",
+        "torch>=2.6",
         "transformers>=4.56",
         "peft>=0.17",
         "accelerate>=1.10",

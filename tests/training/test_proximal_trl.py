@@ -21,6 +21,7 @@ import pytest
 import small_models
 import torch
 from datasets import Dataset
+from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
 from reference_callback import ByHand
 from reference_proximal import lora_parameters
@@ -239,7 +240,7 @@ def test_the_reference_model_of_preferences_is_the_pretrained_model_throughout(t
         assert torch.equal(value, before[name]), name
     first = trainer.state.log_history[0]  # policy and reference are one model at the first step
     assert first["rewards/chosen"] == first["rewards/rejected"] == 0.0
-    assert first["loss"] == pytest.approx(math.log(2))
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-4)
 
 
 @pytest.mark.parametrize("trainer_class", [SFTTrainer, DPOTrainer])
@@ -293,7 +294,8 @@ def test_preferences_after_supervised_fine_tuning(tmp_path, tokenizer):
     fit(*run, model=loaded, callbacks=[ProximalCallback()], gradient_accumulation_steps=2)
     assert_same(loaded, plain)
     assert_one_application_a_step(loaded, by_hand, steps=4)
-    assert "ref" in loaded.peft_config
+    copied = "ref" in loaded.peft_config
+    assert copied or Version(trl.__version__) < Version("1.0")  # where the reference is the pretrained model
     for name, value in first.named_parameters():
-        if ".default." in name:
+        if copied and ".default." in name:
             assert torch.equal(loaded.get_parameter(name.replace(".default.", ".ref.")), value), name
