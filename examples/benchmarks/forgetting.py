@@ -1,0 +1,231 @@
+# Copyright 2026 The peft-linear authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Does the pull of ProximalLoRA save more of what a model could do than simpler ways to hold an adapter back?
+
+    python examples/benchmarks/forgetting.py --output forgetting --docs docs/measurements/forgetting
+    python examples/benchmarks/forgetting.py --quick --output /tmp/quick          # half a minute, means nothing
+
+Two models learn something new (a sentence encoder, forgetting_encoder.py; a language model, forgetting_lm.py). Plain
+LoRA at its best learning rate is the reference. Every arm (forgetting_arms.py) is a path with one parameter from there
+toward the base model; arms are compared by what they forget *at matched target loss*, seed by seed
+(forgetting_analysis.py). Every run is a line of results.jsonl; a run that is there is not repeated, so that an
+interrupted benchmark goes on where it stopped. Other tasks: --sections and --dataset, --section and --corpus.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # examples/common.py, from wherever this is started
+
+import torch
+from forgetting_analysis import analyse
+from forgetting_arms import ARMS
+from forgetting_encoder import EncoderOptions, EncoderSetting
+from forgetting_lm import LanguageModelOptions, LanguageModelSetting
+from forgetting_report import draw, readme
+from forgetting_training import BASE, LORA, Arm, Protocol, Run, Setting, Treatment, reference_runs, train, trained_runs
+from tqdm.auto import tqdm
+from transformers.utils import logging
+
+
+PILOT_SEED = 1000  # of the runs that choose the learning rate of plain LoRA; none of the seeds that are compared
+SETTINGS = ("encoder", "language_model")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse(argv)
+    logging.disable_progress_bar()
+    arms = choose_arms(options)
+    records = Records(Path(options.output) / "results.jsonl")
+    summaries = {}
+    for key in options.settings:
+        setting = make_setting(key, options)
+        setting.protocol = replace(
+            setting.protocol, learning_rate=choose_rate(setting, options.learning_rates, records)
+        )
+        runs = measure(setting, arms, options.seeds, records)
+        summaries[key] = {"setting": describe(setting), **analyse(runs, arms, setting.measures)}
+    record = {**provenance(options), "settings": summaries}
+    folders = [Path(options.output)] + ([Path(options.docs)] if options.docs else [])
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "summary.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        (folder / "README.md").write_text(readme(record), encoding="utf-8")
+        draw(record, folder / "figure.png")
+    if options.docs:
+        shutil.copyfile(records.path, Path(options.docs) / "results.jsonl")
+    print(readme(record))
+    return 0
+
+
+class Records:
+    """The runs that are done, in a file of one JSON object a line."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = path.read_bytes() if path.is_file() else b""
+        whole = content[: content.rfind(b"\n") + 1]
+        if whole != content:  # the process was killed while it wrote a line
+            path.write_bytes(whole)
+        self.lines = [json.loads(line) for line in whole.decode("utf-8").split("\n") if line]
+
+    def add(self, new: Iterable[dict]) -> None:
+        new = list(new)
+        with self.path.open("a", encoding="utf-8") as lines:
+            lines.write("".join(json.dumps(record) + "\n" for record in new))
+        self.lines += new
+
+    def runs(self, setting: Setting) -> list[Run]:
+        """Those of this setting, under its protocol and with its options."""
+        wanted = {"setting": setting.key, "protocol": asdict(setting.protocol), "options": described(setting)}
+        return [
+            Run(**{key: value for key, value in line.items() if key != "options"})
+            for line in self.lines
+            if "arm" in line and all(line[key] == value for key, value in wanted.items())
+        ]
+
+
+def described(setting: Setting) -> dict:
+    """The options as JSON gives them back."""
+    return json.loads(json.dumps(asdict(setting.options)))
+
+
+def choose_rate(setting: Setting, rates: Sequence[float], records: Records) -> float:
+    """The learning rate at which plain LoRA has the least validation loss, in one pilot run each."""
+    losses = {}
+    for rate in rates:
+        setting.protocol = replace(setting.protocol, learning_rate=rate)
+        key = {"pilot": setting.key, "protocol": asdict(setting.protocol), "options": described(setting)}
+        known = [line for line in records.lines if {name: line.get(name) for name in key} == key]
+        if not known:
+            for _, last in train(setting, PILOT_SEED, Treatment()):
+                model = last
+            loss = setting.evaluate(model, PILOT_SEED, "validation")["target_loss"]
+            records.add([{**key, "validation_loss": loss}])
+            known = records.lines[-1:]
+        losses[rate] = known[0]["validation_loss"]
+    return min(losses, key=losses.__getitem__)
+
+
+def choose_arms(options: argparse.Namespace) -> list[Arm]:
+    """The arms that are asked for, as far as what they start from is there."""
+    chosen = [
+        replace(arm, grid={key: values[: options.points] for key, values in arm.grid.items()})
+        for arm in ARMS
+        if not options.arms or arm.key in options.arms
+    ]
+    return [arm for arm in chosen if arm.start is None or arm.start[0] in {other.key for other in chosen}]
+
+
+def measure(setting: Setting, arms: Sequence[Arm], seeds: Sequence[int], records: Records) -> list[Run]:
+    """Trains what the records lack of arms x values x seeds, and returns all runs of these."""
+    done = {(run.arm, run.value, run.seed) for run in records.runs(setting)}
+    jobs: list[tuple[int, Arm | None, float, list[Arm], set]] = []  # with what each gives
+    for seed in seeds:
+        free = {(arm.key, v) for arm in arms if not (arm.trained or arm.start) for v in arm.grid[setting.key]}
+        jobs.append((seed, None, 1.0, [], free | {(LORA, 1.0), (BASE, 0.0)}))
+        for arm in (arm for arm in arms if arm.trained):
+            for value in arm.grid[setting.key]:
+                scaling = [other for other in arms if other.start == (arm.key, value)]
+                gives = {(arm.key, value)} | {(other.key, v) for other in scaling for v in other.grid[setting.key]}
+                jobs.append((seed, arm, value, scaling, gives))
+    open_jobs = [job for job in jobs if any((*key, job[0]) not in done for key in job[4])]
+    for seed, arm, value, scaling, _ in tqdm(open_jobs, desc=setting.key):
+        if arm is None:
+            new = reference_runs(setting, arms, seed)
+        else:
+            new = trained_runs(setting, arm, value, seed, scaling)
+        fresh = [run for run in new if (run.arm, run.value, run.seed) not in done]
+        records.add({**asdict(run), "options": described(setting)} for run in fresh)
+    wanted = {(*key, job[0]) for job in jobs for key in job[4]}
+    return [run for run in records.runs(setting) if (run.arm, run.value, run.seed) in wanted]
+
+
+def make_setting(key: str, options: argparse.Namespace) -> Setting:
+    quick = options.quick
+    if key == "encoder":
+        chosen = EncoderOptions(dataset=options.dataset, sections=tuple(options.sections))
+        if quick:
+            chosen = replace(chosen, top_layers=1, max_length=8, train=32, test=24, others=24)
+        return EncoderSetting(chosen, Protocol(options.steps or (3 if quick else 60), 8 if quick else 16, 1.0))
+    model = LanguageModelOptions(corpus=options.corpus, section=options.section)
+    if quick:
+        model = replace(
+            model, vocabulary=300, layers=1, width=32, max_length=12, pretrain_steps=20, train=32, test=24, others=24
+        )
+    protocol = Protocol(options.steps or (4 if quick else 120), 8 if quick else 16, 1.0)
+    return LanguageModelSetting(model, protocol, Path(options.output))
+
+
+def describe(setting: Setting) -> dict:
+    return {
+        "key": setting.key,
+        "title": setting.title,
+        "target": setting.target,
+        "measures": [asdict(measure) for measure in setting.measures],
+        "options": described(setting),
+        "protocol": {**asdict(setting.protocol), "sum_of_rates": setting.protocol.sum_of_rates},
+    }
+
+
+def provenance(options: argparse.Namespace) -> dict:
+    return {
+        "command": "python examples/benchmarks/forgetting.py " + " ".join(options.command),
+        "date": options.date or date.today().isoformat(),
+        "machine": f"{os.cpu_count()} CPUs ({platform.machine()}), {torch.get_num_threads()} thread(s)",
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
+        "seeds": list(options.seeds),
+        "quick": options.quick,
+    }
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", default="forgetting", help="folder of results.jsonl and of the pretrained model")
+    parser.add_argument("--docs", help="a second folder for the report, the figure, the summary and the runs")
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=SETTINGS)
+    parser.add_argument("--arms", nargs="+", choices=[arm.key for arm in ARMS], help="default: all")
+    parser.add_argument("--points", type=int, help="values of each arm's parameter (default: all of its grid)")
+    parser.add_argument("--seeds", type=int, nargs="+", help="default: 0 to 4")
+    parser.add_argument("--steps", type=int, help="of each run")
+    parser.add_argument("--learning-rates", type=float, nargs="+", help="plain LoRA gets the best of them")
+    parser.add_argument("--dataset", default="debian_topics", help="labelled texts of the encoder's setting")
+    parser.add_argument("--sections", nargs="+", default=EncoderOptions.sections, help="labels that are trained on")
+    parser.add_argument("--corpus", default="debian_descriptions", help="texts of the language model's setting")
+    parser.add_argument("--section", default=LanguageModelOptions.section, help="the one that is adapted to")
+    parser.add_argument("--quick", action="store_true", help="tiny models and few runs, to see that everything works")
+    parser.add_argument("--date", help="of the report (default: today)")
+    options = parser.parse_args(argv)
+    options.seeds = options.seeds or ([0, 1] if options.quick else [0, 1, 2, 3, 4])
+    options.points = options.points or (2 if options.quick else None)
+    options.learning_rates = options.learning_rates or ([1e-3] if options.quick else [1e-3, 3e-3, 1e-2])
+    options.command = list(argv if argv is not None else sys.argv[1:])
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())

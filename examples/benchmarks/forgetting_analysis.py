@@ -1,0 +1,290 @@
+# Copyright 2026 The peft-linear authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What the runs of the forgetting benchmark say: forgetting at matched target loss, paired by seed, and a verdict.
+
+*Gain* is the fall of the target loss as a part of what plain LoRA reaches in the same seed: 0 is the base model, 1 is
+LoRA. An arm's runs of a seed are points (gain, forgotten) of a path; between them the path is interpolated, linearly
+in the root of what is forgotten, since near the base model forgetting grows with the square of what is learnt. Where
+a path crosses a level of gain more than once, the crossing that forgets least counts, for every arm alike.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from statistics import fmean, stdev
+
+from forgetting_training import BASE, LORA, Arm, Measure, Run
+from scipy.stats import t as student
+
+
+LEVELS = (0.5, 0.75, 0.9)
+PRIMARY = 0.75
+CONFIDENCE = 0.95
+LESS, MORE, UNDECIDED = "less", "more", "undecided"
+
+Point = tuple[float, float]  # gain, forgotten
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Mean over seeds with Student's interval; nothing is decided by a single seed."""
+
+    mean: float
+    low: float
+    high: float
+    per_seed: tuple[float, ...]
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Interval:
+        mean = fmean(values)
+        if len(values) < 2:
+            return cls(mean, -math.inf, math.inf, tuple(values))
+        half = float(student.ppf(0.5 + CONFIDENCE / 2, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
+        return cls(mean, mean - half, mean + half, tuple(values))
+
+    @property
+    def sign(self) -> str:
+        return LESS if self.high < 0 else MORE if self.low > 0 else UNDECIDED
+
+
+def root(value: float) -> float:
+    """The square root with the sign kept."""
+    return math.copysign(math.sqrt(abs(value)), value)
+
+
+def forgotten_at(path: Sequence[Point], level: float) -> float | None:
+    """What a path forgets where it crosses a gain; None where it does not."""
+    found = []
+    for (gain_0, forgotten_0), (gain_1, forgotten_1) in pairwise(path):
+        if min(gain_0, gain_1) <= level <= max(gain_0, gain_1):
+            part = 0.0 if gain_0 == gain_1 else (level - gain_0) / (gain_1 - gain_0)
+            between = root(forgotten_0) + part * (root(forgotten_1) - root(forgotten_0))
+            found.append(math.copysign(between**2, between))
+    return min(found, default=None)
+
+
+class Table:
+    """The runs of one setting by arm, value and seed."""
+
+    def __init__(self, runs: Sequence[Run]) -> None:
+        self.runs = {(run.arm, run.value, run.seed): run for run in runs}
+        self.seeds = sorted({run.seed for run in runs})
+
+    def forgotten(self, run: Run, measure: Measure) -> float:
+        base = self.runs[BASE, 0.0, run.seed]
+        return measure.sign * (run.metrics[measure.key] - base.metrics[measure.key])
+
+    def gain(self, run: Run) -> float:
+        """NaN in a seed in which LoRA itself learns nothing."""
+        base = self.runs[BASE, 0.0, run.seed].metrics["target_loss"]
+        whole = base - self.runs[LORA, 1.0, run.seed].metrics["target_loss"]
+        return (base - run.metrics["target_loss"]) / whole if whole > 0 else math.nan
+
+    def points(self, arm: Arm, seed: int, setting: str) -> list[Run]:
+        """The runs of a path in order, with its start."""
+        start = arm.start or (LORA, 1.0)
+        return [self.runs[(*start, seed)], *(self.runs[arm.key, value, seed] for value in arm.grid[setting])]
+
+    def path(self, arm: Arm, seed: int, setting: str, measure: Measure) -> list[Point]:
+        runs = self.points(arm, seed, setting)
+        path = [(self.gain(run), self.forgotten(run, measure)) for run in runs]
+        return [*path, (0.0, 0.0)] if arm.ends_at_base else path
+
+
+def analyse(runs: Sequence[Run], arms: Sequence[Arm], measures: Sequence[Measure]) -> dict:
+    """Everything the report shows, as JSON takes it. The first measure decides."""
+    table, setting = Table(runs), runs[0].setting
+    matched = {
+        measure.key: {arm.key: matched_levels(table, arm, setting, measure) for arm in arms} for measure in measures
+    }
+    differences = {
+        measure.key: {
+            arm.key: {
+                other.key: compare(matched[measure.key][arm.key], matched[measure.key][other.key])
+                for other in arms
+                if other is not arm
+            }
+            for arm in arms
+            if arm.ours
+        }
+        for measure in measures
+    }
+    return {
+        "levels": list(LEVELS),
+        "primary_level": PRIMARY,
+        "primary_measure": measures[0].key,
+        "arms": {arm.key: {"words": arm.words, "ours": arm.ours} for arm in arms},
+        "reference": {key: mean_metrics(table, key, value) for key, value in ((BASE, 0.0), (LORA, 1.0))},
+        "curves": {arm.key: curve(table, arm, setting, measures) for arm in arms},
+        "matched": {
+            measure: {arm: {str(level): as_record(found) for level, found in of.items()} for arm, of in by_arm.items()}
+            for measure, by_arm in matched.items()
+        },
+        "differences": {
+            measure: {
+                arm: {
+                    other: {str(level): as_record(found) for level, found in of.items()}
+                    for other, of in by_other.items()
+                }
+                for arm, by_other in by_arm.items()
+            }
+            for measure, by_arm in differences.items()
+        },
+        "training_seconds": round(sum(run.seconds for run in runs), 1),
+        "runs": sum(run.seconds > 0 for run in runs),
+    }
+
+
+def matched_levels(table: Table, arm: Arm, setting: str, measure: Measure) -> dict[float, Interval | None]:
+    """What the arm forgets at each level; None where its path does not reach it in every seed."""
+    result: dict[float, Interval | None] = {}
+    for level in LEVELS:
+        values = [forgotten_at(table.path(arm, seed, setting, measure), level) for seed in table.seeds]
+        known = [value for value in values if value is not None]
+        result[level] = Interval.of(known) if len(known) == len(values) else None
+    return result
+
+
+def compare(
+    mine: Mapping[float, Interval | None], theirs: Mapping[float, Interval | None]
+) -> dict[float, Interval | None]:
+    """Mine less theirs, seed by seed: negative where mine forgets less."""
+    result: dict[float, Interval | None] = {}
+    for level, found in mine.items():
+        other = theirs[level]
+        if found is None or other is None:
+            result[level] = None
+        else:
+            result[level] = Interval.of([a - b for a, b in zip(found.per_seed, other.per_seed, strict=True)])
+    return result
+
+
+def as_record(interval: Interval | None) -> dict | None:
+    """JSON has no infinities: the bounds of a single seed are null."""
+    if interval is None:
+        return None
+    record = {
+        key: value if not isinstance(value, float) else round(value, 7) for key, value in asdict(interval).items()
+    }
+    record["per_seed"] = [round(value, 7) for value in interval.per_seed]
+    record |= {key: None for key in ("low", "high") if math.isinf(record[key])}
+    return {**record, "sign": interval.sign}
+
+
+def mean_metrics(table: Table, arm: str, value: float) -> dict[str, float]:
+    runs = [table.runs[arm, value, seed] for seed in table.seeds]
+    return {key: round(fmean(run.metrics[key] for run in runs), 6) for key in runs[0].metrics}
+
+
+def curve(table: Table, arm: Arm, setting: str, measures: Sequence[Measure]) -> list[dict]:
+    """The path in means over seeds, from its start."""
+    rows = []
+    for runs in zip(*(table.points(arm, seed, setting) for seed in table.seeds), strict=True):
+        rates = [run.firing_rate for run in runs if run.firing_rate is not None]
+        gains = [table.gain(run) for run in runs]
+        rows.append(
+            {
+                "arm": runs[0].arm,
+                "value": runs[0].value,
+                "target_loss": round(fmean(run.metrics["target_loss"] for run in runs), 6),
+                "gain": None if any(map(math.isnan, gains)) else round(fmean(gains), 5),
+                "forgotten": {
+                    measure.key: round(fmean(table.forgotten(run, measure) for run in runs), 6) for measure in measures
+                },
+                "distance": round(fmean(run.distance for run in runs), 4),
+                "firing_rate": round(fmean(rates), 4) if rates else None,
+            }
+        )
+    return rows
+
+
+def verdict(summary: Mapping) -> list[str]:
+    """What follows from the intervals of one setting at the primary level, in plain sentences."""
+    measure, level = summary["primary_measure"], str(summary["primary_level"])
+    names = {key: arm["words"] for key, arm in summary["arms"].items()}
+    at_level = {key: found[level] for key, found in summary["matched"][measure].items()}
+    means = {key: found["mean"] for key, found in at_level.items() if found is not None}
+    ours = sorted((key for key in means if summary["arms"][key]["ours"]), key=means.__getitem__)
+    rivals = sorted((key for key in means if not summary["arms"][key]["ours"]), key=means.__getitem__)
+    lines = []
+    unreached = [names[key] for key in at_level if key not in means]
+    if not ours or not rivals:
+        return [f"Nothing can be compared at {float(level):.0%} of LoRA's gain: too few arms reach it in every seed."]
+    differences = summary["differences"][measure]
+    best, rival = ours[0], rivals[0]
+    found = differences[best][rival][level]
+    outcome = {
+        LESS: "ProximalLoRA forgets less than every rival",
+        MORE: f"{names[rival]} forgets less than every form of ProximalLoRA",
+        UNDECIDED: f"between the best form of ProximalLoRA and {names[rival]} there is no decision",
+    }[found["sign"]]
+    lines.append(
+        f"At {float(level):.0%} of what LoRA gains, {outcome}: {names[best]} forgets {means[best]:.4f}, "
+        f"{names[rival]} {means[rival]:.4f}; difference {interval(found)}."
+    )
+    for key in ours:
+        by_sign = {sign: [] for sign in (LESS, UNDECIDED, MORE)}
+        for other in rivals:
+            by_sign[differences[key][other][level]["sign"]].append(names[other])
+        parts = [
+            f"forgets less than {_list(by_sign[LESS])}" if by_sign[LESS] else "",
+            f"more than {_list(by_sign[MORE])}" if by_sign[MORE] else "",
+            f"undecided against {_list(by_sign[UNDECIDED])}" if by_sign[UNDECIDED] else "",
+        ]
+        lines.append(f"{names[key]}: " + "; ".join(part for part in parts if part) + ".")
+    if unreached:
+        lines.append(f"Not reached at this level in every seed: {_list(unreached)}.")
+    return lines
+
+
+def overall(settings: Mapping[str, Mapping]) -> str:
+    """One sentence over all settings: an arm counts if it is decidedly better in every one of them."""
+    wins: list[set[str]] = []
+    losses: list[set[str]] = []
+    for summary in settings.values():
+        level, by_arm = str(summary["primary_level"]), summary["differences"][summary["primary_measure"]]
+        rivals = [key for key, arm in summary["arms"].items() if not arm["ours"]]
+
+        def signs(key: str, others: Sequence[str], by_arm=by_arm, level=level) -> set[str]:
+            return {(by_arm[key][other][level] or {"sign": UNDECIDED})["sign"] for other in others}
+
+        wins.append({key for key in by_arm if signs(key, rivals) == {LESS}})
+        losses.append({rival for rival in rivals if {s for key in by_arm for s in signs(key, [rival])} == {MORE}})
+    names = {key: arm["words"] for summary in settings.values() for key, arm in summary["arms"].items()}
+    better, worse = set.intersection(*wins), set.intersection(*losses)
+    where = "in both settings" if len(settings) == 2 else f"in {len(settings)} setting(s)"
+    if better:
+        return f"{_list(names[k] for k in sorted(better))}: decidedly less forgotten than with every rival {where}."
+    if worse:
+        return (
+            f"{_list(names[k] for k in sorted(worse))}: decidedly less forgotten than with every form of ProximalLoRA "
+            f"{where}. As a way not to forget, ProximalLoRA is not the best choice here."
+        )
+    return f"No form of ProximalLoRA is decidedly better than every rival {where}, and no rival than every form of it."
+
+
+def interval(found: Mapping | None) -> str:
+    if found is None:
+        return "not reached"
+    if found["low"] is None:
+        return f"{found['mean']:+.4f}"
+    return f"{found['mean']:+.4f} [{found['low']:+.4f}, {found['high']:+.4f}]"
+
+
+def _list(words) -> str:
+    words = list(words)
+    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]

@@ -1,0 +1,280 @@
+# Copyright 2026 The peft-linear authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The forgetting benchmark: its statistics on planted answers, its runs, its resuming, and the whole script."""
+
+import json
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+
+SEEDS = (0, 1, 2, 3)
+
+
+@pytest.fixture(scope="module")
+def script(load_script):
+    return load_script("benchmarks/forgetting.py")
+
+
+@pytest.fixture(scope="module")
+def analysis(script, load_script):
+    return load_script("benchmarks/forgetting_analysis.py")
+
+
+@pytest.fixture(scope="module")
+def training(script, load_script):
+    return load_script("benchmarks/forgetting_training.py")
+
+
+@pytest.fixture(scope="module")
+def encoder(script):
+    return script.make_setting("encoder", script.parse(["--quick", "--steps", "3"]))
+
+
+@pytest.fixture(scope="module")
+def language_model(script, tmp_path_factory):
+    options = script.parse(["--quick", "--steps", "3", "--output", str(tmp_path_factory.mktemp("lm"))])
+    return script.make_setting("language_model", options)
+
+
+def planted(training, cost, noise=0.0):
+    """Runs of two arms that forget cost[arm]·gain², and what a seed adds to both alike."""
+    generator = random.Random(0)
+    arms = [
+        training.Arm("proximal_factors", "ours", {"planted": (0.8, 0.4)}, proximal={}),
+        training.Arm("lower_rate", "rival", {"planted": (0.9, 0.6, 0.3)}, "learning_rate"),
+    ]
+    runs = []
+    for seed in SEEDS:
+        start, whole, own = 2 + generator.random(), 0.5 + generator.random(), 1 + noise * generator.random()
+
+        def run(arm, value, gain, factor, seed=seed, start=start, whole=whole, own=own):
+            metrics = {"target_loss": start - gain * whole, "rest": 1 + factor * own * gain**2}
+            runs.append(training.Run("planted", arm, value, seed, metrics, gain, None, 1.0, {}))
+
+        run("base", 0.0, 0.0, 0.0)
+        run("lora", 1.0, 1.0, 0.5)
+        for arm in arms:
+            for value in arm.grid["planted"]:
+                run(arm.key, value, value, cost[arm.key])
+    return runs, arms, [training.Measure("rest", "loss gained on the rest", +1)]
+
+
+@settings(max_examples=40, deadline=None)
+@given(cost=st.floats(0.01, 10), level=st.floats(0.05, 0.95), gains=st.lists(st.floats(0, 1), max_size=6, unique=True))
+def test_between_points_of_a_parabola_the_path_is_the_parabola(load_script, cost, level, gains):
+    load_script("benchmarks/forgetting.py")
+    forgotten_at = load_script("benchmarks/forgetting_analysis.py").forgotten_at
+    path = [(gain, cost * gain**2) for gain in [1.0, *sorted(gains, reverse=True), 0.0]]
+    assert forgotten_at(path, level) == pytest.approx(cost * level**2, rel=1e-6, abs=1e-9)
+    assert forgotten_at(path[:1], level) is None
+
+
+def test_of_several_crossings_the_one_that_forgets_least_counts(analysis):
+    path = [(1.0, 4.0), (0.5, 1.0), (0.9, 9.0), (0.0, 0.0)]
+    assert analysis.forgotten_at(path, 0.5) == pytest.approx(1.0)
+    assert analysis.forgotten_at([(1.0, -4.0), (0.0, 0.0)], 0.5) == pytest.approx(-1.0)
+    assert analysis.forgotten_at([(1.0, 4.0), (0.7, 1.0)], 0.5) is None
+
+
+@pytest.mark.parametrize(("ours", "rival", "sign"), [(0.2, 0.4, "less"), (0.4, 0.2, "more")])
+def test_a_planted_winner_is_found_and_the_reverse_has_the_other_sign(analysis, training, ours, rival, sign):
+    runs, arms, measures = planted(training, {"proximal_factors": ours, "lower_rate": rival}, noise=0.5)
+    summary = analysis.analyse(runs, arms, measures)
+    found = summary["differences"]["rest"]["proximal_factors"]["lower_rate"]["0.75"]
+    assert found["sign"] == sign and len(found["per_seed"]) == len(SEEDS)
+    assert found["low"] <= found["mean"] <= found["high"]
+    lines = analysis.verdict(summary)
+    assert ("ProximalLoRA forgets less than every rival" in lines[0]) == (sign == "less")
+    assert ("rival forgets less than every form" in lines[0]) == (sign == "more")
+    assert ("not the best choice" in analysis.overall({"planted": summary})) == (sign == "more")
+
+
+def test_equal_arms_are_undecided_and_pairing_removes_what_seeds_share(analysis, training):
+    cost = {"proximal_factors": 0.4, "lower_rate": 0.4}
+    runs, arms, measures = planted(training, cost, noise=5.0)
+    summary = analysis.analyse(runs, arms, measures)
+    at_level = summary["matched"]["rest"]["lower_rate"]["0.5"]
+    assert at_level["high"] - at_level["low"] > 0.05  # seeds differ much
+    crossing = [x - y for x, y in zip(
+        summary["matched"]["rest"]["proximal_factors"]["0.5"]["per_seed"], at_level["per_seed"], strict=True
+    )]  # fmt: skip
+    found = summary["differences"]["rest"]["proximal_factors"]["lower_rate"]["0.5"]
+    assert found["per_seed"] == pytest.approx(crossing, abs=1e-6) and abs(found["mean"]) < 1e-6
+    assert "no decision" in analysis.verdict(summary)[0] or found["sign"] == "undecided"
+    json.dumps(summary, allow_nan=False)
+
+
+def test_the_interval_is_students_and_one_seed_decides_nothing(analysis):
+    values = [1.0, 2.0, 4.0, 5.0, 3.5]
+    found = analysis.Interval.of(values)
+    half = 2.7764451 * np.std(values, ddof=1) / math.sqrt(5)
+    assert (found.low, found.high) == pytest.approx((3.1 - half, 3.1 + half))
+    assert analysis.Interval.of([-1.0]).sign == "undecided"
+
+
+def test_a_path_that_misses_a_level_in_one_seed_is_not_compared(analysis, training):
+    runs, arms, measures = planted(training, {"proximal_factors": 0.2, "lower_rate": 0.4})
+    arms[0] = training.Arm(arms[0].key, "ours", arms[0].grid, proximal={}, ends_at_base=False)
+    summary = analysis.analyse(runs, arms, measures)
+    matched = summary["matched"]["rest"]["proximal_factors"]
+    assert matched["0.5"] is not None
+    short = [run for run in runs if run.value != 0.4]
+    arms[0] = training.Arm(arms[0].key, "ours", {"planted": (0.8,)}, proximal={}, ends_at_base=False)
+    summary = analysis.analyse(short, arms, measures)
+    assert summary["matched"]["rest"]["proximal_factors"]["0.75"] is None
+    assert "Nothing can be compared" in analysis.verdict(summary)[0]
+
+
+def test_every_arm_has_as_many_points_and_names_a_real_treatment(script, training):
+    protocol = training.Protocol(10, 4, 0.1)
+    for arm in script.ARMS:
+        assert {len(values) for values in arm.grid.values()} == {4}, arm.key
+        if arm.trained:
+            treatment = arm.treatment(arm.grid["encoder"][0], protocol)
+            assert treatment != training.Treatment()
+        elif arm.start:
+            key, value = arm.start
+            (start,) = [other for other in script.ARMS if other.key == key]
+            assert all(value in values for values in start.grid.values())
+    assert protocol.sum_of_rates == pytest.approx(sum(0.1 * (1 - step / 10) for step in range(10)))
+
+
+def factors(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" in name}
+
+
+def test_runs_of_a_seed_start_alike_whatever_the_arm(training, encoder):
+    proximal = training.Treatment(proximal={"proximal_lambda": 1.0})
+    first = factors(training.with_adapter(encoder, 0, training.Treatment()))
+    second = factors(training.with_adapter(encoder, 0, proximal))
+    other = factors(training.with_adapter(encoder, 1, training.Treatment()))
+    assert first and first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+    batches = [next(iter(encoder.batches(0))) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*batches, strict=True))
+
+
+@pytest.mark.parametrize("name", ["encoder", "language_model"])
+def test_treatments_hold_the_adapter_back_and_scaling_by_zero_is_the_base_model(request, training, name):
+    setting = request.getfixturevalue(name)
+
+    def trained(**treatment):
+        for _, last in training.train(setting, 0, training.Treatment(**treatment)):
+            model = last
+        return model
+
+    plain = trained()
+    distance = training.weight_distance(plain)
+    assert distance > 0
+    base = setting.evaluate(setting.new_model(0), 0)
+    after = setting.evaluate(plain, 0)
+    assert after != base
+    with training.scaled(plain, 0.0):
+        assert training.weight_distance(plain) == 0
+        assert setting.evaluate(plain, 0) == pytest.approx(base, abs=1e-6)
+    assert setting.evaluate(plain, 0) == after
+    pull = {"proximal_lambda": 1e9, "proximal_selective": False}
+    assert training.weight_distance(trained(proximal=pull)) < 1e-3 * distance
+    for held in ({"learning_rate": 0.1}, {"lora_alpha": 0.1}, {"weight_decay": 0.5}):
+        assert training.weight_distance(trained(**held)) < 0.95 * distance, held
+
+
+def test_a_language_model_is_read_without_its_padding_and_knows_no_text_of_the_section(load_script, language_model):
+    lm = load_script("benchmarks/forgetting_lm.py")
+    texts = language_model.others[:5]
+    alone = [lm.predictions(language_model.base, lm.pad([text]))[0] for text in texts]
+    together = lm.predictions(language_model.base, lm.pad(texts))[0]
+    torch.testing.assert_close(torch.cat(alone), together, rtol=1e-4, atol=1e-4)
+    rows = lm.read_corpus("debian_descriptions")
+    new, rest, held_out = lm.split_corpus(rows, "games")
+    assert len(new) + len(rest) + len(held_out) == len(rows)
+    assert not set(new) & set(rest) and not set(held_out) & set(rest)
+    parts = language_model.split(3)
+    assert [len(part) for part in parts] == [32, 12, 24]
+    with pytest.raises(SystemExit, match="no section 'nowhere'"):
+        lm.split_corpus(rows, "nowhere")
+
+
+def test_retrieval_neighbours_and_probe_on_answers_that_are_known(load_script, encoder):
+    module = load_script("benchmarks/forgetting_encoder.py")
+    torch.manual_seed(0)
+    points = torch.randn(40, 16)
+    loss, recall = module.retrieval(points, points, 0.05)
+    assert recall == 1.0 and loss < 0.1
+    _, chance = module.retrieval(points, points.roll(1, 0), 0.05)
+    assert chance == 0.0
+    labels = torch.arange(40) % 2
+    clusters = 0.1 * points + torch.nn.functional.one_hot(labels, 16)
+    assert module.neighbour_accuracy(clusters, labels, 5) == 1.0
+    weight, bias = module.linear_probe(clusters, labels, 2, decay=1e-2)
+    assert ((clusters @ weight.T + bias).argmax(1) == labels).all()
+    half = module.half_of_words("one two three four five six")
+    assert len(half.split()) == 3 and half == module.half_of_words("one two three four five six")
+    with pytest.raises(SystemExit, match="unknown: {'nonsense'}"):
+        module.EncoderSetting(module.EncoderOptions(sections=("games", "nonsense")), encoder.protocol)
+
+
+ARGUMENTS = ["--quick", "--date", "2026-01-01", "--steps", "2", "--arms"]
+ARMS = ["lower_rate", "early_stopping", "scaled_down", "proximal_delta", "proximal_delta_scaled"]
+
+
+@pytest.fixture(scope="module")
+def measured(script, tmp_path_factory):
+    output, docs = tmp_path_factory.mktemp("forgetting"), tmp_path_factory.mktemp("docs")
+    arguments = [*ARGUMENTS, *ARMS, "--output", str(output), "--docs", str(docs)]
+    assert script.main(arguments) == 0
+    return output, docs, arguments
+
+
+def test_the_script_writes_runs_summary_table_and_figure(measured):
+    output, docs, _ = measured
+    lines = [json.loads(line) for line in (output / "results.jsonl").read_text().splitlines()]
+    points = [(line["setting"], line["arm"], line["value"], line["seed"]) for line in lines if "arm" in line]
+    assert len(points) == len(set(points)) == 2 * 2 * (2 + 5 * 2)
+    assert sum("pilot" in line for line in lines) == 2
+    summary = json.loads((docs / "summary.json").read_text())
+    assert set(summary["settings"]) == {"encoder", "language_model"} and summary["date"] == "2026-01-01"
+    report = (docs / "README.md").read_text()
+    assert "numbers mean nothing" in report and "ProximalLoRA, delta, λ = 1/Ση, then scaled down" in report
+    assert (docs / "figure.png").stat().st_size > 20_000
+    assert (docs / "results.jsonl").read_bytes() == (output / "results.jsonl").read_bytes()
+
+
+def test_a_killed_benchmark_goes_on_where_it_stopped(script, measured, monkeypatch):
+    output, docs, arguments = measured
+    path, trained = output / "results.jsonl", []
+    whole, report = path.read_text(), (docs / "README.md").read_text()
+    original = script.trained_runs
+
+    def counted(setting, arm, value, seed, *rest):
+        trained.append((arm.key, value, seed))
+        return original(setting, arm, value, seed, *rest)
+
+    monkeypatch.setattr(script, "trained_runs", counted)
+    assert script.main(arguments) == 0
+    assert not trained and path.read_text() == whole
+    path.write_text(whole[:-20])  # killed while it wrote the last line
+    assert script.main(arguments) == 0
+    assert len(trained) == 1
+    assert sorted(json.loads(line)["value"] for line in path.read_text().splitlines() if "value" in line) == sorted(
+        json.loads(line)["value"] for line in whole.splitlines() if "value" in line
+    )
+    assert (docs / "README.md").read_text().split("## How")[0][:2000] == report.split("## How")[0][:2000]
