@@ -65,3 +65,45 @@ def descend_in_parameters(
         optimizer.step()
         path.append(displacement.detach().clone())
     return path
+
+
+def adamw_in_parameters(
+    features: Tensor,  # (n, P)
+    outputs0: Tensor,  # (N, C)
+    loss: Callable[[Tensor, Tensor], Tensor],
+    labels: Tensor,
+    rates: Sequence[float],
+    batches: Sequence[Tensor],
+    start: Tensor,  # (P,)
+    pulled: int,
+    *,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    ridge: float = 0.0,
+    mode: str = "decoupled",
+    selective: bool = False,
+    clip: float | None = None,
+) -> list[Tensor]:  # displacement (P,) at every step, the start included
+    """AdamW (Loshchilov and Hutter, algorithm 2) and the proximal term, formula by formula."""
+    theta, first, second = start.clone(), torch.zeros_like(start), torch.zeros_like(start)
+    mask = torch.arange(len(start)) < pulled
+    path = [theta - start]
+    for step, (rate, batch) in enumerate(zip(rates, batches, strict=True), start=1):
+        leaf = theta.clone().requires_grad_()
+        outputs = outputs0 + (features @ (leaf - start)).view_as(outputs0)
+        (gradient,) = torch.autograd.grad(loss(outputs[batch], labels[batch]), leaf)
+        if clip is not None:
+            gradient = gradient * min(1.0, clip / (float(gradient.norm()) + 1e-6))
+        acts = not selective or float(gradient[mask] @ (theta - start)[mask]) >= 0
+        if acts and mode == "coupled":
+            gradient = gradient + ridge * (theta - start) * mask
+        theta = theta - rate * weight_decay * theta
+        first = betas[0] * first + (1 - betas[0]) * gradient
+        second = betas[1] * second + (1 - betas[1]) * gradient**2
+        unbiased = first / (1 - betas[0] ** step), second / (1 - betas[1] ** step)
+        theta = theta - rate * unbiased[0] / (unbiased[1].sqrt() + eps)
+        if acts and mode == "decoupled":
+            theta = torch.where(mask, start + (theta - start) / (1 + rate * ridge), theta)
+        path.append(theta - start)
+    return path

@@ -1,0 +1,198 @@
+# Copyright 2026 The peft-linear authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""`jacobian_features`: the rows of the Jacobian of a model's adapters, from the passes that kernels are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import PeftLinearError
+from ..functional.gram import jacobian_rows
+from ..kernels.jacobian_features import BASE, Columns, JacobianFeatures, laid_out
+from .batches import gather_labels, read_batches
+from .memory import format_memory, parse_memory
+from .outputs import OutputKind
+from .passes import OTHER, Job, Parts, capturing, capturing_other
+from .request import Request
+from .targets import Targets, base_model, require_plain_lora
+from .terms import Term
+
+
+def jacobian_features(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    targets: Targets = "all-linear",
+    rank: int = 8,
+    lora_alpha: float = 16.0,
+    outputs: OutputKind = "logits",
+    always_trained: Sequence[str] | None = None,
+    seed: int = 0,
+    progress: bool = True,
+    *,
+    num_projections: int = 16,
+    max_memory: int | str | None = "8GB",
+) -> JacobianFeatures:
+    """The Jacobian rows of LoRA adapters (and of the task head), from one forward and C backward passes a batch.
+
+    `rows @ rowsᵀ` is the kernel that `compute_ntk(..., space="lora")` gives with the same arguments, which are
+    explained there. Rows take n·P numbers (P = r·d_out a module at B = 0) where a kernel takes n² a module: for a few
+    modules and a few hundred examples.
+
+    Args:
+        model: a plain model (fresh adapters, B = 0), or one that carries LoRA adapters; only of the latter do the
+            columns have names in the model. Left as it was found.
+        targets: of a model that carries adapters, "all-linear" means those modules that have one.
+        max_memory: an error is raised where the rows would take more. None: no limit.
+
+    Raises:
+        TargetError, OutputError: as `compute_ntk`.
+        PeftLinearError: no batches, or more memory needed than `max_memory`.
+    """
+    limit = parse_memory(max_memory)
+    request = Request(
+        targets=_adapted(model) if targets == "all-linear" else targets,
+        space="lora",
+        rank=rank,
+        lora_alpha=lora_alpha,
+        draws=1,
+        outputs=outputs,
+        always_trained=always_trained,
+        seed=seed,
+        num_projections=num_projections,
+        kernel="gradient",
+        product_dtype=None,
+    )
+    job = request.prepare(model).job
+    read = read_batches(batches, model, job.function.needs_labels, f"outputs={outputs!r}")
+    job = replace(job, batches=read)
+    columns = _columns(job)
+    width = columns[-1].stop if columns else 0
+    examples = sum(batch.size for batch in read)
+    rows: Tensor | None = None
+    values: list[Tensor] = []
+    first = 0
+    with torch.random.fork_rng(devices=[job.device] if job.device.type == "cuda" else []):
+        for parts, batch_outputs in _passes(job, progress):
+            if rows is None:
+                rows = _allocate(limit, examples * batch_outputs.shape[1], width, parts)
+            _write_rows(rows[first : first + batch_outputs.numel()], job, parts)
+            first += batch_outputs.numel()
+            values.append(batch_outputs.cpu().double())
+    assert rows is not None
+    outputs0 = torch.cat(values)
+    parameters = dict(model.named_parameters())
+    start = [laid_out(parameters[c.parameter], c) if c.parameter else torch.zeros(c.stop - c.first) for c in columns]
+    return JacobianFeatures(
+        rows=rows,
+        start=torch.cat([piece.to(rows) for piece in start]),
+        outputs=outputs0,
+        labels=gather_labels(read, outputs0, job.function),
+        names=tuple(job.candidates),
+        columns=tuple(columns),
+    )
+
+
+def _adapted(model: nn.Module) -> Targets:
+    """The modules that carry a LoRA adapter; "all-linear" where none does."""
+    layers = [
+        name
+        for name, module in base_model(model).named_modules()
+        if isinstance(module, LoraLayer) and require_plain_lora(name, module) is not None
+    ]
+    return layers or "all-linear"
+
+
+def _passes(job: Job, progress: bool) -> Iterator[tuple[Parts, Tensor]]:
+    """Parts of all terms, those of the other head parameters among them, and outputs, batch by batch."""
+    others = []
+    if job.head_other:
+        with capturing_other(job) as capture:
+            others = [capture(number)[0] for number in range(len(job.batches))]
+    with capturing(job) as capture:
+        for number in tqdm(range(len(job.batches)), desc="features", unit="batch", disable=not progress):
+            parts, outputs = capture(number)
+            yield parts | (others[number] if others else {}), outputs
+
+
+def _write_rows(target: Tensor, job: Job, parts: Parts) -> None:
+    """The rows of a batch into `target` (B·C, P)."""
+    first = 0
+    for key, term in _terms(job):
+        part, width = parts.get(key), term.features * term.channels
+        columns = target[:, first : first + width]
+        if part is None:
+            columns.zero_()
+        else:
+            rows = part if isinstance(part, Tensor) else jacobian_rows(*part)
+            columns.copy_(rows.reshape(len(target), width))
+        first += width
+
+
+def _terms(job: Job) -> Iterator[tuple[str, Term]]:
+    for name in (*job.candidates, *job.head_linear):
+        yield from zip(job.keys(name), job.terms[name], strict=True)
+    if job.head_other:
+        size = sum(parameter.numel() for parameter in job.head_other)
+        yield OTHER, Term(_same, _same, features=size, channels=1)
+
+
+def _columns(job: Job) -> list[Columns]:
+    """In the order of `_terms`; the other head parameters one by one."""
+    names = {id(parameter): name for name, parameter in job.model.named_parameters()}
+    columns: list[Columns] = []
+
+    def add(module: str, parameter: Any, shape: tuple[int, ...], transposed: bool) -> None:
+        first = columns[-1].stop if columns else 0
+        columns.append(Columns(module, names.get(id(parameter)), first, shape, transposed))
+
+    for name, layer in job.candidates.items():
+        adapter = require_plain_lora(name, layer) if isinstance(layer, LoraLayer) else None
+        factors = [None]
+        if adapter is not None:
+            factors = [layer.lora_B[adapter].weight, layer.lora_A[adapter].weight]  # type: ignore[index, union-attr]
+        for factor, term in zip(factors, job.terms[name], strict=False):  # A has no term at B = 0
+            add(name, factor, (term.features, term.channels), transposed=True)
+    for name, layer in job.head_linear.items():
+        weight, *bias = job.terms[name]
+        add(BASE, layer.weight, (weight.features, weight.channels), transposed=not isinstance(layer, Conv1D))
+        for term in bias:
+            add(BASE, layer.bias, (term.channels,), transposed=False)
+    for parameter in job.head_other:
+        add(BASE, parameter, tuple(parameter.shape), transposed=False)
+    return columns
+
+
+def _allocate(limit: int | None, rows: int, width: int, parts: Parts) -> Tensor:
+    known = [part if isinstance(part, Tensor) else part[0] for part in parts.values() if part is not None]
+    dtype = torch.float64 if any(part.dtype == torch.float64 for part in known) else torch.float32
+    size = rows * width * dtype.itemsize
+    if limit is not None and size > limit:
+        raise PeftLinearError(
+            f"{rows} rows of {width:,} numbers take {format_memory(size)}, more than max_memory="
+            f"{format_memory(limit)}; take fewer examples, modules or ranks, or raise max_memory"
+        )
+    return torch.empty(rows, width, dtype=dtype)
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
