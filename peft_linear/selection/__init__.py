@@ -16,6 +16,7 @@
 from .baselines import BASELINES, baseline, equal_parameter_rank, kappa_order
 from .budget import Budget, parse_budget
 from .criteria import CRITERIA, DEFAULT_CRITERION, Criterion, applicable_criteria, score_modules
+from .model_baselines import MODEL_BASELINES, model_order, model_scores
 from .prediction import predict
 from .problem import Problem
 from .recommend import default_ridge, recommend
@@ -26,6 +27,7 @@ __all__ = [
     "BASELINES",
     "CRITERIA",
     "DEFAULT_CRITERION",
+    "MODEL_BASELINES",
     "Budget",
     "Criterion",
     "ModuleScore",
@@ -36,6 +38,8 @@ __all__ = [
     "default_ridge",
     "equal_parameter_rank",
     "kappa_order",
+    "model_order",
+    "model_scores",
     "parse_budget",
     "predict",
     "recommend",
