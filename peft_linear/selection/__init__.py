@@ -21,6 +21,7 @@ from .prediction import predict
 from .problem import Problem
 from .recommend import default_ridge, recommend
 from .recommendation import ModuleScore, Recommendation
+from .reliability import Reliability, split_half_reliability
 
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "ModuleScore",
     "Problem",
     "Recommendation",
+    "Reliability",
     "applicable_criteria",
     "baseline",
     "default_ridge",
@@ -44,4 +46,5 @@ __all__ = [
     "predict",
     "recommend",
     "score_modules",
+    "split_half_reliability",
 ]

@@ -19,9 +19,11 @@ from collections.abc import Mapping
 
 from ..functional.spectrum import Spectrum
 from ..kernels.module_kernels import ModuleKernels
+from .baselines import equal_parameter_rank
 from .budget import Budget
 from .criteria import Criterion
 from .problem import Problem
+from .reliability import Reliability
 from .search import SearchResult, rank_by_score
 
 
@@ -72,6 +74,7 @@ def notes_on(
     criterion: Criterion,
     problem: Problem,
     chosen: Spectrum,
+    reliability: Reliability | None = None,
 ) -> tuple[str, ...]:
     """What would make a careful reader doubt the choice; empty where nothing does."""
     notes = []
@@ -79,6 +82,14 @@ def notes_on(
         notes.append(
             f"Only {kernels.num_examples} examples: scores from fewer than {FEW_EXAMPLES} change much with the "
             "sample; pass more batches."
+        )
+    if reliability is not None and not reliability.signal:
+        parameters = sum(kernels.num_parameters[name] for name in result.order)
+        rank = equal_parameter_rank(kernels, parameters)
+        notes.append(
+            f"No signal: between two halves of the examples the order of the candidates has a rank correlation of "
+            f"{reliability.halves:.2f}, which chance gives too (up to {reliability.threshold:.2f}). Pass more "
+            f"examples, or adapt all {len(singles)} candidates at rank {rank}, which has about as many parameters."
         )
     low, high = min(singles.values()), max(singles.values())
     largest = max(abs(low), abs(high))

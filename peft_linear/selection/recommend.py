@@ -31,6 +31,7 @@ from .prediction import before_training, predict
 from .problem import Problem
 from .reasons import explain, notes_on
 from .recommendation import ModuleScore, Recommendation
+from .reliability import Reliability, split_half_reliability
 from .search import SearchResult, SubsetScorer, check_strategy, rank_by_score, search
 
 
@@ -85,9 +86,11 @@ def recommend(
     """The best set of modules within the budget by one criterion on `K_S = K_0 + Σ_{m∈S} K_m`, with its evidence.
 
     The budget is used up: as many modules are taken as fit, also where the criterion no longer improves (a note says
-    so). Cost: one criterion evaluation for each candidate and round of the search (O(n³) for most, O(n²) for additive
-    ones), and one eigendecomposition for each candidate, whose condition number is always shown. 8 of 37 candidates by
-    leave-one-out error with n = 512 rows take about 5 s on one CPU core, and it grows as n³.
+    so). Whether the examples tell the candidates apart at all is asked of random halves of them
+    (`Recommendation.signal`); where they do not, a note says so and names the alternative, all candidates at a lower
+    rank. Cost: one criterion evaluation for each candidate and round of the search (O(n³) for most, O(n²) for additive
+    ones), twenty on n/2 rows and one eigendecomposition for each candidate, whose condition number is always shown.
+    8 of 37 candidates by leave-one-out error with n = 512 rows take about 10 s on one CPU core, and it grows as n³.
 
     Args:
         kernels: Of the candidates, from `compute_ntk`.
@@ -130,6 +133,7 @@ def recommend(
     shown = singles
     if chosen_criterion.name != "condition_number":
         shown = {name: kernels.spectrum([name]).condition_number(ridge) for name in kernels.names}
+    reliability = split_half_reliability(kernels, chosen_criterion, problem)
     reasons = explain(result, singles, chosen_criterion, limit, kernels.num_parameters, strategy)
     scores = tuple(
         ModuleScore(
@@ -159,8 +163,8 @@ def recommend(
         criterion=chosen_criterion.name,
         budget=budget,
         ridge=ridge,
-        settings=_settings(kernels, problem, chosen_criterion, limit, strategy, criterion, result),
-        notes=notes_on(kernels, result, singles, chosen_criterion, problem, spectra["chosen"]),
+        settings=_settings(kernels, problem, chosen_criterion, limit, strategy, criterion, result, reliability),
+        notes=notes_on(kernels, result, singles, chosen_criterion, problem, spectra["chosen"], reliability),
         spectra=spectra,
     )
 
@@ -173,6 +177,7 @@ def _settings(
     strategy: str,
     asked_for: str,
     result: SearchResult,
+    reliability: Reliability | None,
 ) -> dict[str, object]:
     settings = {
         "asked_for": asked_for,
@@ -197,6 +202,7 @@ def _settings(
         "rank": kernels.rank,
         "lora_alpha": kernels.lora_alpha,
         "always_trained": bool(kernels.base.any()),
+        "reliability": None if reliability is None else reliability.to_dict(),
         "kernels": dict(kernels.provenance),
     }
     return json.loads(json.dumps(settings, default=str))  # what a file gives back, so that a saved copy is equal

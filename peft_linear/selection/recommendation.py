@@ -100,6 +100,12 @@ class Recommendation:
         """Adapter parameters of the choice at the rank of the kernels."""
         return sum(row.parameters for row in self.scores if row.chosen)
 
+    @property
+    def signal(self) -> bool | None:
+        """Whether two halves of the examples order the candidates alike, more than chance does; None: not known."""
+        reliability = self.settings.get("reliability")
+        return None if reliability is None else bool(reliability["signal"])
+
     def __repr__(self) -> str:
         return (
             f"Recommendation({len(self.modules)} of {len(self.scores)} modules, {self.parameters:,} parameters, "

@@ -1,0 +1,119 @@
+# Copyright 2026 The peft-linear authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Does the data say anything about the order of the candidates? Two halves of the examples answer independently."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from scipy.stats import spearmanr
+from torch import Tensor
+
+from ..kernels.module_kernels import ModuleKernels
+from .criteria import Criterion, score_modules
+from .problem import Problem
+
+
+LEAST_EXAMPLES = 8
+ONE_SIDED = 1.645  # standard deviations of a normal distribution that 5 % lie above
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """How far the order of the candidates is that of the data's, and not of the sample's.
+
+    Args:
+        halves: Mean Spearman correlation between the candidates' scores in two disjoint halves of the examples.
+        splits: Number of random splits that it is the mean of.
+        rank_intervals: {module: (low, high)}, between which 90 % of its ranks in single halves lie; 1 is the best.
+    """
+
+    halves: float
+    splits: int
+    rank_intervals: Mapping[str, tuple[int, int]]
+
+    @property
+    def full(self) -> float:
+        """The correlation to be expected between two samples as large as all examples (Spearman–Brown's formula)."""
+        return 2 * self.halves / (1 + self.halves) if self.halves > -1 else -1.0
+
+    @property
+    def threshold(self) -> float:
+        """What `halves` exceeds with a probability of 5 % at most where orders are random: 1.645/sqrt(M − 1).
+
+        The standard deviation of Spearman's coefficient of M independent values is 1/sqrt(M − 1). The mean over splits
+        of one sample varies less than a single split does, so the test errs towards "no signal".
+        """
+        return ONE_SIDED / math.sqrt(max(1, len(self.rank_intervals) - 1))
+
+    @property
+    def signal(self) -> bool:
+        """Whether the order can be told from a random one."""
+        return self.halves > self.threshold
+
+    def to_dict(self) -> dict[str, object]:
+        return {
+            "halves": self.halves,
+            "full": self.full,
+            "threshold": self.threshold,
+            "signal": self.signal,
+            "splits": self.splits,
+            "rank_intervals": {name: list(interval) for name, interval in self.rank_intervals.items()},
+        }
+
+
+def split_half_reliability(
+    kernels: ModuleKernels, criterion: Criterion, problem: Problem, splits: int = 10
+) -> Reliability | None:
+    """Scores every candidate on both halves of `splits` random splits (by `problem.seed`) of the examples.
+
+    Cost: 2·splits evaluations of the criterion a candidate, on n/2 rows each. None for kernels of fewer than 8
+    examples or 3 candidates, where halves say nothing, and for lazy kernels, which would be read from their files as
+    often.
+    """
+    count = kernels.num_examples
+    if count < LEAST_EXAMPLES or len(kernels) < 3 or kernels.lazy:
+        return None
+    generator = torch.Generator().manual_seed(problem.seed)
+    correlations, ranks = [], []
+    for _ in range(splits):
+        order = torch.randperm(count, generator=generator)
+        one, other = (
+            _utilities(kernels, criterion, problem, half)
+            for half in (order[: count // 2], order[count // 2 : 2 * (count // 2)])
+        )
+        constant = one.min() == one.max() or other.min() == other.max()
+        correlations.append(0.0 if constant else float(spearmanr(one, other).statistic))
+        ranks += [_ranks(one), _ranks(other)]
+    spread = torch.stack(ranks).double()
+    low, high = torch.quantile(spread, torch.tensor([0.05, 0.95], dtype=torch.float64), dim=0)
+    intervals = {
+        name: (math.floor(a), math.ceil(b))
+        for name, a, b in zip(kernels.names, low.tolist(), high.tolist(), strict=True)
+    }
+    return Reliability(sum(correlations) / splits, splits, intervals)
+
+
+def _utilities(kernels: ModuleKernels, criterion: Criterion, problem: Problem, examples: Tensor) -> Tensor:
+    labels = None if problem.labels is None else problem.labels[examples]
+    half = replace(problem, outputs=problem.outputs[examples], labels=labels)
+    scores = score_modules(kernels.select_examples(examples), criterion, half)
+    return torch.tensor([criterion.utility(scores[name]) for name in kernels.names], dtype=torch.float64)
+
+
+def _ranks(utilities: Tensor) -> Tensor:
+    return utilities.argsort(descending=True, stable=True).argsort() + 1

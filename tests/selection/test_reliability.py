@@ -1,0 +1,97 @@
+# Copyright 2026 The peft-linear authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Whether the examples tell the candidates apart."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from scipy.stats import spearmanr
+
+from peft_linear.selection import recommend
+from peft_linear.selection.criteria import CRITERIA
+from peft_linear.selection.problem import Problem
+from peft_linear.selection.reliability import Reliability, split_half_reliability
+from tests.selection.planted import BERT_NAMES, planted_kernels
+
+
+def reliability(kernels, criterion="gradient_energy", **settings):
+    return split_half_reliability(kernels, CRITERIA[criterion], Problem.of(kernels, 1.0, **settings))
+
+
+def noise(seed, examples=32, names=BERT_NAMES):
+    return planted_kernels(names=names, examples=examples, informative=(), seed=seed)
+
+
+def test_a_planted_signal_is_told_from_chance():
+    kernels = planted_kernels(names=BERT_NAMES[:12], examples=48, informative=(1, 3, 4, 7, 9))
+    found = reliability(kernels)
+    assert found.signal and found.halves > 0.4 and found.full > found.halves
+    for number, name in enumerate(kernels.names):
+        low, high = found.rank_intervals[name]
+        assert 1 <= low <= high <= 12
+        assert (high <= 7) if number in (1, 3, 4, 7, 9) else (low >= 4)
+
+
+def test_noise_is_called_a_signal_at_most_as_often_as_promised():
+    calls = [reliability(noise(seed, names=BERT_NAMES[:12])).signal for seed in range(40)]
+    assert sum(calls) <= 6  # 5 % of 40 are 2; six or more have a probability below 2 %
+
+
+def test_halves_are_disjoint_and_the_number_is_the_mean_of_spearmans():
+    kernels = noise(0, examples=10, names=BERT_NAMES[:5])
+    problem = Problem.of(kernels, 1.0, seed=3)
+    generator, slow = torch.Generator().manual_seed(3), []
+    for _ in range(10):
+        order = torch.randperm(10, generator=generator).tolist()
+        scores = []
+        for half in (order[:5], order[5:]):
+            rows = [i * 3 + a for i in half for a in range(3)]
+            error = Problem.of(kernels.select_examples(half), 1.0).error
+            scores.append([float(error @ kernels[name][rows][:, rows] @ error) for name in kernels.names])
+        slow.append(spearmanr(*scores).statistic)
+    found = split_half_reliability(kernels, CRITERIA["gradient_energy"], problem)
+    assert found.halves == pytest.approx(sum(slow) / 10)
+
+
+def test_where_there_is_no_signal_the_recommendation_says_so_and_names_the_alternative():
+    kernels = noise(1, examples=40)
+    rec = recommend(kernels, 9)
+    assert rec.signal is False
+    (note,) = (note for note in rec.notes if note.startswith("No signal"))
+    assert "adapt all 36 candidates at rank 2" in note
+    clear = recommend(planted_kernels(examples=60, informative=(2, 5, 6)), 2)
+    assert clear.signal is True and not any(note.startswith("No signal") for note in clear.notes)
+
+
+def test_criteria_that_prefer_low_scores_rank_the_lowest_first():
+    kernels = planted_kernels(names=BERT_NAMES[:12], examples=48, informative=(1, 4, 7))
+    found = reliability(kernels, "leave_one_out")
+    assert all(found.rank_intervals[BERT_NAMES[i]][1] <= 8 for i in (1, 4, 7))
+
+
+def test_too_little_to_halve_is_not_known():
+    assert reliability(noise(0, examples=6)) is None
+    assert reliability(noise(0, names=BERT_NAMES[:2])) is None
+    rec = recommend(noise(0, examples=6), 2)
+    assert rec.signal is None and rec.settings["reliability"] is None
+
+
+def test_equal_scores_are_no_signal():
+    kernels = noise(0, examples=10, names=BERT_NAMES[:4])
+    same = replace(kernels, blocks=dict.fromkeys(kernels.names, kernels[kernels.names[0]]))
+    assert reliability(same).halves == 0 and not reliability(same).signal
+    assert Reliability(-1.0, 1, {"a": (1, 1)}).full == -1.0
