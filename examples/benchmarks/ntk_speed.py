@@ -276,8 +276,9 @@ def main(argv: list[str] | None = None) -> int:
                 ).items():
                     rows.setdefault(method, {}).update(row)
             if "memory" in arguments.measure:
-                for method in (*[m for m in rows if m != STEP], STEP):
-                    if "error" not in rows.get(method, {}):
+                for method in (*arguments.methods, STEP):
+                    applies = method != DRAWS or space == "lora"
+                    if applies and "error" not in rows.get(method, {}):
                         peak = peak_megabytes(name, space, method, arguments.device)
                         rows.setdefault(method, {})["peak"] = peak
             print(table({f"{name}/{space}": rows}), flush=True)
