@@ -36,7 +36,7 @@ from peft_linear.training.proximal import proximal_firing_rate
 
 
 pytest.importorskip("trl", reason="TRL is not installed: pip install 'peft-linear[trl]'")
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer  # noqa: E402
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 
 OPTIONS = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM"}
