@@ -1,0 +1,132 @@
+# Copyright 2026 The peft-linear authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Experiment A: the strength λ of the proximal term against distance, linearity and accuracy.
+
+For each λ and seed two models are trained from one start with the same batches, rates and proximal term: the real one
+and its linearised model. The gap between them is taken twice: the linear model at the real model's parameters (the
+Taylor remainder), and where its own training took it (the paper's comparison).
+
+The term pulls either everything that is trained, as in the paper's objective, or the LoRA factors alone and not the
+new head, which is what ProximalLoRA does.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from common import Task
+from paper_records import Records
+from paper_training import Protocol, Pull, adapted, evaluate, fit, make_optimizer, trained_parameters
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from peft_linear import LinearizedModel, linearization_gap, linearize
+from peft_linear.cli.data import batches_of
+from peft_linear.training.proximal import proximal_firing_rate
+
+
+LOSS = "cross_entropy"
+EVERYTHING, FACTORS, NOTHING = "everything", "factors", "nothing"
+PULLED = {
+    EVERYTHING: "everything that is trained is pulled (the paper's objective)",
+    FACTORS: "the LoRA factors are pulled, the head is free (ProximalLoRA)",
+}
+
+
+def measure(
+    task: Task,
+    names: Sequence[str],
+    lambdas: Sequence[float],
+    seeds: Sequence[int],
+    protocol: Protocol,
+    records: Records,
+) -> list[dict[str, Any]]:
+    """Runs what `records` lacks of lambdas x seeds x what is pulled, and returns all of it."""
+    wanted = [(pulled if pull else NOTHING, pull, seed) for seed in seeds for pull in lambdas for pulled in PULLED]
+    wanted = list(dict.fromkeys(wanted))
+    for pulled, pull, seed in tqdm([key for key in wanted if key not in records], desc="A: strengths"):
+        records.add(run(task, names, pulled, pull, seed, protocol))
+    return records.select(wanted)
+
+
+def run(task: Task, names: Sequence[str], pulled: str, pull: float, seed: int, protocol: Protocol) -> dict[str, Any]:
+    """One λ and one seed: the real model and the linear one, trained and compared on the test split."""
+    start = time.perf_counter()
+    model = adapted(task.new_model(seed), names, protocol, pull if pulled == FACTORS else None)
+    linearized = linearize(model)
+    anchors = linearized.anchor_state_dict()
+    before = evaluate(model, task, task.train, LOSS)
+    optimizer = make_optimizer(trained_parameters(model), "adamw", protocol.learning_rate)
+    own = {name: parameter for name, parameter in model.named_parameters() if name in anchors}
+    term = attach(optimizer, own, anchors, pulled, pull, protocol) if pulled == EVERYTHING else None
+    fit(model, task, seed, protocol, optimizer, LOSS)
+    linear_rate = fit_linear(linearized, task, seed, protocol, pulled, pull)
+    rows = sorted(task.test, key=lambda row: len(row["input_ids"]))
+    batches = batches_of(rows, task.collator, batch_size=64)
+    gaps = {at: linearization_gap(model, linearized, batches, at=at).to_dict() for at in ("model", "own")}
+    moved = {name: own[name].detach() - anchor for name, anchor in anchors.items()}
+    rate = term.firing_rate if term else proximal_firing_rate(model) if pulled == FACTORS else math.nan
+    return {
+        "pulled": pulled,
+        "pull": pull,
+        "seed": seed,
+        "distance": {EVERYTHING: length(moved), FACTORS: length(moved, "lora_")},
+        "linear_distance": {
+            EVERYTHING: length(linearized.displacement()),
+            FACTORS: length(linearized.displacement(), "lora_"),
+        },
+        "firing_rate": None if math.isnan(rate) else rate,
+        "linear_firing_rate": None if math.isnan(linear_rate) else linear_rate,
+        "loss_before": before.loss,
+        "train": asdict(evaluate(model, task, task.train, LOSS)),
+        "linear_train": asdict(evaluate(linearized, task, task.train, LOSS)),
+        "gap_at_model": gaps["model"],
+        "gap_at_own": gaps["own"],
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+
+
+def fit_linear(
+    linearized: LinearizedModel, task: Task, seed: int, protocol: Protocol, pulled: str, pull: float
+) -> float:
+    """Trains the linearised model as the real one is trained; returns how often the term acted."""
+    own = dict(zip(linearized.names, linearized.parameters(), strict=True))
+    optimizer = make_optimizer(list(own.values()), "adamw", protocol.learning_rate)
+    term = attach(optimizer, own, linearized.anchor_state_dict(), pulled, pull, protocol)
+    fit(linearized, task, seed, protocol, optimizer, LOSS)
+    return term.firing_rate if term else math.nan
+
+
+def attach(
+    optimizer: Any,
+    own: Mapping[str, Tensor],
+    anchors: Mapping[str, Tensor],
+    pulled: str,
+    pull: float,
+    protocol: Protocol,
+) -> Pull | None:
+    """The proximal term on all of `own`, or on the LoRA factors among them; None where nothing is pulled."""
+    if pulled == NOTHING:
+        return None
+    names = [name for name in own if pulled == EVERYTHING or "lora_" in name]
+    return Pull(optimizer, [own[n] for n in names], [anchors[n] for n in names], pull, protocol.selective)
+
+
+def length(moved: Mapping[str, Tensor], part: str = "") -> float:
+    """`‖θ−θ0‖` over the parameters whose name has `part`."""
+    return math.sqrt(sum(float(delta.double().square().sum()) for name, delta in moved.items() if part in name))

@@ -1,0 +1,176 @@
+# Copyright 2026 The peft-linear authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The experiments of "Linearization Explains Fine-Tuning in Large Language Models" (arXiv 2602.08239), run again.
+
+    python examples/paper/run.py                                   # MiniLM, shipped texts: half an hour on a core
+    python examples/paper/run.py --model roberta-base --task cola  # the paper's model and data, where there is a Hub
+    python examples/paper/run.py --task cola --data my_cola        # the same columns from a file or folder
+    python examples/paper/run.py --quick                           # every step in seconds, too short to mean anything
+
+Experiment A (`--experiment lambda`): λ against ‖θ−θ0‖, the gap to the linearised model, and accuracy. Experiment B
+(`--experiment condition`): the condition number of the kernel, and other numbers known before training, against the
+final training loss and the accuracy of LoRA on many choices of layers. Both write runs.jsonl, results.json, README.md
+and figure.png into a folder of --output; finished runs are kept, so that a run that was killed goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # examples/common.py, from wherever this is started
+sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "benchmarks"))  # correlation.py and its neighbours
+
+import paper_condition
+import paper_lambda
+import paper_lambda_report
+from common import DEMO_MODEL, Task
+from paper_figures import draw_condition, draw_lambda
+from paper_predictors import layer_choices
+from paper_records import Records, circumstances, write_report
+from paper_tasks import TASKS, load_paper_task
+from paper_training import Protocol, projections_by_layer
+
+
+LAMBDAS = (0.0, 0.5, 5.0, 50.0, 500.0, 5e3, 5e4)  # with the two values that the paper names, 5 and 50
+SMALL = {"protocol": Protocol(), "limits": (128, 8, 300), "max_length": 48}
+PAPERS = {"protocol": Protocol(batch_size=64, dropout=True), "limits": (None, None, None), "max_length": 512}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse(argv)
+    task = load_paper_task(options.model, options.task, options.data, options.max_length, options.limits)
+    layers = projections_by_layer(task.new_model(0))
+    for name, experiment in {"lambda": run_lambda, "condition": run_condition}.items():
+        if options.experiment in (name, "all"):
+            folder = experiment(task, layers, options)
+            print((folder / "README.md").read_text(encoding="utf-8"))
+    return 0
+
+
+def run_lambda(task: Task, layers: dict[int, tuple[str, ...]], options: argparse.Namespace) -> Path:
+    folder = Path(options.output) / "paper_lambda"
+    chosen = list(layers) if options.layers is None else options.layers
+    unknown = sorted(set(chosen) - set(layers))
+    if unknown:
+        raise SystemExit(f"the model has no layers {unknown}; there are {list(layers)}")
+    names = [name for layer in chosen for name in layers[layer]]
+    setting = {**common_setting(task, options), "layers": chosen, "loss": paper_lambda.LOSS, "optimizer": "AdamW"}
+    records = Records(folder / "runs.jsonl", setting, ("pulled", "pull", "seed"))
+    runs = paper_lambda.measure(task, names, options.lambdas, options.lambda_seeds, options.protocol, records)
+    draw_lambda(runs, folder / "figure.png")
+    sections = paper_lambda_report.sections(runs, options.lambda_seeds)
+    setting |= {"seeds": options.lambda_seeds, "seconds": sum(run["seconds"] for run in runs)}
+    title = f"λ against distance, linearity and accuracy: {options.model}, {task.dataset_name}"
+    found = paper_lambda_report.claims(runs, len(task.test))
+    report(folder, title, found, sections, setting, options, paper_lambda_report.summary(runs))
+    return folder
+
+
+def run_condition(task: Task, layers: dict[int, tuple[str, ...]], options: argparse.Namespace) -> Path:
+    folder = Path(options.output) / "paper_condition_number"
+    setting = {**common_setting(task, options), "calibration_examples": options.examples}
+    records = Records(folder / "runs.jsonl", setting, ("choice", "loss", "optimizer", "seed"))
+    choices = layer_choices(list(layers), options.choices)
+    runs = paper_condition.measure(
+        task, layers, choices, options.condition_seeds, options.protocol, options.examples, records
+    )
+    tables, within = paper_condition.analyse(runs), paper_condition.analyse(runs, within=True)
+    draw_condition(runs, tables, folder / "figure.png")
+    sections = paper_condition.sections(runs, tables, within, options.condition_seeds)
+    setting |= {"choices_of_layers": choices, "seeds": options.condition_seeds}
+    setting["seconds"] = sum(run["seconds"] for run in runs)
+    title = f"Condition number against what training reached: {options.model}, {task.dataset_name}"
+    found = paper_condition.claims(tables, len(choices))
+    report(folder, title, found, sections, setting, options, paper_condition.summary(tables, within))
+    return folder
+
+
+def common_setting(task: Task, options: argparse.Namespace) -> dict[str, Any]:
+    """What results in one folder must have in common."""
+    return {
+        "model": options.model,
+        "task": task.dataset_name,
+        "classes": task.labels,
+        "examples": {split: len(getattr(task, split)) for split in ("train", "test")},
+        "max_length": options.max_length,
+        "protocol": asdict(options.protocol),
+        "steps": options.protocol.steps(task),
+    }
+
+
+def report(
+    folder: Path,
+    title: str,
+    claims: Sequence[Any],
+    sections: Sequence[str],
+    setting: dict[str, Any],
+    options: argparse.Namespace,
+    results: dict[str, Any],
+) -> None:
+    setting["seconds"] = round(setting["seconds"])
+    command = " ".join(["python examples/paper/run.py", *options.command])
+    write_report(folder, title, claims, sections, {**setting, **circumstances(command, options.date)}, results)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", default=DEMO_MODEL, help='"minilm", a folder, or a name on the Hub')
+    add("--task", default="topics2", choices=TASKS)
+    add("--data", help="a file or folder with the columns of --task, in place of the Hub")
+    add("--experiment", default="all", choices=("lambda", "condition", "all"))
+    add("--output", default="docs/measurements", help="each experiment has its folder there")
+    add("--lambdas", type=float, nargs="+", default=list(LAMBDAS))
+    add("--lambda-seeds", type=int, nargs="+", default=[0, 1])
+    add("--layers", type=int, nargs="+", help="of experiment A (default: all)")
+    add("--choices", type=int, default=24, help="choices of layers in experiment B")
+    add("--condition-seeds", type=int, nargs="+", default=[0])
+    add("--examples", type=int, default=32, help="calibration examples of the kernel")
+    add("--limits", type=count, nargs=3, metavar=("TRAIN", "VALIDATION", "TEST"), help='examples to keep; "all"')
+    add("--max-length", type=int, help="tokens of an example")
+    add("--epochs", type=int)
+    add("--batch-size", type=int)
+    add("--learning-rate", type=float, help="of AdamW")
+    add("--dropout", action=argparse.BooleanOptionalAction)
+    add("--quick", action="store_true", help="every step, but too short to mean anything")
+    add("--date", help="of the report (default: today)")
+    options = parser.parse_args(argv)
+    options.command = list(argv if argv is not None else sys.argv[1:])
+    if options.quick:
+        options.lambdas, options.lambda_seeds, options.condition_seeds = [0.0, 50.0], [0], [0]
+        options.choices, options.examples = 3, 8
+        options.limits, options.max_length = options.limits or (32, 4, 16), options.max_length or 24
+        options.epochs = options.epochs or 1
+    defaults = SMALL if TASKS[options.task].shipped or options.quick else PAPERS
+    options.limits = options.limits or defaults["limits"]
+    options.max_length = options.max_length or defaults["max_length"]
+    given = ("epochs", "batch_size", "learning_rate", "dropout")
+    changes = {name: getattr(options, name) for name in given if getattr(options, name) is not None}
+    options.protocol = replace(defaults["protocol"], **changes)
+    return options
+
+
+def count(text: str) -> int | None:
+    """A number, or None for "all"."""
+    return None if text == "all" else int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
