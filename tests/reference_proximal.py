@@ -64,7 +64,7 @@ class ReferenceProximal:
         inner = 0.0
         for name, p in self.parameters.items():
             if p.grad is not None and self.lam(name) > 0:
-                inner += float((p.grad * (p.detach() - self.start[name])).sum())
+                inner += self.lam(name) * float((p.grad * (p.detach() - self.start[name])).sum())
         self.fired[-1] = not self.selective or inner >= 0
         if self.mode == "coupled" and self.fired[-1]:
             self.risk_gradients = {n: p.grad for n, p in self.parameters.items()}

@@ -33,36 +33,36 @@ from torch import Tensor
 from .proximal import Anchor, differences, wide_dtype
 
 
-def projection_conditions(
-    gradients: Sequence[Tensor], parameters: Sequence[Tensor], anchors: Sequence[Anchor]
+def projection_sums(
+    parameters: Sequence[Tensor], anchors: Sequence[Anchor], gradients: Sequence[Tensor] | None = None
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """What the step depends on from before the optimizer's: per tensor, whether it fires, and ‖θ−θ0‖.
+    """‖θ−θ0‖² of each tensor, and ⟨g, θ−θ0⟩ where gradients are given (else an empty list).
 
-    Returns:
-        fires: 0 or 1 per tensor, 1 where ⟨g, θ−θ0⟩ > 0 (a gradient that is not finite does not fire).
-        norms: ‖θ−θ0‖ per tensor.
-        Both are float64 scalars on the tensor's device (float32 where it has no float64), which the host never reads.
-
-    Cost O(number of parameters); a fixed number of kernels per shape, dtype and device.
+    Scalars on each tensor's device, float64 (float32 where it has no float64), which the host never reads. Cost
+    O(number of parameters); a fixed number of kernels per shape, dtype and device. Where processes hold parts of the
+    tensors, sums over the parts are the sums of the tensors.
     """
     moved = differences(parameters, anchors)
-    fires, norms = [torch.empty(())] * len(moved), [torch.empty(())] * len(moved)
+    squares = [torch.empty(())] * len(moved)
+    products = [torch.empty(())] * (0 if gradients is None else len(moved))
     for members in _of_equal_shape(moved):
         rows = torch.stack([moved[i].reshape(-1) for i in members])
         rows = rows.to(wide_dtype(rows.device))
-        slopes = torch.stack([gradients[i].reshape(-1) for i in members]).to(rows)
-        products = (slopes * rows).sum(dim=1)
-        lengths = torch.linalg.vector_norm(rows, dim=1)
-        for i, product, length in zip(members, products, lengths, strict=True):
-            fires[i], norms[i] = (product > 0).to(length), length
-    return fires, norms
+        for i, square in zip(members, rows.square().sum(dim=1), strict=True):
+            squares[i] = square
+        if gradients is not None:
+            slopes = torch.stack([gradients[i].reshape(-1) for i in members]).to(rows)
+            for i, product in zip(members, (slopes * rows).sum(dim=1), strict=True):
+                products[i] = product
+    return squares, products
 
 
 def projection_step_(
     parameters: Sequence[Tensor],
     anchors: Sequence[Anchor],
     fires: Sequence[Tensor],
-    norms: Sequence[Tensor],
+    before: Sequence[Tensor],
+    after: Sequence[Tensor],
     strengths: Sequence[float],
 ) -> None:
     """In place `θ ← θ̃ − λρ·(θ̃−θ0)` where a tensor fires; the others keep every bit.
@@ -70,24 +70,19 @@ def projection_step_(
     Args:
         parameters: θ̃, after the optimizer's step.
         anchors: θ0.
-        fires, norms: what `projection_conditions` gave before the step.
+        fires: 1 per tensor with ⟨g, θ_{t−1}−θ0⟩ > 0, 0 for the others.
+        before, after: ‖θ_{t−1}−θ0‖² and ‖θ̃−θ0‖², from `projection_sums`.
         strengths: λ per tensor.
     """
     moved = differences(parameters, anchors)
     for members in _of_equal_shape(moved):
-        mine = [moved[i] for i in members]
-        lengths = _row_norms(mine)
-        before, fired = (torch.stack([values[i] for i in members]) for values in (norms, fires))
+        old, new, fired = (torch.stack([values[i] for i in members]) for values in (before, after, fires))
+        old, new = old.sqrt(), new.sqrt()
         # no 0/0 where the step led to the anchor itself
-        ratios = ((lengths - before) / lengths.clamp_min(torch.finfo(lengths.dtype).tiny)).clamp(0, 1)
-        shrinkage = ratios * fired * lengths.new_tensor([strengths[i] for i in members])
-        changes = torch._foreach_mul(mine, list(shrinkage.to(mine[0]).unbind()))
+        ratios = ((new - old) / new.clamp_min(torch.finfo(new.dtype).tiny)).clamp(0, 1)
+        shrinkage = ratios * fired * new.new_tensor([strengths[i] for i in members])
+        changes = torch._foreach_mul([moved[i] for i in members], list(shrinkage.to(moved[members[0]]).unbind()))
         torch._foreach_sub_([parameters[i] for i in members], changes)
-
-
-def _row_norms(tensors: Sequence[Tensor]) -> Tensor:
-    rows = torch.stack([tensor.reshape(-1) for tensor in tensors])
-    return torch.linalg.vector_norm(rows.to(wide_dtype(rows.device)), dim=1)
 
 
 def _of_equal_shape(tensors: Sequence[Tensor]) -> Iterator[list[int]]:

@@ -22,99 +22,30 @@ optimizers share one adapter, each decides for its part.
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from ..errors import PeftLinearError
-from ..functional.proximal import delta_squared_distance, squared_distance
-from ..tuners.proximal_lora.config import SPACES, variants_without_product
 from ..tuners.proximal_lora.state import find_adapters, live_records
-from ..tuners.proximal_lora.tracked import TrackedAdapter
-from .proximal_stack import matrices
+from .proximal_report import proximal_distance, proximal_firing_rate, proximal_strength, proximal_summary
 from .proximal_step import ProximalStep
 
 
+__all__ = [
+    "ProximalHandle",
+    "attach_proximal",
+    "proximal_distance",
+    "proximal_firing_rate",
+    "proximal_strength",
+    "proximal_summary",
+]
+
 _under_way: weakref.WeakKeyDictionary[Any, ProximalStep] = weakref.WeakKeyDictionary()
-
-
-def proximal_distance(model: nn.Module, adapter_name: str | None = None, space: str | None = None) -> float:
-    """‖θ−θ0‖, how far the adapter is from the pretrained model.
-
-    Args:
-        model: the model, or anything around it (PeftModel, DDP, a compiled model).
-        adapter_name: one adapter; default: all active ones together.
-        space: `"factors"` (root of Σ ‖A−A0‖² + ‖B−B0‖²) or `"delta"` (root of Σ ‖s·BA − s·B0A0‖_F², the distance of
-            the weights); default: the one that the adapter is configured with.
-
-    Returns:
-        The distance, accumulated in float64. O(number of adapter parameters · r) at most.
-
-    Raises:
-        PeftLinearError: no such adapter or space.
-    """
-    if space is not None and space not in SPACES:
-        raise PeftLinearError(f"space must be one of {', '.join(map(repr, SPACES))}, got {space!r}")
-    squares = [_squared(adapter, space) for adapter in find_adapters(model, adapter_name)]
-    return math.sqrt(sum(squares))
-
-
-def proximal_firing_rate(model: nn.Module, adapter_name: str | None = None) -> float:
-    """Fraction of the optimizer steps so far with λ > 0 at which the term acted (1 without the selective rule).
-
-    Of one adapter, or of all active ones together; NaN before the first step, and with λ = 0. A run that is resumed
-    with its optimizer's state goes on counting. With `proximal_mode="projection"`, which decides tensor by tensor, the
-    fraction of the tensors is meant, averaged over the steps.
-
-    Raises:
-        PeftLinearError: no such adapter.
-    """
-    counts = [adapter.statistics.total() for adapter in find_adapters(model, adapter_name)]
-    active = sum(float(each.active) for each in counts)
-    return sum(float(each.fired) for each in counts) / active if active else float("nan")
-
-
-def proximal_strength(model: nn.Module, adapter_name: str | None = None) -> dict[str, float]:
-    """λ of the last optimizer step (before the first: of that one), of the named adapter or of every active one.
-
-    By adapter name; `proximal_lambda` times what the schedule makes of it. What `proximal_lambda_pattern` gives to
-    single modules is multiplied alike.
-
-    Raises:
-        PeftLinearError: no such adapter.
-    """
-    return {
-        adapter.name: adapter.config.proximal_lambda
-        * adapter.strengths.factor(max(adapter.statistics.position - 1, 0))
-        for adapter in find_adapters(model, adapter_name)
-    }
-
-
-def proximal_summary(model: nn.Module) -> dict[str, float]:
-    """The quantities worth logging about the active adapters, by the names `ProximalCallback` logs them under.
-
-    Raises:
-        PeftLinearError: there is no active ProximalLoRA adapter.
-    """
-    adapters = find_adapters(model)
-    summary = {"proximal_distance": proximal_distance(model, space="factors")}
-    if not any(variants_without_product(adapter.config) for adapter in adapters):
-        summary["proximal_distance_delta"] = proximal_distance(model, space="delta")
-    strengths = proximal_strength(model)
-    if len(set(strengths.values())) == 1:
-        summary["proximal_lambda"] = next(iter(strengths.values()))
-    else:
-        summary.update({f"proximal_lambda_{name}": strength for name, strength in strengths.items()})
-    rate = proximal_firing_rate(model)
-    if not math.isnan(rate):
-        summary["proximal_firing_rate"] = rate
-    return summary
 
 
 class ProximalHandle:
@@ -176,31 +107,6 @@ def attach_proximal(model: nn.Module, optimizer: Any) -> ProximalHandle:
     step._peft_linear_original = original  # type: ignore[attr-defined]
     optimizer.step = step
     return ProximalHandle(undo)
-
-
-def _squared(adapter: TrackedAdapter, space: str | None) -> float:
-    space = space or adapter.config.proximal_space
-    variants = variants_without_product(adapter.config)
-    if space == "delta" and variants:
-        raise PeftLinearError(
-            f"adapter {adapter.name!r} has {', '.join(variants)}, with which the change of the weight is not s·B·A; "
-            "use space='factors'"
-        )
-    factors = list(adapter.factors())
-    with torch.no_grad():
-        if space == "factors":
-            values = [value for f in factors for value in (f.a, f.b)]
-            anchors = [anchor for f in factors for anchor in (f.anchor.a, f.anchor.b)]
-            return float(squared_distance(values, anchors))
-        total = 0.0
-        for f in factors:
-            a, b = matrices(f.layer, f.a, f.b)
-            a0 = b0 = None
-            if f.anchor.a is not None and f.anchor.b is not None:
-                a0, b0 = matrices(f.layer, f.anchor.a, f.anchor.b)
-            scaling = float(f.layer.scaling[adapter.name])
-            total += float(delta_squared_distance(a, b, a0, b0, scaling).sum())
-        return total
 
 
 def _before_step(key: Any, optimizer: Any, args: tuple, kwargs: dict, closure_position: int) -> tuple[tuple, dict]:

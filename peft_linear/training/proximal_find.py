@@ -25,6 +25,7 @@ from ..errors import PeftLinearError
 from ..tuners.proximal_lora.state import live_records
 from ..tuners.proximal_lora.tracked import TrackedAdapter
 from .proximal_counts import Counter
+from .proximal_shards import is_supported, local_part
 from .proximal_stack import ModuleStep, Stepped
 
 
@@ -115,12 +116,12 @@ def _stepped(
     group = groups.get(id(parameter))
     if group is None or parameter.grad is None or not parameter.requires_grad:
         return None
-    if hasattr(parameter, "device_mesh") or parameter.dim() < 2:
+    if not is_supported(parameter) or parameter.dim() < 2:
         raise _sharded(adapter)
-    address = parameter.data_ptr()
-    if address in seen:
+    memory = local_part(parameter)
+    if memory.numel() and memory.data_ptr() in seen:
         return None
-    seen.add(address)
+    seen.add(memory.data_ptr())
     rate = group.get("lr")
     if rate is None:
         raise PeftLinearError(
@@ -143,6 +144,6 @@ def _refuse_flattened(adapter: TrackedAdapter) -> None:
 def _sharded(adapter: TrackedAdapter) -> PeftLinearError:
     return PeftLinearError(
         f"the parameters of adapter {adapter.name!r} (proximal_lambda={adapter.config.proximal_lambda}) are flattened "
-        "or sharded (DeepSpeed ZeRO, FSDP, tensor parallelism), where the proximal term cannot be applied: train with "
-        "DDP, or with proximal_lambda=0, which is plain LoRA"
+        "or sharded (DeepSpeed ZeRO, FSDP1, strided tensor parallelism) in a way in which the proximal term cannot be "
+        "applied: train with DDP or FSDP2 (fully_shard), or with proximal_lambda=0, which is plain LoRA"
     )

@@ -24,6 +24,7 @@ from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 
 from ..tuners.proximal_lora.tracked import Factors
+from .proximal_shards import local_part, part_of, whole
 
 
 @dataclass
@@ -35,7 +36,17 @@ class Stepped:
     learning_rate: float | Tensor
     strength: float  # λ
     fires: Tensor | None = None  # selective projection decay: 0 or 1 for this tensor
-    distance: Tensor | None = None  # likewise: ‖θ−θ0‖ before the step
+    distance: Tensor | None = None  # likewise: ‖θ−θ0‖² before the step
+
+    @property
+    def part(self) -> Tensor:
+        """The factor, or what this process holds of it."""
+        return local_part(self.value)
+
+    @property
+    def start(self) -> Tensor | None:
+        """The anchor of `part`."""
+        return None if self.anchor is None else part_of(self.anchor, self.value)
 
 
 @dataclass
@@ -57,19 +68,17 @@ class ModuleStep:
 
 
 class ModuleStack:
-    """Modules of equal shapes, stacked, so that their r×r computations are one call."""
+    """Modules of equal shapes, stacked, so that their r×r computations are one call. Sharded factors are gathered."""
 
     def __init__(self, modules: list[ModuleStep], adapter_name: str) -> None:
         self._modules = modules
-        self._views = [matrices(m.factors.layer, m.factors.a, m.factors.b) for m in modules]
+        self._whole = [(whole(m.factors.a), whole(m.factors.b)) for m in modules]
+        self._views = [matrices(m.factors.layer, *pair) for m, pair in zip(modules, self._whole, strict=True)]
         self.a = torch.stack([a for a, _ in self._views])
         self.b = torch.stack([b for _, b in self._views])
-        first = modules[0].factors.anchor
-        self.a0 = self.b0 = None
-        if first.a is not None and first.b is not None:
-            anchors = [matrices(f.layer, f.anchor.a, f.anchor.b) for f in (m.factors for m in modules)]
-            self.a0 = torch.stack([a for a, _ in anchors])
-            self.b0 = torch.stack([b for _, b in anchors])
+        starts = [pair for pair in (anchor_matrices(module.factors) for module in modules) if pair is not None]
+        self.a0 = torch.stack([a for a, _ in starts]) if starts else None
+        self.b0 = torch.stack([b for _, b in starts]) if starts else None
         scalings = [float(m.factors.layer.scaling[adapter_name]) for m in modules]
         self.squared_scalings = self._column([s * s for s in scalings])
 
@@ -100,23 +109,25 @@ class ModuleStack:
     def store(self, new_a: Tensor, new_b: Tensor) -> None:
         """Writes back into the parameters that the optimizer steps."""
         for index, (module, (a, b)) in enumerate(zip(self._modules, self._views, strict=True)):
-            if module.a is not None:
-                a.copy_(new_a[index])
-            if module.b is not None:
-                b.copy_(new_b[index])
+            for step, view, new, full in zip(
+                (module.a, module.b), (a, b), (new_a, new_b), self._whole[index], strict=True
+            ):
+                if step is not None:
+                    view.copy_(new[index])
+                    if full is not step.value:  # a gathered copy
+                        step.part.copy_(part_of(full, step.value))
 
     def unstack(self, like_a: Tensor, like_b: Tensor) -> Iterator[tuple[Stepped, Tensor]]:
-        """The stepped factors with their part of a stacked quantity, shaped as the parameters."""
+        """The stepped factors with what belongs to them of a stacked quantity, shaped as the parts held here."""
         for index, module in enumerate(self._modules):
-            factors = module.factors
-            a, b = torch.empty_like(factors.a), torch.empty_like(factors.b)
-            a_view, b_view = matrices(factors.layer, a, b)
+            a, b = (torch.empty_like(full) for full in self._whole[index])
+            a_view, b_view = matrices(module.factors.layer, a, b)
             if module.a is not None:
                 a_view.copy_(like_a[index])
-                yield module.a, a
+                yield module.a, part_of(a, module.a.value)
             if module.b is not None:
                 b_view.copy_(like_b[index])
-                yield module.b, b
+                yield module.b, part_of(b, module.b.value)
 
 
 def stack_modules(modules: list[ModuleStep], adapter_name: str) -> Iterator[ModuleStack]:
@@ -147,3 +158,9 @@ def matrices(layer: LoraLayer, a: Any, b: Any) -> tuple[Tensor, Tensor]:
     if groups > 1:
         return a_matrix.unflatten(0, (groups, -1)), b_matrix.unflatten(0, (groups, -1))
     return a_matrix, b_matrix
+
+
+def anchor_matrices(factors: Factors) -> tuple[Tensor, Tensor] | None:
+    """The anchors of both factors as `matrices`; None where one of them is zero, and so their product."""
+    a, b = factors.anchor.a, factors.anchor.b
+    return None if a is None or b is None else matrices(factors.layer, whole(a), whole(b))

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import PeftLinearError
-from ..functional.proximal import inner_product
-from .proximal_apply import apply_decoupled, apply_projection, penalty_gradients, prepare_projection
+from .proximal_apply import apply_decoupled, apply_projection, penalty_gradients, prepare_projection, risk_product
 from .proximal_find import AdapterStep, find_steps
+from .proximal_shards import added
 from .proximal_stack import ModuleStep
 
 
@@ -62,9 +62,7 @@ class ProximalStep:
             elif mode == "projection":
                 prepare_projection(part, [self._risk_gradient(s.value) for s in steps])
             elif part.adapter.config.proximal_selective:
-                product = inner_product(
-                    [self._risk_gradient(s.value) for s in steps], [s.value for s in steps], [s.anchor for s in steps]
-                )
+                product = risk_product(steps, [self._risk_gradient(s.value) for s in steps])
                 part.gate = (product >= 0).to(product.dtype)
             if mode == "coupled":
                 part.modules = [module for module in part.modules if not _any_in(module, taken)]
@@ -114,7 +112,7 @@ class ProximalStep:
         for step, gradient in penalty_gradients(part, factor):
             original = step.value.grad
             assert original is not None
-            step.value.grad = ours = original + gradient.to(original)
+            step.value.grad = ours = added(original, gradient)
             self._substitutes.append((step.value, ours, original))
 
     def _release(self, part: AdapterStep) -> None:

@@ -52,7 +52,7 @@ class FactorAnchor:
 
     @classmethod
     def of(cls, a: Tensor, b: Tensor) -> FactorAnchor:
-        """A copy of the factors as they are; a factor of zeros costs no memory."""
+        """A copy of the factors as they are, gathered where processes hold parts of them; zeros cost no memory."""
         return cls(_copy_unless_zero(a), _copy_unless_zero(b))
 
     @classmethod
@@ -149,4 +149,6 @@ def read_anchors(path: str | os.PathLike) -> dict[str, FactorAnchor]:
 
 def _copy_unless_zero(tensor: Tensor) -> Tensor | None:
     value = tensor.detach()
+    if hasattr(value, "full_tensor"):
+        value = value.full_tensor()
     return value.clone() if bool(torch.any(value != 0)) else None

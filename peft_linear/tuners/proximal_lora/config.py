@@ -64,7 +64,8 @@ class ProximalLoraConfig(LoraConfig):
 
         proximal_lambda_pattern (`dict`):
             λ of modules by name or regular expression, matched as `rank_pattern` and `alpha_pattern` are; the others
-            have `proximal_lambda`. A module with λ = 0 is plain LoRA, and does not count in the selective rule.
+            have `proximal_lambda`. A module with λ = 0 is plain LoRA. In the selective rule each module
+            counts in proportion to its λ: one with λ = 0 does not count.
         proximal_schedule (`"constant"`, `"linear"`, `"cosine"` or `"warmup"`):
             How λ changes over the first `proximal_schedule_steps` optimizer steps: down to 0 along a line or a half
             cosine, or up from 0 along a line. What comes after keeps the last value. The position is counted in the

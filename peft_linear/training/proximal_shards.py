@@ -1,0 +1,113 @@
+# Copyright 2026 The peft-linear authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Factors that several processes hold in parts (FSDP2's `fully_shard`): DTensors, and sums over their parts.
+
+The proximal term of factor space is elementwise, so that each process does it to its part; only inner products and
+norms are summed over the processes, a few numbers per step. In delta space the factors are gathered: they are small.
+Everything here is a collective operation where a tensor is sharded: every process must come by. Tensors that are not
+sharded are passed through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor."""
+    return hasattr(tensor, "device_mesh") and hasattr(tensor, "placements")
+
+
+def is_supported(tensor: Tensor) -> bool:
+    """Whether it is a plain tensor, or a DTensor cut along its dimensions or replicated, and nothing else."""
+    if not is_sharded(tensor):
+        return not hasattr(tensor, "device_mesh")
+    return all(type(placement).__name__ in ("Shard", "Replicate") for placement in _placements(tensor))
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """The part of the tensor on this process, in the tensor's own memory. Call it where no gradient is recorded."""
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor itself, or the gathered copy of a sharded one."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def part_of(full: Tensor, like: Tensor) -> Tensor:
+    """The part of `full` that this process holds of the sharded tensor `like`: a view."""
+    if not is_sharded(like) or is_sharded(full):
+        return local_part(full)
+    mesh: Any = like.device_mesh  # type: ignore[attr-defined]
+    for axis, placement in enumerate(_placements(like)):
+        if placement.is_shard():
+            parts, rank = torch.chunk(full, mesh.size(axis), dim=placement.dim), mesh.get_local_rank(axis)
+            full = parts[rank] if rank < len(parts) else full.narrow(placement.dim, 0, 0)
+    return full
+
+
+def added(tensor: Tensor, part: Tensor) -> Tensor:
+    """A new tensor, sharded as `tensor`, to whose part on this process `part` was added."""
+    if not is_sharded(tensor):
+        return tensor + part.to(tensor)
+    result = tensor.clone()
+    local_part(result).add_(part.to(result.dtype))
+    return result
+
+
+def totals(values: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Scalars that belong to the parts of `tensors`, one each, summed over the processes that hold the other parts."""
+    result = list(values)
+    for layout, members in _by_layout(tensors):
+        if layout is None:
+            continue
+        summed = _all_reduce(torch.stack([values[i] for i in members]), layout)
+        for i, value in zip(members, summed, strict=True):
+            result[i] = value
+    return result
+
+
+def total(tensors: Sequence[Tensor], partial: Callable[[list[int]], Tensor]) -> Tensor:
+    """A sum over `tensors`, of which `partial` gives that over the parts at some positions, here on this process."""
+    sums = []
+    for layout, members in _by_layout(tensors):
+        value = partial(members)
+        sums.append(value if layout is None else _all_reduce(value, layout))
+    return sums[0] if len(sums) == 1 else torch.stack([value.to(sums[0].device) for value in sums]).sum()
+
+
+def _placements(tensor: Tensor) -> Any:
+    return tensor.placements  # type: ignore[attr-defined]
+
+
+def _by_layout(tensors: Sequence[Tensor]) -> list[tuple[Any, list[int]]]:
+    """Positions of the tensors that are cut over the same processes, in an order that all processes share."""
+    groups: dict[Any, list[int]] = {}
+    for index, tensor in enumerate(tensors):
+        axes = [axis for axis, p in enumerate(_placements(tensor)) if p.is_shard()] if is_sharded(tensor) else []
+        layout = (tensor.device_mesh, tuple(axes)) if axes else None  # type: ignore[attr-defined]
+        groups.setdefault(layout, []).append(index)
+    return list(groups.items()) or [(None, [])]
+
+
+def _all_reduce(value: Tensor, layout: Any) -> Tensor:
+    mesh, axes = layout
+    for axis in axes:
+        torch.distributed.all_reduce(value, group=mesh.get_group(axis))
+    return value

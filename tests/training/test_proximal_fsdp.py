@@ -1,0 +1,102 @@
+# Copyright 2026 The peft-linear authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""FSDP2 with two processes trains what one process trains, in every mode; what is saved and resumed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from packaging import version
+from proximal_loop import groups, proximal
+from reference_proximal import lora_parameters
+from safetensors.torch import load_file
+
+from peft_linear.tuners.proximal_lora.anchors import ANCHOR_NAME
+from peft_linear.tuners.proximal_lora.state import find_adapters
+
+
+pytestmark = pytest.mark.skipif(
+    version.parse(torch.__version__) < version.parse("2.6") or not torch.distributed.is_gloo_available(),
+    reason="fully_shard is public from torch 2.6 on",
+)
+TESTS = Path(__file__).parents[1]
+if version.parse(torch.__version__) >= version.parse("2.6"):
+    from fsdp_worker import VARIANTS, facts, made, train
+else:
+    VARIANTS = {}
+
+
+@pytest.fixture(autouse=True)
+def double():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fsdp")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(TESTS)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(TESTS / "fsdp_worker.py"), str(folder)],
+            env={**environment, "RANK": str(rank), "WORLD_SIZE": "2"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        said = [process.communicate(timeout=180)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
+    return folder
+
+
+def alone(name):
+    model = made(name)
+    train(model, torch.optim.AdamW(groups(model)))
+    return model
+
+
+@pytest.mark.parametrize("name", [*VARIANTS, "resumed"])
+def test_two_processes_train_what_one_trains(together, name):
+    model = alone("always" if name == "resumed" else name)
+    for rank in range(2):
+        values, known = torch.load(together / f"{name}{rank}.pt")
+        for key, parameter in lora_parameters(model).items():
+            torch.testing.assert_close(values[key], parameter.detach(), rtol=1e-12, atol=1e-12)
+        assert known == pytest.approx(facts(model), rel=1e-10)
+    assert 0 < facts(model)["rate"] <= 1
+
+
+def test_the_anchor_is_saved_whole(together):
+    model = proximal()
+    anchors = find_adapters(model)[0].anchors()
+    stored = load_file(together / "adapter" / ANCHOR_NAME)
+    assert {f"{name}.lora_A" for name in anchors} == set(stored)
+    assert all(torch.equal(stored[f"{name}.lora_A"], anchor.a) for name, anchor in anchors.items())
+
+
+def test_other_layouts_are_refused_by_name(together):
+    for rank in range(2):
+        text = (together / f"refused{rank}.txt").read_text()
+        assert "'default'" in text and "train with DDP or FSDP2" in text
