@@ -45,7 +45,7 @@ from forgetting_analysis import analyse
 from forgetting_arms import ARMS
 from forgetting_encoder import EncoderOptions, EncoderSetting
 from forgetting_lm import LanguageModelOptions, LanguageModelSetting
-from forgetting_report import draw, readme
+from forgetting_report import draw, readme, with_verdict
 from forgetting_training import BASE, LORA, Arm, Protocol, Run, Setting, Treatment, reference_runs, train, trained_runs
 from tqdm.auto import tqdm
 from transformers.utils import logging
@@ -77,6 +77,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         draw(record, folder / "figure.png")
     if options.docs:
         shutil.copyfile(records.path, Path(options.docs) / "results.jsonl")
+    if options.page:
+        page = Path(options.page)
+        page.write_text(with_verdict(page.read_text(encoding="utf-8"), record), encoding="utf-8")
     print(readme(record))
     return 0
 
@@ -207,6 +210,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default="forgetting", help="folder of results.jsonl and of the pretrained model")
     parser.add_argument("--docs", help="a second folder for the report, the figure, the summary and the runs")
+    parser.add_argument("--page", help="a Markdown page whose part between the marks of a verdict is written anew")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=SETTINGS)
     parser.add_argument("--arms", nargs="+", choices=[arm.key for arm in ARMS], help="default: all")
     parser.add_argument("--points", type=int, help="values of each arm's parameter (default: all of its grid)")

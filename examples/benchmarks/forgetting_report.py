@@ -34,6 +34,7 @@ OURS = {
     "proximal_factors_scaled": "#8c1c2d",
     "proximal_delta_scaled": "#8a4a0f",
 }
+MARKS = "<!-- verdict of forgetting.py -->", "<!-- end of the verdict -->"
 RIVALS = ("#30638e", "#66a182", "#7b6ba8", "#003d5b", "#8d99a6", "#4aa8b8", "#a3a847", "#5c7f67")
 ARROWS = {LESS: "less", MORE: "more", "undecided": "·"}
 
@@ -61,6 +62,17 @@ def readme(record: Mapping) -> str:
         "page are in summary.json.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def with_verdict(page: str, record: Mapping) -> str:
+    """The page with the verdict between its two marks."""
+    start, end = MARKS
+    if page.count(start) != 1 or page.count(end) != 1:
+        raise SystemExit(f"the page needs the marks {start} and {end}, each once")
+    lines = [f"**{overall(record['settings'])}**"]
+    lines += [f"- {summary['setting']['title']}. {verdict(summary)[0]}" for summary in record["settings"].values()]
+    before, rest = page.split(start)
+    return before + start + "\n" + lines[0] + "\n\n" + "\n".join(lines[1:]) + "\n" + end + rest.split(end)[1]
 
 
 def setting_section(summary: Mapping) -> list[str]:

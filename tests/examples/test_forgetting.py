@@ -258,6 +258,18 @@ def test_the_script_writes_runs_summary_table_and_figure(measured):
     assert (docs / "results.jsonl").read_bytes() == (output / "results.jsonl").read_bytes()
 
 
+def test_the_verdict_is_written_between_the_marks_of_a_page(script, measured, load_script):
+    report = load_script("benchmarks/forgetting_report.py")
+    record = json.loads((measured[1] / "summary.json").read_text())
+    page = "before\n{}\nold\n{}\nafter\n".format(*report.MARKS)
+    written = report.with_verdict(page, record)
+    assert written.startswith("before\n") and written.endswith("\nafter\n") and "old" not in written
+    assert "A language model moves to a new section." in written
+    assert report.with_verdict(written, record) == written
+    with pytest.raises(SystemExit, match="needs the marks"):
+        report.with_verdict("no marks", record)
+
+
 def test_a_killed_benchmark_goes_on_where_it_stopped(script, measured, monkeypatch):
     output, docs, arguments = measured
     path, trained = output / "results.jsonl", []
