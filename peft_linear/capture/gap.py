@@ -58,6 +58,31 @@ class GapReport:
     evaluated_at: Literal["model", "own"]  # the parameters f̄ was evaluated at
     curvature: Tensor | None  # (N,) 2‖f_θ − f̄_θ‖/‖θ−θ0‖², a lower estimate of the Jacobian's Lipschitz constant
 
+    @classmethod
+    def of_logits(
+        cls,
+        model: Tensor,  # (N, C)   f_θ(X)
+        linear: Tensor,  # (N, C)   f̄(X)
+        start: Tensor,  # (N, C)   f_θ0(X)
+        labels: Tensor | None = None,  # (N,)
+        *,
+        distance: float,
+        evaluated_at: Literal["model", "own"] = "own",
+    ) -> GapReport:
+        """The report of a classifier whose logits are known already, such as those that a `TrainingCurve` predicts.
+
+        Raises:
+            OutputError: logits that are not finite or not (N, C).
+        """
+        if model.ndim != 2 or not model.shape == linear.shape == start.shape:
+            raise OutputError(
+                f"the logits have shapes {tuple(model.shape)}, {tuple(linear.shape)} and {tuple(start.shape)}; all "
+                "three must be (examples, classes)"
+            )
+        everything = model.new_ones(len(model), 1, dtype=torch.bool)
+        rows = _compare((model.detach(), linear.detach(), start.detach()), labels, everything, shift=0, number=0)
+        return _report(rows, distance, evaluated_at)
+
     @property
     def num_examples(self) -> int:
         return len(self.relative_difference)
@@ -147,7 +172,12 @@ def linearization_gap(
         origin = logits_of(linearized.start_outputs(**moved.inputs))
         mask = _token_mask(moved, real, mask_keys)
         parts.append(_compare((real, linear, origin), moved.labels, mask, shift, number))
-    rows = {key: torch.cat([part[key] for part in parts]).cpu() for key in parts[0] if all(key in p for p in parts)}
+    rows = {key: torch.cat([part[key] for part in parts]) for key in parts[0] if all(key in p for p in parts)}
+    return _report(rows, distance, evaluated_at)
+
+
+def _report(rows: dict[str, Tensor], distance: float, evaluated_at: Literal["model", "own"]) -> GapReport:
+    rows = {key: value.cpu() for key, value in rows.items()}
     classes = "agree" in rows
     labelled = "correct" in rows
     return GapReport(

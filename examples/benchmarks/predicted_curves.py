@@ -1,0 +1,156 @@
+# Copyright 2026 The peft-linear authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Loss curves predicted before training, and the real ones: MiniLM on topics of Debian packages, at several λ.
+
+    python examples/benchmarks/predicted_curves.py --output docs/measurements/predicted_curves
+    python examples/benchmarks/predicted_curves.py --quick --output /tmp/curves
+
+For the modules that the demo recommends, the linearised model is trained with SGD in kernel space and with AdamW on
+the Jacobian's rows; then ProximalLoRA (always pulling) is really trained with the same batches and learning rates.
+Both on one plot, with the linearization gap beside, and how far the gap tells the error of the prediction. `--redraw`
+writes report and figures anew from results.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # examples/common.py, from wherever this is started
+
+import torch
+from common import DEMO_DATASET, DEMO_MODEL, Task, load_task
+from predicted_curves_figure import draw, draw_thresholds
+from predicted_curves_report import write_report
+from predicted_curves_runs import Method, Protocol, prepare, run
+from tqdm.auto import tqdm
+
+from peft_linear import compute_ntk, recommend
+from peft_linear.selection.baselines import query_value
+
+
+PULLS = (0.0, 0.8, 3.2, 12.8, 51.2)  # λ·Σ_t η_t: over the run, exp(−that) of a displacement without gradient is left
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse(argv)
+    if options.redraw:
+        return publish(json.loads((options.output / "results.json").read_text(encoding="utf-8")), options.output)
+    began = time.perf_counter()
+    task = load_task(options.model, options.dataset, limits=(options.train, 16, options.held_out))
+    protocol = Protocol(options.steps, options.batch_size, options.evaluate_every, rank=8, seed=options.seed)
+    modules = options.modules or recommended(task, protocol.seed, options.calibration)
+    problem = prepare(task, tuple(modules), protocol)
+    print(problem.train, *modules, sep="\n")
+    methods = make_methods(options, protocol)
+    seconds = {"before_training": time.perf_counter() - began}
+    runs = []
+    with tqdm(total=protocol.steps * sum(len(method.ridges) for method in methods), unit="step") as bar:
+        for method in methods:
+            for ridge in method.ridges:
+                done = run(problem, method, ridge, protocol, bar)
+                bar.write(f"{method.label}, λ = {ridge:g}: {done.report['verdict']}")
+                runs.append(done)
+    seconds["all"] = time.perf_counter() - began
+    record = {
+        "model": options.model,
+        "dataset": options.dataset,
+        "modules": list(modules),
+        "train_examples": len(task.train),
+        "held_out_examples": len(task.test),
+        "protocol": vars(protocol),
+        "methods": [
+            {"key": m.key, "label": m.label, "learning_rate": m.learning_rate, "ridges": m.ridges} for m in methods
+        ],
+        "sums_of_learning_rates": {m.key: protocol.sum_of_rates(m) for m in methods},
+        "runs": [done.to_dict() for done in runs],
+        "seconds": {name: round(value) for name, value in seconds.items()},
+        "command": "python examples/benchmarks/predicted_curves.py " + " ".join(options.command),
+        "date": options.date or date.today().isoformat(),
+        "machine": f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} threads used",
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
+    }
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / "results.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return publish(record, options.output)
+
+
+def publish(record: dict, output: Path) -> int:
+    """Figures and report."""
+    draw(record, output / "figure.png")
+    draw_thresholds(record, output / "gap.png")
+    print(write_report(record, output))
+    return 0
+
+
+def recommended(task: Task, seed: int, examples: int) -> tuple[str, ...]:
+    """What the demo recommends: as many parameters as query and value take."""
+    kernels = compute_ntk(task.new_model(seed), task.calibration(examples), progress=False)
+    rivals = [name for name in kernels.names if name in query_value(kernels)]
+    return recommend(kernels, budget=str(sum(kernels.num_parameters[name] for name in rivals))).modules
+
+
+def make_methods(options: argparse.Namespace, protocol: Protocol) -> list[Method]:
+    """λ of each optimizer so that the pull over the run, λ·Σ η, is the same for both."""
+    methods = []
+    for key, label, rate, optimizer, arguments in (
+        ("adamw", "AdamW", options.adamw_rate, torch.optim.AdamW, {"weight_decay": 0.0}),
+        ("sgd", "SGD", options.sgd_rate, torch.optim.SGD, {}),
+    ):
+        bare = Method(key, label, rate, optimizer, arguments, ())
+        ridges = tuple(float(f"{pull / protocol.sum_of_rates(bare):.2g}") for pull in options.pulls)
+        methods.append(Method(key, label, rate, optimizer, arguments, ridges))
+    return methods
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=DEMO_MODEL)
+    parser.add_argument("--dataset", default=DEMO_DATASET)
+    parser.add_argument("--modules", nargs="+", help="default: what the demo recommends")
+    parser.add_argument("--calibration", type=int, default=64, help="examples that the recommendation is made on")
+    parser.add_argument("--train", type=int, default=128, help="examples")
+    parser.add_argument("--held-out", type=int, default=128, help="examples")
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--evaluate-every", type=int, default=20)
+    parser.add_argument("--adamw-rate", type=float, default=1e-3)
+    parser.add_argument("--sgd-rate", type=float, default=0.2)
+    parser.add_argument("--pulls", type=float, nargs="+", default=PULLS, help="λ times the sum of the learning rates")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--date", help="of the report (default: today)")
+    parser.add_argument("--output", type=Path, default=Path("docs/measurements/predicted_curves"))
+    parser.add_argument("--redraw", action="store_true", help="only report and figures, from results.json")
+    parser.add_argument("--quick", action="store_true", help="two modules, a few examples and steps, two λ")
+    options = parser.parse_args(argv)
+    options.command = list(argv if argv is not None else sys.argv[1:])
+    if options.quick:
+        options.train = options.held_out = 16
+        options.steps, options.evaluate_every, options.batch_size = 4, 2, 8
+        options.pulls = (0.0, 4.0)
+        layer = "bert.encoder.layer.5"
+        options.modules = [f"{layer}.attention.self.value", f"{layer}.output.dense"]
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())
