@@ -239,6 +239,16 @@ def print_peak(name: str, space: str, method: str, device: str) -> None:
         print((peak_bytes() - before) / 2**20)
 
 
+def command(arguments: list[str]) -> str:
+    """This run, but for where it writes."""
+    kept, skip = ["python", "examples/benchmarks/ntk_speed.py"], False
+    for argument in arguments:
+        if argument != "--output" and not skip:
+            kept.append(argument)
+        skip = argument == "--output"
+    return " ".join(kept)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=None)
@@ -261,12 +271,14 @@ def main(argv: list[str] | None = None) -> int:
         "machine": f"{platform.machine()}, {machine}",
         "torch": torch.__version__,
         "rounds": arguments.rounds,
-        "command": "python examples/benchmarks/ntk_speed.py " + " ".join(argv if argv is not None else sys.argv[1:]),
+        "commands": [],
         "cases": {},
     }
     earlier = arguments.output / "results.json" if arguments.output else None
     if earlier and earlier.exists():  # of the other measurement, or of other cases
-        results["cases"] = json.loads(earlier.read_text())["cases"]
+        found = json.loads(earlier.read_text())
+        results["cases"], results["commands"] = found["cases"], found["commands"]
+    results["commands"].append(command(argv if argv is not None else sys.argv[1:]))
     for name in names:
         for space in arguments.spaces:
             rows = results["cases"].setdefault(f"{name}/{space}", {})

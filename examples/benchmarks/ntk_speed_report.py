@@ -80,6 +80,7 @@ def write(results: dict, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     heading = f"# Speed of `compute_ntk`\n\n{results['machine']}, torch {results['torch']}, {results['date']}, "
-    heading += f"medians over {results['rounds']} rounds. Command: `{results['command']}`\n\n{EXPLANATION}\n"
+    commands = ", ".join(f"`{command}`" for command in dict.fromkeys(results["commands"]))
+    heading += f"medians over {results['rounds']} rounds. Commands: {commands}.\n\n{EXPLANATION}\n"
     cases = results["cases"]
     (folder / "README.md").write_text(heading + table(cases) + "\n## Goals\n\n" + goals(cases))
