@@ -217,14 +217,14 @@ def write_report(record: Mapping[str, Any], folder: Path) -> str:
         runs_table(record),
         "## The gap at the end of every run",
         "On the held-out examples. “Gap” is relative to the movement of the logits, at the real model's own "
-        "parameters (the Taylor remainder); “linear model trained itself” compares with the linear model where its own "
-        "training took it. “A put back” is the gap of the real model with LoRA's A as it was at the start: f̄ does not "
-        "depend on A (at B = 0 its derivative is zero), so what this takes away is what A's movement did.",
+        "parameters (the Taylor remainder); “linear model trained itself” compares with the linear model where its "
+        "own training took it. “A put back” is the gap of the real model with LoRA's A as it was at the start: f̄ does "
+        "not depend on A (at B = 0 its derivative is zero), so what this takes away is what A's movement did.",
         gaps_table(record),
         "## What the gap says of the prediction",
         f"All {len(points)} evaluations of all runs: the gap at the real parameters, against the error of the "
-        "held-out loss that was predicted before training. The error of the loss is relative to the real loss; “share of its "
-        "change” is the same error relative to how far the loss has moved since the start.",
+        "held-out loss that was predicted before training. The error of the loss is relative to the real loss; “share "
+        "of its change” is the same error relative to how far the loss has moved since the start.",
         verdicts_table(points),
         "By bands of the gap:",
         bands_table(points),
@@ -236,8 +236,8 @@ def write_report(record: Mapping[str, Any], folder: Path) -> str:
         sign_table(record),
         "## Setting",
         markdown_table(("", ""), [(key, str(value)) for key, value in setting.items()]),
-        "The linear logits at the ends were computed twice, by the Jacobian's rows and by forward-mode differentiation: "
-        f"they differ by at most {forward:.1e}. results.json has every curve.",
+        "The linear logits at the ends were computed twice, by the Jacobian's rows and by forward-mode "
+        f"differentiation: they differ by at most {forward:.1e}. results.json has every curve.",
     ]
     report = "\n\n".join(text) + "\n"
     (folder / "README.md").write_text(report, encoding="utf-8")
