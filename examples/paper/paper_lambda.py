@@ -31,7 +31,16 @@ from typing import Any
 
 from common import Task
 from paper_records import Records
-from paper_training import Protocol, Pull, adapted, evaluate, fit, make_optimizer, trained_parameters
+from paper_training import (
+    Protocol,
+    Pull,
+    adapted,
+    evaluate,
+    fit,
+    make_optimizer,
+    trained_parameters,
+    with_trained_head,
+)
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -55,19 +64,29 @@ def measure(
     seeds: Sequence[int],
     protocol: Protocol,
     records: Records,
+    head_epochs: int = 0,
 ) -> list[dict[str, Any]]:
     """Runs what `records` lacks of lambdas x seeds x what is pulled, and returns all of it."""
     wanted = [(pulled if pull else NOTHING, pull, seed) for seed in seeds for pull in lambdas for pulled in PULLED]
     wanted = list(dict.fromkeys(wanted))
     for pulled, pull, seed in tqdm([key for key in wanted if key not in records], desc="A: strengths"):
-        records.add(run(task, names, pulled, pull, seed, protocol))
+        records.add(run(task, names, pulled, pull, seed, protocol, head_epochs))
     return records.select(wanted)
 
 
-def run(task: Task, names: Sequence[str], pulled: str, pull: float, seed: int, protocol: Protocol) -> dict[str, Any]:
+def run(
+    task: Task,
+    names: Sequence[str],
+    pulled: str,
+    pull: float,
+    seed: int,
+    protocol: Protocol,
+    head_epochs: int = 0,
+) -> dict[str, Any]:
     """One λ and one seed: the real model and the linear one, trained and compared on the test split."""
     start = time.perf_counter()
-    model = adapted(task.new_model(seed), names, protocol, pull if pulled == FACTORS else None)
+    model = with_trained_head(task, seed, protocol, head_epochs)
+    model = adapted(model, names, protocol, pull if pulled == FACTORS else None)
     linearized = linearize(model)
     anchors = linearized.anchor_state_dict()
     before = evaluate(model, task, task.train, LOSS)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from transformers import get_linear_schedule_with_warmup
 
 from peft_linear import ProximalLoraConfig
+from peft_linear.capture.targets import resolve_always_trained
 from peft_linear.functional.proximal import factor_proximal_step_, inner_product
 
 
@@ -131,6 +132,18 @@ def fit(
             value.backward()
         optimizer.step()
         scheduler.step()
+
+
+def with_trained_head(task: Task, seed: int, protocol: Protocol, epochs: int) -> nn.Module:
+    """The model of `seed`, its new head trained alone for `epochs` first; all else is as it was."""
+    model = task.new_model(seed)
+    if epochs:
+        model.requires_grad_(False)
+        for head in resolve_always_trained(model).values():
+            head.requires_grad_(True)
+        optimizer = make_optimizer(trained_parameters(model), "adamw", protocol.learning_rate)
+        fit(model, task, seed, replace(protocol, epochs=epochs), optimizer, "cross_entropy")
+    return model
 
 
 def make_optimizer(parameters: Sequence[Tensor], kind: str, learning_rate: float) -> torch.optim.Optimizer:

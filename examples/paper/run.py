@@ -65,15 +65,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_lambda(task: Task, layers: dict[int, tuple[str, ...]], options: argparse.Namespace) -> Path:
-    folder = Path(options.output) / "paper_lambda"
+    folder = Path(options.output) / ("paper_lambda_trained_head" if options.head_epochs else "paper_lambda")
     chosen = list(layers) if options.layers is None else options.layers
     unknown = sorted(set(chosen) - set(layers))
     if unknown:
         raise SystemExit(f"the model has no layers {unknown}; there are {list(layers)}")
     names = [name for layer in chosen for name in layers[layer]]
     setting = {**common_setting(task, options), "layers": chosen, "loss": paper_lambda.LOSS, "optimizer": "AdamW"}
+    setting["head_epochs"] = options.head_epochs or None
     records = Records(folder / "runs.jsonl", setting, ("pulled", "pull", "seed"))
-    runs = paper_lambda.measure(task, names, options.lambdas, options.lambda_seeds, options.protocol, records)
+    runs = paper_lambda.measure(
+        task, names, options.lambdas, options.lambda_seeds, options.protocol, records, options.head_epochs
+    )
     draw_lambda(runs, folder / "figure.png")
     sections = paper_lambda_report.sections(runs, options.lambda_seeds)
     setting |= {"seeds": options.lambda_seeds, "seconds": sum(run["seconds"] for run in runs)}
@@ -140,6 +143,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--lambdas", type=float, nargs="+", default=list(LAMBDAS))
     add("--lambda-seeds", type=int, nargs="+", default=[0, 1])
     add("--layers", type=int, nargs="+", help="of experiment A (default: all)")
+    add("--head-epochs", type=int, default=0, help="in A, the new head is first trained alone so long")
     add("--choices", type=int, default=24, help="choices of layers in experiment B")
     add("--condition-seeds", type=int, nargs="+", default=[0])
     add("--examples", type=int, default=32, help="calibration examples of the kernel")

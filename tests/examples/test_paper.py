@@ -11,19 +11,17 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The paper's experiments: what is loaded, what is trained, what is predicted, what is concluded; on a tiny model."""
+"""The paper's experiments: what is trained, what is predicted, what is concluded; on a tiny model."""
 
 import json
 import math
-import sys
-from types import SimpleNamespace
 
-import datasets
 import pytest
 import torch
 from cli.tiny import save_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from paper_data import as_on_the_hub, modules_of
 from transformers import AutoModelForSequenceClassification, BertConfig, DistilBertConfig, GPT2Config, RobertaConfig
 
 from peft_linear import ModuleKernels, linearize
@@ -37,132 +35,12 @@ def script(load_script):
 
 @pytest.fixture(scope="module")
 def paper(script):
-    """The modules of the example."""
-    names = ("tasks", "training", "records", "lambda", "lambda_report", "predictors", "condition")
-    return SimpleNamespace(**{name.replace("lambda", "strength"): sys.modules[f"paper_{name}"] for name in names})
+    return modules_of(script)
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     return str(save_model(tmp_path_factory.mktemp("tiny")))
-
-
-def words(i):
-    """A text whose class, i modulo 2, shows in its words."""
-    return " ".join(f"{'ab'[i % 2]}{(i * k + k) % 8}" for k in range(1, 5))
-
-
-GLUE_COLUMNS = {  # text columns, splits, classes: as on the Hub
-    "cola": (("sentence",), ("train", "validation", "test"), ("unacceptable", "acceptable")),
-    "sst2": (("sentence",), ("train", "validation", "test"), ("negative", "positive")),
-    "mrpc": (("sentence1", "sentence2"), ("train", "validation", "test"), ("not_equivalent", "equivalent")),
-    "qqp": (("question1", "question2"), ("train", "validation", "test"), ("not_duplicate", "duplicate")),
-    "qnli": (("question", "sentence"), ("train", "validation", "test"), ("entailment", "not_entailment")),
-    "mnli": (
-        ("premise", "hypothesis"),
-        ("train", "validation_matched", "validation_mismatched", "test_matched", "test_mismatched"),
-        ("entailment", "neutral", "contradiction"),
-    ),
-}
-REVIEWS = {
-    "imdb": (("train", "test", "unsupervised"), ("neg", "pos")),
-    "yelp": (("train", "test"), ("1 star", "2 star", "3 stars", "4 stars", "5 stars")),
-    "yelp_polarity": (("train", "test"), ("1", "2")),
-}
-HUB = {
-    **{name: ("nyu-mll/glue", name) for name in GLUE_COLUMNS},
-    "imdb": ("stanfordnlp/imdb",),
-    "yelp": ("Yelp/yelp_review_full",),
-    "yelp_polarity": ("fancyzhx/yelp_polarity",),
-}
-
-
-def as_on_the_hub(name):
-    """A small data set with the columns, splits, features and hidden labels of the one on the Hub."""
-    columns, splits, names = GLUE_COLUMNS.get(name) or (("text",), *REVIEWS[name])
-    features = {column: datasets.Value("string") for column in columns}
-    features["label"] = datasets.ClassLabel(names=list(names))
-    if name in GLUE_COLUMNS:
-        features["idx"] = datasets.Value("int32")
-    parts = {}
-    for split in splits:
-        count = 60 if split == "train" else 20
-        hidden = split == "unsupervised" or (split.startswith("test") and name in GLUE_COLUMNS)
-        rows = {
-            column: [f"{split.split('_')[-1]} {i} {words(i)} {column}" for i in range(count)] for column in columns
-        }
-        rows["label"] = [-1 if hidden else i % len(names) for i in range(count)]
-        if "idx" in features:
-            rows["idx"] = list(range(count))
-        parts[split] = datasets.Dataset.from_dict(rows, features=datasets.Features(features))
-    return datasets.DatasetDict(parts)
-
-
-@pytest.mark.parametrize("name", list(HUB))
-@pytest.mark.parametrize("way", ["hub", "disk"])
-def test_data_sets_of_the_paper_are_loaded(paper, tiny, name, way, tmp_path, monkeypatch):
-    stored = as_on_the_hub(name)
-
-    def load(*asked):
-        if asked != HUB[name]:
-            raise FileNotFoundError(f"there is no {asked}")
-        return stored
-
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    data = None
-    if way == "disk":
-        stored.save_to_disk(tmp_path / name)
-        monkeypatch.setattr(datasets, "load_dataset", None)
-        data = str(tmp_path / name)
-    task = paper.tasks.load_paper_task(tiny, name, data, max_length=12)
-    # Where test labels are hidden, validation is tested on; a fifth or tenth of train stands in for what is missing.
-    assert len(task.test) == 20 and len(task.train) + len(task.validation) == 60
-    tested = task.data.rows("test")
-    assert {row[task.data.text_columns[0]].split()[0] for row in tested} == {
-        {"mnli": "matched"}.get(name, "validation" if name in GLUE_COLUMNS else "test")
-    }
-    assert task.data.text_columns == (GLUE_COLUMNS[name][0] if name in GLUE_COLUMNS else ("text",))
-    labels, names = stored["train"]["label"], stored["train"].features["label"].names
-    if name == "yelp":
-        labels, names = [int(label == 4) for label in labels], ["fewer stars", "five stars"]
-    assert list(task.labels) == names
-    right = dict(zip(stored["train"][task.data.text_columns[0]], labels, strict=True))
-    assert len(right) == 60
-    for features, row in zip(task.train, task.data.rows("train"), strict=True):
-        assert features["labels"] == row["label"] == right[row[task.data.text_columns[0]]]
-    assert {features["labels"] for features in task.train} == set(range(len(task.labels)))
-
-
-@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
-def test_files_with_the_same_columns_are_taken(paper, tiny, suffix, tmp_path):
-    for split, rows in as_on_the_hub("yelp").items():
-        file = tmp_path / f"{split}.{suffix}"
-        rows.to_csv(str(file)) if suffix == "csv" else rows.to_json(str(file))
-    task = paper.tasks.load_paper_task(tiny, "yelp", str(tmp_path), max_length=12, limits=(30, 4, 10))
-    assert (len(task.train), len(task.validation), len(task.test)) == (30, 4, 10)
-    assert task.labels == ("fewer stars", "five stars") and str(tmp_path) in task.dataset_name
-    batches = task.calibration(20, batch_size=20)
-    share = float(batches[0]["labels"].double().mean())
-    assert batches[0]["labels"].shape == (20,) and 0 < share < 0.5  # a class in five, merged
-
-
-def test_wrong_data_are_refused(paper, tiny, tmp_path):
-    file = tmp_path / "train.jsonl"
-    for labels, message in ((range(7), r"labels \[5, 6\] are none of \[0, 1, 2, 3, 4\]"), ([0, 1], "have the label")):
-        rows = [{"text": words(i), "label": labels[i % len(labels)]} for i in range(70)]
-        file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-        with pytest.raises(SystemExit, match=message):
-            paper.tasks.load_paper_task(tiny, "yelp", str(file))
-
-
-def test_two_classes_of_topics_are_unions_of_sections(paper, tiny):
-    task = paper.tasks.load_paper_task(tiny, "topics2", max_length=8, limits=(200, 8, 40))
-    sections = {0: set(), 1: set()}
-    for row in task.data.rows("train"):
-        sections[row["label"]].add(row["section"])
-    assert sections == {0: {"admin", "devel", "net", "text"}, 1: {"games", "graphics", "science", "sound"}}
-    assert [row["labels"] for row in task.test] == [row["label"] for row in task.data.rows("test")]
-    assert task.new_model(0).config.num_labels == 2
 
 
 @pytest.fixture(scope="module")
@@ -261,6 +139,29 @@ def test_near_the_start_both_models_are_trained_alike(paper, task, layers, pulle
             assert float((moved[name] - real).norm()) < 0.02 * float(real.norm()), name
             compared += 1
     assert compared >= 8  # B of two layers' q, k, v, and the head's weight and bias
+
+
+@pytest.mark.parametrize("pulled", ["everything", "factors"])
+def test_a_strong_pull_holds_what_is_pulled_and_no_more(paper, task, layers, pulled):
+    protocol = paper.training.Protocol(epochs=1, rank=2, selective=False)
+    record = paper.strength.run(task, layers[0], pulled, 1e9, 0, protocol)
+    assert record["distance"]["factors"] < 1e-4 and record["linear_distance"]["factors"] < 1e-4
+    head = record["distance"]["everything"], record["linear_distance"]["everything"]
+    assert max(head) < 1e-4 if pulled == "everything" else min(head) > 1e-2
+    assert record["firing_rate"] == record["linear_firing_rate"] == 1
+    # With the factors held, the rest is the head, which is linear: the linearised model is the model.
+    assert pulled == "everything" or record["gap_at_own"]["pooled_movement_gap"] < 1e-3
+
+
+def test_a_head_trained_first_leaves_the_rest_as_it_was(paper, task):
+    protocol = paper.training.Protocol(epochs=1)
+    plain, trained = (paper.training.with_trained_head(task, 0, protocol, epochs) for epochs in (0, 3))
+    changed = [
+        name for name, p in trained.named_parameters() if not torch.equal(p, dict(plain.named_parameters())[name])
+    ]
+    assert set(changed) == {"classifier.weight", "classifier.bias"}
+    losses = [paper.training.evaluate(model, task, task.train, "cross_entropy").loss for model in (plain, trained)]
+    assert losses[1] < losses[0]
 
 
 def test_squared_loss_and_cross_entropy_are_means(paper):
@@ -408,6 +309,7 @@ def strengths(field, columns, pulled="everything"):
         ([[4, 3, 2, 1], [5, 3, 2, 1]], "held"),
         ([[1, 2, 3, 4], [1, 2, 3, 5]], "the contrary was measured"),
         ([[4, 3, 2, 1], [1, 2, 3, 4]], "not shown"),
+        ([[4, 3, 2, 1], [4, 5, 6, 3]], "not shown"),
         ([[4, 1, 5, 3], [4, 1, 5, 3]], "not shown"),
     ],
 )
