@@ -205,8 +205,6 @@ def compute_ntk(
     except BaseException:
         store.discard()
         raise
-    finally:
-        team.disband()
 
 
 def _complete(run: Run, request: Request, prepared: Prepared) -> dict[int, ModuleKernels]:

@@ -16,6 +16,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import partial
@@ -31,6 +32,7 @@ from ..errors import ProcessError
 
 
 T = TypeVar("T")
+_groups: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # the default process group -> ours
 PATIENCE = timedelta(minutes=30)  # that processes wait for each other: longer than one batch or one kernel takes
 
 
@@ -47,7 +49,8 @@ class Team:
         """All processes of the default process group, or of the launcher that started this process.
 
         Under `accelerate launch` or torchrun the process group is set up through accelerate where it is not yet.
-        Messages go over a group of their own with the gloo back end, so that they need no device.
+        Messages go over a group of their own with the gloo back end, so that they need no device. It lasts as long as
+        the default group: destroying it right after a message can lock up (seen with torch 2.6).
 
         Raises:
             ProcessError: the others do not come.
@@ -62,19 +65,15 @@ class Team:
                 dist.init_process_group("gloo", timeout=PATIENCE)
         if dist.get_world_size() == 1:
             return cls()
-        try:
-            group = dist.new_group(backend="gloo", timeout=PATIENCE)
-        except RuntimeError as error:
-            raise ProcessError(
-                f"process {dist.get_rank()} waited {PATIENCE} for the others; call compute_ntk on all processes, or "
-                "with distributed=False on those that are to work alone"
-            ) from error
-        return cls(dist.get_rank(), dist.get_world_size(), group)
-
-    def disband(self) -> None:
-        if self._group is not None and dist.is_initialized():
-            dist.destroy_process_group(self._group)
-            self._group = None
+        if dist.group.WORLD not in _groups:
+            try:
+                _groups[dist.group.WORLD] = dist.new_group(backend="gloo", timeout=PATIENCE)
+            except RuntimeError as error:
+                raise ProcessError(
+                    f"process {dist.get_rank()} waited {PATIENCE} for the others; call compute_ntk on all processes, "
+                    "or with distributed=False on those that are to work alone"
+                ) from error
+        return cls(dist.get_rank(), dist.get_world_size(), _groups[dist.group.WORLD])
 
     def each(self, stage: str, work: Callable[[], T]) -> T:
         """`work()` on every process, and its own result to each; fails as `gather` does."""
@@ -102,6 +101,7 @@ class Team:
         try:
             dist.all_gather_object(answers, (value, message), group=self._group)
         except RuntimeError as error:
+            _groups.clear()  # of no use any more
             if failure is not None:
                 raise failure from error
             raise ProcessError(
