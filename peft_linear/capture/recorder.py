@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from ..errors import TargetError
 
 
+_PACKS = "support_avx512bf16_for_cpu"  # bitsandbytes' flag on a 4-bit linear
 Take = Callable[[str, int, Tensor], None]  # (module, number of the call, cotangent)
 
 
@@ -156,12 +157,12 @@ def recording(
         for parameter in trainable:
             parameter.requires_grad_(False)
         for module in packers:
-            module.support_avx512bf16_for_cpu = False
+            setattr(module, _PACKS, False)
         with torch.enable_grad():
             yield recorder
     finally:
         for module in packers:
-            module.support_avx512bf16_for_cpu = True
+            setattr(module, _PACKS, True)
         for handle in handles:
             handle.remove()
         for module, training in modes:
@@ -173,7 +174,7 @@ def recording(
 
 def _inference_packers(model: nn.Module) -> list[nn.Module]:
     """4-bit linears of bitsandbytes that would pack their weights for inference in eval mode, on CPUs with bf16."""
-    packers = [module for module in model.modules() if getattr(module, "support_avx512bf16_for_cpu", False)]
+    packers = [module for module in model.modules() if getattr(module, _PACKS, False)]
     for module in packers:
         if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
             raise TargetError(

@@ -208,8 +208,9 @@ class ModuleKernels:
             file_path /= INDEX
             if not file_path.is_file():
                 raise FileError(
-                    f"the folder {os.fspath(path)!r} holds no {INDEX}: no kernels, or a computation that is not "
-                    "finished; run compute_ntk with the same arguments and folder to finish it"
+                    f"the folder {os.fspath(path)!r} holds no {INDEX}: no kernels, those of several ranks (load one "
+                    "of its rank-... folders), or a computation that is not finished (run compute_ntk with the same "
+                    "arguments and folder to finish it)"
                 )
         with open_file(file_path) as file:
             metadata = file.metadata() or {}

@@ -52,6 +52,10 @@ class Look:
     lora_alpha: float = 16.0
     seed: int = 0
 
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
     def gradients(self) -> dict[str, Tensor]:
         """Ḡ (d_out, d_in) float64 of each module: the gradient of the mean loss of all examples."""
         weights = {name: _parameter(name, module) for name, module in self.modules.items()}
@@ -72,7 +76,7 @@ class Look:
     def inputs(self) -> dict[str, list[Tensor]]:
         """The inputs (positions, d_in) that each module saw, one tensor a call; padding counts too."""
         function = OutputFunction("logits", shift=label_shift(base_model(self.model)))
-        device = next(iter(self.modules.values())).weight.device  # type: ignore[union-attr]
+        device = self.device
         seen: dict[str, list[Tensor]] = {name: [] for name in self.modules}
         with recording(self.model, self.modules) as recorder, torch.no_grad():
             for number, batch in enumerate(self.batches):
@@ -184,13 +188,12 @@ def eva(look: Look) -> dict[str, float]:
         init_lora_weights="eva",
         eva_config=EvaConfig(rho=2.0),
     )
-    device = next(iter(look.modules.values())).weight.device  # type: ignore[union-attr]
     root = base_model(look.model)
     with recording(root, {}), torch.random.fork_rng(devices=[]):
         torch.manual_seed(look.seed)
         found = get_eva_state_dict(
             root,
-            [batch.to(device).inputs for batch in look.batches],
+            [batch.to(look.device).inputs for batch in look.batches],
             config,
             prepare_model_inputs_fn=lambda inputs, _: inputs.get("attention_mask"),
             prepare_layer_inputs_fn=_unpadded,
