@@ -27,7 +27,7 @@ from matplotlib.colors import BoundaryNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
 from paper_condition import ARM_NAMES, ARMS, ordered
-from paper_lambda import PULLED
+from paper_lambda import KINDS
 from paper_lambda_report import ACCURACY, LINEAR_ACCURACY, Runs, mean, pulled_by, values
 from paper_predictors import PAPER
 
@@ -40,20 +40,21 @@ Line = tuple[str, str, str]  # field, label, colour
 
 def draw_lambda(runs: Runs, path: Path) -> None:
     """A row for each kind of pull, three panels over λ; a line through the means, a dot for each seed."""
-    figure = Figure(figsize=(16, 10), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(16, 14.5), layout="constrained", facecolor="white")
     figure.get_layout_engine().set(w_pad=0.15, h_pad=0.14)
-    for row, (pulled, words) in zip(figure.subplots(2, 3), PULLED.items(), strict=True):
-        _draw_row(row, pulled_by(runs, pulled), pulled)
-        row[0].text(0, 1.16, words[0].upper() + words[1:], transform=row[0].transAxes, fontsize=14, color=INK)
+    for row, (pulled, kind) in zip(figure.subplots(len(KINDS), 3), KINDS.items(), strict=True):
+        _draw_row(row, pulled_by(runs, pulled), kind.scope)
+        words = kind.words[0].upper() + kind.words[1:]
+        row[0].text(0, 1.16, words, transform=row[0].transAxes, fontsize=14, color=INK)
     figure.savefig(path, dpi=160)
 
 
-def _draw_row(row: Sequence[Axes], runs: Runs, pulled: str) -> None:
+def _draw_row(row: Sequence[Axes], runs: Runs, scope: str) -> None:
     left, middle, right = row
     own, same = "gap_at_own", "gap_at_model"
     lines = [
-        (f"distance/{pulled}", "fine-tuned", REAL),
-        (f"linear_distance/{pulled}", "linearised, trained on its own", LINEAR),
+        (f"distance/{scope}", "fine-tuned", REAL),
+        (f"linear_distance/{scope}", "linearised, trained on its own", LINEAR),
     ]
     _panel(left, runs, lines, "‖θ−θ0‖ of what is pulled", "How far training goes")
     lines = [

@@ -17,8 +17,8 @@ For each λ and seed two models are trained from one start with the same batches
 and its linearised model. The gap between them is taken twice: the linear model at the real model's parameters (the
 Taylor remainder), and where its own training took it (the paper's comparison).
 
-The term pulls either everything that is trained, as in the paper's objective, or the LoRA factors alone and not the
-new head, which is what ProximalLoRA does.
+The term pulls everything that is trained at every step, which is the paper's objective; or everything by the selective
+rule, which is the paper's algorithm; or by that rule the LoRA factors and not the new head, which is ProximalLoRA.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from common import Task
@@ -51,9 +51,21 @@ from peft_linear.training.proximal import proximal_firing_rate
 
 LOSS = "cross_entropy"
 EVERYTHING, FACTORS, NOTHING = "everything", "factors", "nothing"
-PULLED = {
-    EVERYTHING: "everything that is trained is pulled (the paper's objective)",
-    FACTORS: "the LoRA factors are pulled, the head is free (ProximalLoRA)",
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What is pulled, and when."""
+
+    words: str
+    scope: str  # EVERYTHING or FACTORS
+    selective: bool
+
+
+KINDS = {
+    "always": Kind("everything is pulled at every step (the paper's objective)", EVERYTHING, False),
+    "everything": Kind("everything is pulled by the selective rule (the paper's eq. 8)", EVERYTHING, True),
+    "factors": Kind("the LoRA factors are pulled by that rule, the head is free (ProximalLoRA)", FACTORS, True),
 }
 
 
@@ -67,7 +79,7 @@ def measure(
     head_epochs: int = 0,
 ) -> list[dict[str, Any]]:
     """Runs what `records` lacks of lambdas x seeds x what is pulled, and returns all of it."""
-    wanted = [(pulled if pull else NOTHING, pull, seed) for seed in seeds for pull in lambdas for pulled in PULLED]
+    wanted = [(pulled if pull else NOTHING, pull, seed) for seed in seeds for pull in lambdas for pulled in KINDS]
     wanted = list(dict.fromkeys(wanted))
     for pulled, pull, seed in tqdm([key for key in wanted if key not in records], desc="A: strengths"):
         records.add(run(task, names, pulled, pull, seed, protocol, head_epochs))
@@ -92,7 +104,7 @@ def run(
     before = evaluate(model, task, task.train, LOSS)
     optimizer = make_optimizer(trained_parameters(model), "adamw", protocol.learning_rate)
     own = {name: parameter for name, parameter in model.named_parameters() if name in anchors}
-    term = attach(optimizer, own, anchors, pulled, pull, protocol) if pulled == EVERYTHING else None
+    term = None if pulled == FACTORS else attach(optimizer, own, anchors, pulled, pull)
     fit(model, task, seed, protocol, optimizer, LOSS)
     linear_rate = fit_linear(linearized, task, seed, protocol, pulled, pull)
     rows = sorted(task.test, key=lambda row: len(row["input_ids"]))
@@ -126,7 +138,7 @@ def fit_linear(
     """Trains the linearised model as the real one is trained; returns how often the term acted."""
     own = dict(zip(linearized.names, linearized.parameters(), strict=True))
     optimizer = make_optimizer(list(own.values()), "adamw", protocol.learning_rate)
-    term = attach(optimizer, own, linearized.anchor_state_dict(), pulled, pull, protocol)
+    term = attach(optimizer, own, linearized.anchor_state_dict(), pulled, pull)
     fit(linearized, task, seed, protocol, optimizer, LOSS)
     return term.firing_rate if term else math.nan
 
@@ -137,13 +149,13 @@ def attach(
     anchors: Mapping[str, Tensor],
     pulled: str,
     pull: float,
-    protocol: Protocol,
 ) -> Pull | None:
-    """The proximal term on all of `own`, or on the LoRA factors among them; None where nothing is pulled."""
+    """The proximal term of a kind on `own`, or on the LoRA factors among them; None where nothing is pulled."""
     if pulled == NOTHING:
         return None
-    names = [name for name in own if pulled == EVERYTHING or "lora_" in name]
-    return Pull(optimizer, [own[n] for n in names], [anchors[n] for n in names], pull, protocol.selective)
+    kind = KINDS[pulled]
+    names = [name for name in own if kind.scope == EVERYTHING or "lora_" in name]
+    return Pull(optimizer, [own[n] for n in names], [anchors[n] for n in names], pull, kind.selective)
 
 
 def length(moved: Mapping[str, Tensor], part: str = "") -> float:

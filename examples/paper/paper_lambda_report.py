@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from correlation import spearman
-from paper_lambda import NOTHING, PULLED
+from paper_lambda import KINDS, NOTHING
 from paper_records import CONTRARY, HELD, NOT_SHOWN, Claim
 
 from peft_linear.report.markdown import markdown_table
@@ -93,15 +93,16 @@ def accuracy_falls(runs: Runs, examples: int, words: str) -> Claim:
 def claims(runs: Runs, examples: int) -> list[Claim]:
     """Distance, three measures of linearity, and accuracy, for each kind of pull."""
     found = []
-    for pulled, words in PULLED.items():
+    for pulled, kind in KINDS.items():
         of = pulled_by(runs, pulled)
-        linear = f"when {words}, a larger λ brings the fine-tuned model closer to the linearised one"
+        where = f"Where {kind.words}"
+        linear = f"{where}: a larger λ brings the fine-tuned model closer to the linearised one"
         found += [
             falls(
                 of,
-                f"distance/{pulled}",
+                f"distance/{kind.scope}",
                 "‖θ−θ0‖ of what is pulled is",
-                f"when {words}, a larger λ keeps the parameters closer to the pretrained ones.",
+                f"{where}: a larger λ keeps the parameters closer to the pretrained ones.",
             ),
             falls(
                 of,
@@ -116,7 +117,7 @@ def claims(runs: Runs, examples: int) -> list[Claim]:
                 "the Taylor remainder relative to the movement of the logits is",
                 f"{linear} (at the same parameters; this measure does not flatter models that hardly moved).",
             ),
-            accuracy_falls(of, examples, f"when {words}, a larger λ costs accuracy"),
+            accuracy_falls(of, examples, f"{where}: a larger λ costs accuracy"),
         ]
     return found
 
@@ -153,8 +154,8 @@ def sections(runs: Runs, seeds: Sequence[int]) -> list[str]:
         "model's parameters (“same θ”, the Taylor remainder). “Rel. difference” is ‖f−f̄‖/‖f‖, “rel. to movement” "
         "‖f−f̄‖/‖f−f(θ0)‖.",
     ]
-    for pulled, words in PULLED.items():
-        parts += [f"## Where {words}", *tables(pulled_by(runs, pulled))]
+    for pulled, kind in KINDS.items():
+        parts += [f"## Where {kind.words}", *tables(pulled_by(runs, pulled))]
     return parts
 
 
@@ -192,4 +193,4 @@ def summary(runs: Runs) -> dict[str, Any]:
     def of(pulled: str, path: str) -> dict[str, list[float]]:
         return {f"{pull:g}": numbers for pull, numbers in values(pulled_by(runs, pulled), path).items()}
 
-    return {"by_pull": {pulled: {path: of(pulled, path) for path in paths} for pulled in PULLED}}
+    return {"by_pull": {pulled: {path: of(pulled, path) for path in paths} for pulled in KINDS}}

@@ -117,9 +117,6 @@ class Claim:
     measured: str
     verdict: str
 
-    def __str__(self) -> str:
-        return f"**{self.verdict.capitalize()}.** The claim: {self.claim} Measured: {self.measured}"
-
 
 def verdict(low: float, high: float) -> str:
     """Of a claim that a number is positive, from the number's interval."""
@@ -150,7 +147,9 @@ def write_report(
     """README.md and results.json of one experiment."""
     text = [
         f"# {title}",
-        *(f"- {claim}" for claim in claims),
+        markdown_table(
+            ("the paper's claim", "measured", "verdict"), [(c.claim, c.measured, f"**{c.verdict}**") for c in claims]
+        ),
         *sections,
         "## Setting",
         markdown_table(("", ""), [(key, str(value)) for key, value in setting.items()]),

@@ -51,7 +51,6 @@ class Protocol:
     learning_rate: float = 4e-3  # of AdamW; that of SGD follows from the kernel
     warmup: float = 0.06  # share of the steps, then linear decay to 0
     dropout: bool = False  # in the model and, 0.1, in LoRA; the linearised model has none
-    selective: bool = True  # the proximal term's rule
 
     def steps(self, task: Task) -> int:
         """Optimizer steps of one run; what is left of an epoch after its last whole batch is dropped."""
@@ -91,7 +90,7 @@ def projections_by_layer(model: nn.Module) -> dict[int, tuple[str, ...]]:
 
 
 def adapted(model: nn.Module, names: Sequence[str], protocol: Protocol, pull: float | None = None) -> PeftModel:
-    """LoRA on `names` with a trained head; ProximalLoRA of strength `pull` where one is given."""
+    """LoRA on `names` with a trained head; ProximalLoRA (selective) of strength `pull` where one is given."""
     shared = {
         "r": protocol.rank,
         "lora_alpha": protocol.lora_alpha,
@@ -101,7 +100,7 @@ def adapted(model: nn.Module, names: Sequence[str], protocol: Protocol, pull: fl
     }
     if pull is None:
         return get_peft_model(model, LoraConfig(**shared))
-    config = ProximalLoraConfig(**shared, proximal_lambda=pull, proximal_selective=protocol.selective)
+    config = ProximalLoraConfig(**shared, proximal_lambda=pull)
     return get_peft_model(model, config)
 
 

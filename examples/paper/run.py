@@ -48,7 +48,7 @@ from paper_tasks import TASKS, load_paper_task
 from paper_training import Protocol, projections_by_layer
 
 
-LAMBDAS = (0.0, 0.5, 5.0, 50.0, 500.0, 5e3, 5e4)  # with the two values that the paper names, 5 and 50
+LAMBDAS = (0.0, 0.5, 5.0, 50.0, 500.0, 5e3)  # with the two values that the paper names, 5 and 50
 SMALL = {"protocol": Protocol(), "limits": (128, 8, 300), "max_length": 48}
 PAPERS = {"protocol": Protocol(batch_size=64, dropout=True), "limits": (None, None, None), "max_length": 512}
 
