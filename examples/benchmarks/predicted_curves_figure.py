@@ -61,7 +61,8 @@ def draw_curves(axes: Axes, runs: list[dict], quantity: str, title: str) -> None
         Line2D([], [], color=INK, linestyle="--", linewidth=2, label="predicted before training"),
         Line2D([], [], color=INK, marker="o", markersize=5, linewidth=2, label="real"),
     ]
-    axes.legend(handles=handles, frameon=False, fontsize=10)
+    if quantity == "train_loss":  # one legend a row
+        axes.legend(handles=handles, frameon=False, fontsize=10, loc="lower left")
     axes.set_xlabel("step", color=INK)
     axes.set_ylabel("cross-entropy", color=INK)
     _finish(axes, title)
@@ -92,15 +93,14 @@ def draw_thresholds(record: Mapping[str, Any], path: Path) -> None:
         points = [c for run in record["runs"] if run["method"] == method["key"] for c in comparisons(run)]
         gaps, errors = [c.gap for c in points], [max(c.relative_error, 1e-5) for c in points]
         axes.scatter(gaps, errors, s=55, color=color, marker=marker, alpha=0.75, linewidth=0, label=method["label"])
-    for gap, _, word in VERDICTS:
-        axes.axvline(gap, color=INK, linewidth=1, linestyle=":")
-        axes.annotate(
-            f"{word} ", (gap, 1), xycoords=("data", "axes fraction"), va="top", ha="right", rotation=90, color=INK
-        )
+    for verdict in VERDICTS:
+        axes.axvline(verdict.gap, color=INK, linewidth=1, linestyle=":")
+        place = {"xycoords": ("data", "axes fraction"), "va": "top", "ha": "right", "rotation": 90}
+        axes.annotate(f"{verdict.word} ", (verdict.gap, 1), color=INK, **place)
     axes.set_xscale("log")
     axes.set_yscale("log")
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(PercentFormatter(1.0))
+        axis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
     axes.set_xlabel("gap relative to the movement (held-out examples)", color=INK)
     axes.set_ylabel("error of the predicted held-out loss", color=INK)
     axes.legend(frameon=False, fontsize=11, loc="lower right")

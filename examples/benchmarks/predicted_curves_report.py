@@ -24,6 +24,7 @@ from typing import Any
 
 from correlation import spearman
 
+from peft_linear.capture.gap import NOT_LINEAR, VERDICTS, verdict_of
 from peft_linear.report.markdown import markdown_table
 
 
@@ -70,7 +71,7 @@ def comparisons(run: Mapping[str, Any]) -> list[Comparison]:
                 relative_difference=gap["relative_difference"],
                 kl=gap["kl"],
                 agreement=gap["agreement"],
-                verdict=gap["verdict"].partition(":")[0],
+                verdict=word(gap),
                 start=run["points"][0]["held_out_loss"],
                 predicted=run["predicted"]["held_out_loss"][number],
                 real=point["held_out_loss"],
@@ -78,6 +79,12 @@ def comparisons(run: Mapping[str, Any]) -> list[Comparison]:
             )
         )
     return found
+
+
+def word(gap: Mapping[str, Any]) -> str:
+    """The verdict of a report, by the thresholds as they are now."""
+    verdict = verdict_of(gap["pooled_movement_gap"], gap["agreement"])
+    return NOT_LINEAR if verdict is None else verdict.word
 
 
 def runs_table(record: Mapping[str, Any]) -> str:
@@ -121,7 +128,7 @@ def gaps_table(record: Mapping[str, Any]) -> str:
             f"{run['report']['agreement']:.0%}",
             f"{run['own_gap']['pooled_movement_gap']:.1%}",
             f"{run['gap_at_first_a']['pooled_movement_gap']:.1%}",
-            run["report"]["verdict"].partition(":")[0],
+            word(run["report"]),
         )
         for run in record["runs"]
     ]
@@ -144,9 +151,9 @@ def bands_table(points: Sequence[Comparison]) -> str:
 
 def verdicts_table(points: Sequence[Comparison]) -> str:
     rows = []
-    for word in ("linear", "nearly linear", "not linear"):
-        inside = [c for c in points if c.verdict == word]
-        rows.append((word, *(_errors(inside) if inside else ("0", *[""] * (len(ERRORS) - 1)))))
+    for name in (*(verdict.word for verdict in VERDICTS), NOT_LINEAR):
+        inside = [c for c in points if c.verdict == name]
+        rows.append((name, *(_errors(inside) if inside else ("0", *[""] * (len(ERRORS) - 1)))))
     return markdown_table(("verdict", *ERRORS), rows, right=range(1, 1 + len(ERRORS)))
 
 

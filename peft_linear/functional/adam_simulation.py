@@ -58,9 +58,10 @@ def simulate_adam(
 
         m ← β1 m + (1−β1) e,    v ← β2 v + (1−β2) eᵀSe,    c ← (c − η m̂/√v̂)/(1 + ηλ),    f = f_θ0 + K c,
 
-    hats being Adam's bias corrections. `betas=(0, 0)` is sign descent (Malladi et al., arXiv 2210.05643, to whom the
-    sign kernel is due). The scale of the loss cancels, as it does in Adam. Steps tend to come out too short, because
-    the pooled `eᵀSe` is larger than what Adam divides most coordinates by. O(n²) a recorded step.
+    hats being Adam's bias corrections. Rows that share no coordinate must not share a mean: `base` has a v of its own,
+    and so has every block into which a kernel falls (that of a linear task head falls into one an output). So pass
+    `base` where there is one. `betas=(0, 0)` is sign descent (Malladi et al., arXiv 2210.05643, to whom the sign
+    kernel is due). The scale of the loss cancels, as it does in Adam. O(n²) a step.
 
     Args:
         ridge: λ, decoupled as in `simulate_training(proximal_mode="decoupled")`; weight decay there is none.
@@ -71,49 +72,66 @@ def simulate_adam(
         know it.
 
     Raises:
-        KernelError: as `simulate_training`; betas that are not in [0, 1); a kernel whose diagonal is not positive (no
-            sign kernel has that, but where all rows of an output are zero).
+        KernelError: as `simulate_training`, or betas that are not in [0, 1).
     """
     check_run(outputs0, steps, ridge, batches, record_every)
     if not all(0 <= beta < 1 for beta in betas):
         raise KernelError(f"betas must be in [0, 1), got {betas}")
     adam = _KernelAdam(sign_gram, outputs0, held_out, base, ridge, "decoupled", selective)
-    adam.betas, adam.signs = betas, _sign_correlation(sign_gram)
+    adam.adapter = _Scale(adam.gram, betas)
+    adam.head = None if adam.base is None else _Scale(adam.base, betas)
     return adam.run(loss, labels, given_rates(learning_rate, steps), batches, record_every)
 
 
 class _KernelAdam(Descent):
-    betas: tuple[float, float]
-    signs: Tensor  # (n, n) S
-    first: Tensor | None = None  # (n,) m
-    second = 0.0  # v
-    count = 0
+    adapter: _Scale
+    head: _Scale | None
 
     def step(self, gradient: Tensor, examples: Tensor | None, learning_rate: float) -> None:
         pull = learning_rate * self.ridge if self._acts(gradient, examples) else 0.0
-        beta1, beta2 = self.betas
         error = self._spread(gradient, examples)
-        self.count += 1
-        first = torch.zeros_like(error) if self.first is None else self.first
-        self.first = beta1 * first + (1 - beta1) * error
-        self.second = beta2 * self.second + (1 - beta2) * float((error @ (self.signs @ error)).clamp_min(0.0))
-        size = math.sqrt(self.second / (1 - beta2**self.count))
-        rate = learning_rate / (1 - beta1**self.count) / size if size > 0 else 0.0
-        self.c = (self.c - rate * self.first) / (1 + pull)
-        if self.c0 is not None:
-            self.c0 = self.c0 - rate * self.first
+        self.c = (self.c - learning_rate * self.adapter.direction(error)) / (1 + pull)
+        if self.c0 is not None and self.head is not None:
+            self.c0 = self.c0 - learning_rate * self.head.direction(error)
 
     def distance(self) -> Tensor:
         return self.c.new_tensor(torch.nan)
 
 
-def _sign_correlation(sign_gram: Tensor) -> Tensor:
-    gram = sign_gram.detach().double()
-    diagonal = gram.diagonal()
-    if not bool((diagonal > 0).all()):
-        raise KernelError(
-            f"{int((diagonal <= 0).sum())} diagonal entries of the sign kernel are not positive, so it has no scale; "
-            "leave the examples out whose outputs no parameter moves"
-        )
-    scale = diagonal.sqrt()
-    return (gram / scale[:, None] / scale).clamp(-1, 1).asin() * (2 / math.pi)
+class _Scale:
+    """Adam's moments: the first in the rows, the second pooled over the coordinates of each block of rows."""
+
+    def __init__(self, gram: Tensor, betas: tuple[float, float]) -> None:
+        self.signs, self.block, self.betas = _sign_correlation(gram), _blocks(gram), betas
+        self.first = torch.zeros(len(gram), dtype=torch.float64, device=gram.device)
+        self.second = torch.zeros_like(self.first)  # by number of the block
+        self.count = 0
+
+    def direction(self, error: Tensor) -> Tensor:  # (n,)
+        """`m̂/√v̂` after one more gradient."""
+        beta1, beta2 = self.betas
+        self.count += 1
+        squares = torch.zeros_like(error).index_add_(0, self.block, error * (self.signs @ error)).clamp_min(0.0)
+        self.first = beta1 * self.first + (1 - beta1) * error
+        self.second = beta2 * self.second + (1 - beta2) * squares
+        size = (self.second / (1 - beta2**self.count)).sqrt()[self.block]
+        return torch.where(size > 0, self.first / size, 0.0) / (1 - beta1**self.count)
+
+
+def _sign_correlation(gram: Tensor) -> Tensor:
+    """S (n, n) by the arcsine law; rows without any coordinate have none."""
+    scale = gram.diagonal().clamp_min(0.0).sqrt()
+    correlation = torch.where(scale > 0, gram / scale / scale[:, None], 0.0).nan_to_num(0.0, 0.0, 0.0)
+    return correlation.clamp(-1, 1).asin() * (2 / math.pi)
+
+
+def _blocks(gram: Tensor) -> Tensor:
+    """(n,) the block of each row, named by its first row: rows of one block are linked by entries that are not 0."""
+    scale = gram.diagonal().clamp_min(0.0).sqrt()
+    linked = gram.abs() > 1e-12 * scale * scale[:, None]
+    block = torch.arange(len(gram), device=gram.device)
+    while True:
+        lowest = torch.where(linked, block, len(gram)).amin(dim=1).minimum(block)
+        if bool((lowest == block).all()):
+            return block
+        block = lowest

@@ -49,7 +49,8 @@ def predict_training(
         held_out: numbers of the examples that are not trained on. They enter through K(x, X) alone.
         labels: of all N examples; default: the kernels' own.
         ridge: λ.
-        pull_base: whether λ pulls the always-trained parameters too. ProximalLoRA does not pull them.
+        pull_base: whether λ pulls the always-trained parameters too. ProximalLoRA does not pull them, and Adam is
+            less well approximated with it.
         settings: as the two functions take them, `steps` and `learning_rate` first. `batches` number the training
             examples, in their order and without the held-out ones.
 
@@ -73,11 +74,12 @@ def predict_training(
         raise KernelError(f"all {count} examples are held out; leave some to train on")
     gram = kernels.subset(kernels.names if names is None else [names] if isinstance(names, str) else list(names))
     rows, held_rows = (_rows(examples, width) for examples in (train, held))
-    if ridge > 0 and not pull_base and bool(kernels.base.any()):
+    signed = kernels.provenance.get("kernel") == "sign"
+    if (ridge > 0 or signed) and not pull_base and bool(kernels.base.any()):
         settings["base"] = kernels.base[torch.cat([rows, held_rows])][:, rows]
     if held.numel():
         settings["held_out"] = (gram[held_rows][:, rows], kernels.outputs[held], labels[held])
-    simulate = simulate_adam if kernels.provenance.get("kernel") == "sign" else simulate_training
+    simulate = simulate_adam if signed else simulate_training
     return simulate(gram[rows][:, rows], kernels.outputs[train], labels[train], ridge=ridge, **settings)
 
 

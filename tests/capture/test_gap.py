@@ -15,6 +15,7 @@
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.testing import assert_close
 
-from peft_linear.capture.gap import VERDICTS, linearization_gap
+from peft_linear.capture.gap import VERDICTS, GapReport, linearization_gap, verdict_of
 from peft_linear.capture.linearize import linearize
 from peft_linear.capture.lipschitz import sample_model_lipschitz
 from peft_linear.errors import OutputError, PeftLinearError, TargetError
@@ -147,13 +148,48 @@ def test_verdicts_follow_the_gap():
     assert words[0].startswith("not moved")
     assert words[1].startswith("linear: the linear model's logits are within 0.")
     assert words[2].startswith("not linear")
+    assert words[1].endswith("losses predicted before training were right to 2% at such gaps")
+    assert words[2].endswith("do not trust losses that were predicted before training")
     report = linearization_gap(*fine_tuned(size=1e-4), text_batches())
-    gap, agreement, word = VERDICTS[1]
-    assert dataclasses.replace(report, pooled_movement_gap=gap).verdict.startswith(word)
-    assert dataclasses.replace(report, pooled_movement_gap=gap * 1.01).verdict.startswith("not linear")
-    disagreeing = torch.full_like(report.agreement, agreement - 0.01)
+    nearly = VERDICTS[1]
+    assert dataclasses.replace(report, pooled_movement_gap=nearly.gap).verdict.startswith("nearly linear")
+    assert dataclasses.replace(report, pooled_movement_gap=nearly.gap * 1.01).verdict.startswith("not linear")
+    disagreeing = torch.full_like(report.agreement, nearly.agreement - 0.01)
     assert dataclasses.replace(report, agreement=disagreeing).verdict.startswith("not linear")
-    assert [gap for gap, _, _ in VERDICTS] == sorted(gap for gap, _, _ in VERDICTS)
+    assert list(VERDICTS) == sorted(VERDICTS, key=lambda verdict: verdict.gap)
+
+
+def test_thresholds_are_those_of_the_measurement():
+    """What a verdict says of the predicted loss held in every comparison that was made."""
+    path = Path(__file__).parents[2] / "docs/measurements/predicted_curves/results.json"
+    found = {verdict: [] for verdict in (*VERDICTS, None)}
+    for run in json.loads(path.read_text(encoding="utf-8"))["runs"]:
+        predicted = dict(zip(run["predicted"]["recorded"], run["predicted"]["held_out_loss"], strict=True))
+        for point in run["points"][1:]:
+            error = abs(predicted[point["step"]] - point["held_out_loss"]) / point["held_out_loss"]
+            found[verdict_of(point["gap"]["pooled_movement_gap"], point["gap"]["agreement"])].append(error)
+    for verdict in VERDICTS:
+        assert found[verdict] and max(found[verdict]) <= verdict.loss_error
+    assert min(found[None]) > VERDICTS[0].loss_error  # nothing that was predicted as well is called not linear
+    assert max(found[None]) > 0.2
+
+
+def test_a_report_of_known_logits_is_that_of_the_models():
+    model, linearized = fine_tuned()
+    batches = text_batches(sizes=(3, 2))
+    report = linearization_gap(model, linearized, batches)
+    triples = [triple for batch in batches for triple in one_by_one(model, linearized, plain([batch])[0])]
+    real, linear, start = (torch.stack(column) for column in zip(*triples, strict=True))
+    labels = torch.cat([batch["labels"] for batch in batches])
+    known = GapReport.of_logits(real, linear, start, labels, distance=report.distance, evaluated_at="model")
+    for name, value in report.to_dict().items():
+        assert known.to_dict()[name] == (pytest.approx(value) if isinstance(value, float) else value)
+    assert_close(known.curvature, report.curvature)
+    assert GapReport.of_logits(real, linear, start, distance=1.0).accuracy is None
+    with pytest.raises(OutputError, match=r"all three must be \(examples, classes\)"):
+        GapReport.of_logits(real, linear[:2], start, distance=1.0)
+    with pytest.raises(OutputError, match="the linear model's logits in batch 0 are NaN or inf"):
+        GapReport.of_logits(real, linear * math.inf, start, distance=1.0)
 
 
 def test_a_linear_model_that_was_trained_is_compared_where_it_stands():
