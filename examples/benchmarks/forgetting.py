@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folders = [Path(options.output)] + ([Path(options.docs)] if options.docs else [])
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "summary.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        (folder / "summary.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
         (folder / "README.md").write_text(readme(record), encoding="utf-8")
         draw(record, folder / "figure.png")
     if options.docs:

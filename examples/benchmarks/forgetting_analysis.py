@@ -46,15 +46,16 @@ class Interval:
     mean: float
     low: float
     high: float
-    per_seed: tuple[float, ...]
+    per_seed: Mapping[int, float]
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> Interval:
+    def of(cls, per_seed: Mapping[int, float]) -> Interval:
+        values = list(per_seed.values())
         mean = fmean(values)
         if len(values) < 2:
-            return cls(mean, -math.inf, math.inf, tuple(values))
+            return cls(mean, -math.inf, math.inf, dict(per_seed))
         half = float(student.ppf(0.5 + CONFIDENCE / 2, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
-        return cls(mean, mean - half, mean + half, tuple(values))
+        return cls(mean, mean - half, mean + half, dict(per_seed))
 
     @property
     def sign(self) -> str:
@@ -114,7 +115,9 @@ def analyse(runs: Sequence[Run], arms: Sequence[Arm], measures: Sequence[Measure
     differences = {
         measure.key: {
             arm.key: {
-                other.key: compare(matched[measure.key][arm.key], matched[measure.key][other.key])
+                other.key: compare(
+                    matched[measure.key][arm.key], matched[measure.key][other.key], enough(len(table.seeds))
+                )
                 for other in arms
                 if other is not arm
             }
@@ -145,31 +148,40 @@ def analyse(runs: Sequence[Run], arms: Sequence[Arm], measures: Sequence[Measure
             for measure, by_arm in differences.items()
         },
         "training_seconds": round(sum(run.seconds for run in runs), 1),
+        "seeds": len(table.seeds),
         "runs": sum(run.seconds > 0 for run in runs),
     }
 
 
+def enough(seeds: int) -> int:
+    """Of how many seeds a level needs to be reached: of all but one, since selective rules differ much by seed."""
+    return max(1, seeds - 1) if seeds > 2 else seeds
+
+
 def matched_levels(table: Table, arm: Arm, setting: str, measure: Measure) -> dict[float, Interval | None]:
-    """What the arm forgets at each level; None where its path does not reach it in every seed."""
+    """What the arm forgets at each level; None where its path does not reach it in enough seeds."""
     result: dict[float, Interval | None] = {}
     for level in LEVELS:
-        values = [forgotten_at(table.path(arm, seed, setting, measure), level) for seed in table.seeds]
-        known = [value for value in values if value is not None]
-        result[level] = Interval.of(known) if len(known) == len(values) else None
+        found = {seed: forgotten_at(table.path(arm, seed, setting, measure), level) for seed in table.seeds}
+        known = {seed: value for seed, value in found.items() if value is not None}
+        result[level] = Interval.of(known) if len(known) >= enough(len(table.seeds)) else None
     return result
 
 
 def compare(
-    mine: Mapping[float, Interval | None], theirs: Mapping[float, Interval | None]
+    mine: Mapping[float, Interval | None], theirs: Mapping[float, Interval | None], needed: int
 ) -> dict[float, Interval | None]:
     """Mine less theirs, seed by seed: negative where mine forgets less."""
     result: dict[float, Interval | None] = {}
     for level, found in mine.items():
         other = theirs[level]
-        if found is None or other is None:
-            result[level] = None
-        else:
-            result[level] = Interval.of([a - b for a, b in zip(found.per_seed, other.per_seed, strict=True)])
+        common = [seed for seed in found.per_seed if seed in other.per_seed] if found and other else []
+        enough_common = found is not None and other is not None and len(common) >= needed
+        result[level] = (
+            Interval.of({seed: found.per_seed[seed] - other.per_seed[seed] for seed in common})
+            if enough_common
+            else None
+        )
     return result
 
 
@@ -180,7 +192,7 @@ def as_record(interval: Interval | None) -> dict | None:
     record = {
         key: value if not isinstance(value, float) else round(value, 7) for key, value in asdict(interval).items()
     }
-    record["per_seed"] = [round(value, 7) for value in interval.per_seed]
+    record["per_seed"] = {str(seed): round(value, 7) for seed, value in interval.per_seed.items()}
     record |= {key: None for key in ("low", "high") if math.isinf(record[key])}
     return {**record, "sign": interval.sign}
 
@@ -210,81 +222,3 @@ def curve(table: Table, arm: Arm, setting: str, measures: Sequence[Measure]) -> 
             }
         )
     return rows
-
-
-def verdict(summary: Mapping) -> list[str]:
-    """What follows from the intervals of one setting at the primary level, in plain sentences."""
-    measure, level = summary["primary_measure"], str(summary["primary_level"])
-    names = {key: arm["words"] for key, arm in summary["arms"].items()}
-    at_level = {key: found[level] for key, found in summary["matched"][measure].items()}
-    means = {key: found["mean"] for key, found in at_level.items() if found is not None}
-    ours = sorted((key for key in means if summary["arms"][key]["ours"]), key=means.__getitem__)
-    rivals = sorted((key for key in means if not summary["arms"][key]["ours"]), key=means.__getitem__)
-    lines = []
-    unreached = [names[key] for key in at_level if key not in means]
-    if not ours or not rivals:
-        return [f"Nothing can be compared at {float(level):.0%} of LoRA's gain: too few arms reach it in every seed."]
-    differences = summary["differences"][measure]
-    best, rival = ours[0], rivals[0]
-    found = differences[best][rival][level]
-    outcome = {
-        LESS: "ProximalLoRA forgets less than every rival",
-        MORE: f"{names[rival]} forgets less than every form of ProximalLoRA",
-        UNDECIDED: f"between the best form of ProximalLoRA and {names[rival]} there is no decision",
-    }[found["sign"]]
-    lines.append(
-        f"At {float(level):.0%} of what LoRA gains, {outcome}: {names[best]} forgets {means[best]:.4f}, "
-        f"{names[rival]} {means[rival]:.4f}; difference {interval(found)}."
-    )
-    for key in ours:
-        by_sign = {sign: [] for sign in (LESS, UNDECIDED, MORE)}
-        for other in rivals:
-            by_sign[differences[key][other][level]["sign"]].append(names[other])
-        parts = [
-            f"forgets less than {_list(by_sign[LESS])}" if by_sign[LESS] else "",
-            f"more than {_list(by_sign[MORE])}" if by_sign[MORE] else "",
-            f"undecided against {_list(by_sign[UNDECIDED])}" if by_sign[UNDECIDED] else "",
-        ]
-        lines.append(f"{names[key]}: " + "; ".join(part for part in parts if part) + ".")
-    if unreached:
-        lines.append(f"Not reached at this level in every seed: {_list(unreached)}.")
-    return lines
-
-
-def overall(settings: Mapping[str, Mapping]) -> str:
-    """One sentence over all settings: an arm counts if it is decidedly better in every one of them."""
-    wins: list[set[str]] = []
-    losses: list[set[str]] = []
-    for summary in settings.values():
-        level, by_arm = str(summary["primary_level"]), summary["differences"][summary["primary_measure"]]
-        rivals = [key for key, arm in summary["arms"].items() if not arm["ours"]]
-
-        def signs(key: str, others: Sequence[str], by_arm=by_arm, level=level) -> set[str]:
-            return {(by_arm[key][other][level] or {"sign": UNDECIDED})["sign"] for other in others}
-
-        wins.append({key for key in by_arm if signs(key, rivals) == {LESS}})
-        losses.append({rival for rival in rivals if {s for key in by_arm for s in signs(key, [rival])} == {MORE}})
-    names = {key: arm["words"] for summary in settings.values() for key, arm in summary["arms"].items()}
-    better, worse = set.intersection(*wins), set.intersection(*losses)
-    where = "in both settings" if len(settings) == 2 else f"in {len(settings)} setting(s)"
-    if better:
-        return f"{_list(names[k] for k in sorted(better))}: decidedly less forgotten than with every rival {where}."
-    if worse:
-        return (
-            f"{_list(names[k] for k in sorted(worse))}: decidedly less forgotten than with every form of ProximalLoRA "
-            f"{where}. As a way not to forget, ProximalLoRA is not the best choice here."
-        )
-    return f"No form of ProximalLoRA is decidedly better than every rival {where}, and no rival than every form of it."
-
-
-def interval(found: Mapping | None) -> str:
-    if found is None:
-        return "not reached"
-    if found["low"] is None:
-        return f"{found['mean']:+.4f}"
-    return f"{found['mean']:+.4f} [{found['low']:+.4f}, {found['high']:+.4f}]"
-
-
-def _list(words) -> str:
-    words = list(words)
-    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]

@@ -18,7 +18,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from forgetting_analysis import LESS, MORE, interval, overall, verdict
+from forgetting_analysis import LESS, MORE
+from forgetting_verdict import interval, overall, verdict
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -49,7 +50,8 @@ def readme(record: Mapping) -> str:
         overall(settings),
         "Gain is how far the target loss falls, as a part of what plain LoRA reaches in the same seed at its best "
         "learning rate. Every arm is a path with one parameter from there toward the base model; it is interpolated "
-        "at a given gain, seed by seed. In brackets: Student's 95 % intervals over seeds, each comparison for itself.",
+        "at a given gain, seed by seed. In brackets: Student's 95 % intervals over seeds, each comparison for itself; "
+        "a path that misses a level in one seed is compared in the others.",
         "![what is forgotten against what is gained, and paired differences](figure.png)",
     ]
     for summary in settings.values():
@@ -117,7 +119,7 @@ def level_table(summary: Mapping, measure: str) -> str:
     levels = [str(level) for level in summary["levels"]]
     rows = []
     for key, arm in summary["arms"].items():
-        cells = [interval(summary["matched"][measure][key][level]) for level in levels]
+        cells = [over_seeds(summary, summary["matched"][measure][key][level]) for level in levels]
         rows.append((number(summary["arms"], key), arm["words"], *cells))
     return markdown_table(
         ("", "arm", *(f"{float(level):.0%}" for level in levels)), rows, right=range(2, 2 + len(levels))
@@ -126,10 +128,16 @@ def level_table(summary: Mapping, measure: str) -> str:
 
 def measure_table(summary: Mapping, level: str, measures: Mapping[str, str]) -> str:
     rows = [
-        (arm["words"], *(interval(summary["matched"][measure][key][level]) for measure in measures))
+        (arm["words"], *(over_seeds(summary, summary["matched"][measure][key][level]) for measure in measures))
         for key, arm in summary["arms"].items()
     ]
     return markdown_table(("arm", *measures.values()), rows, right=range(1, 1 + len(measures)))
+
+
+def over_seeds(summary: Mapping, found: Mapping | None) -> str:
+    """The interval, and of how many seeds where some do not reach the level."""
+    short = found is not None and len(found["per_seed"]) < summary["seeds"]
+    return interval(found) + (f" ({len(found['per_seed'])} seeds)" if found is not None and short else "")
 
 
 def curve_table(summary: Mapping, measure: str) -> str:
@@ -166,7 +174,7 @@ def draw(record: Mapping, path: Path) -> None:
     for (left, right), summary in zip(rows, settings.values(), strict=True):
         draw_paths(left, summary)
         draw_levels(right, summary)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=110)
 
 
 def colors(summary: Mapping) -> dict[str, str]:
@@ -230,7 +238,7 @@ def draw_levels(axes: Axes, summary: Mapping) -> None:
     axes.set_yticks(range(len(order)), [summary["arms"][key]["words"] for key in order], fontsize=9.5, color=INK)
     axes.set_ylim(len(order) - 0.5, -0.5)
     axes.set_xlabel(f"← less forgotten than with {summary['arms'][against]['words']}, more →", color=INK)
-    _finish(axes, f"At {float(level):.0%} of what LoRA gains (95 % intervals over seeds)")
+    _finish(axes, f"Paired differences at {float(level):.0%} of LoRA's gain, 95 % intervals")
     axes.grid(axis="x", color=GRID, linewidth=0.8)
 
 

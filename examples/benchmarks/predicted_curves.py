@@ -48,7 +48,7 @@ from peft_linear import compute_ntk, recommend
 from peft_linear.selection.baselines import query_value
 
 
-PULLS = (0.0, 2.0, 6.0, 16.0, 50.0)  # λ·Σ_t η_t: over the run, exp(−that) of a displacement without gradient is left
+PULLS = (0.0, 0.8, 3.2, 12.8, 51.2)  # λ·Σ_t η_t: over the run, exp(−that) of a displacement without gradient is left
 
 
 def main(argv: Sequence[str] | None = None) -> int:

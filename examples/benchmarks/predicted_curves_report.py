@@ -189,6 +189,15 @@ def measures_table(points: Sequence[Comparison]) -> str:
     return markdown_table(("measure", "rank correlation with the error of the loss"), rows, right=(1,))
 
 
+def sign_section(record: Mapping[str, Any]) -> str:
+    if not any(run["approximated"] for run in record["runs"]):
+        return "Not part of this run."
+    return (
+        "The linear model's own training with Adam, exact on features and approximated by the sign kernel "
+        f"(`simulate_adam`): two computations before training, nothing real.\n\n{sign_table(record)}"
+    )
+
+
 def sign_table(record: Mapping[str, Any]) -> str:
     """Adam of the linear model, exact on features and approximated by the sign kernel: no network is involved."""
     rows = []
@@ -238,9 +247,7 @@ def write_report(record: Mapping[str, Any], folder: Path) -> str:
         measures_table(points),
         "![gap against the error of the predicted loss](gap.png)",
         "## Adam by the sign kernel",
-        "The linear model's own training with Adam, exact on features and approximated by the sign kernel "
-        "(`simulate_adam`): two computations before training, nothing real.",
-        sign_table(record),
+        sign_section(record),
         "## Setting",
         markdown_table(("", ""), [(key, str(value)) for key, value in setting.items()]),
         "The linear logits at the ends were computed twice, by the Jacobian's rows and by forward-mode "
