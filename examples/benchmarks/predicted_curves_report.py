@@ -191,7 +191,7 @@ def measures_table(points: Sequence[Comparison]) -> str:
 
 def sign_section(record: Mapping[str, Any]) -> str:
     if not any(run["approximated"] for run in record["runs"]):
-        return "Not part of this run."
+        return "Not in these results."
     return (
         "The linear model's own training with Adam, exact on features and approximated by the sign kernel "
         f"(`simulate_adam`): two computations before training, nothing real.\n\n{sign_table(record)}"

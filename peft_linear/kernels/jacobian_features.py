@@ -30,6 +30,7 @@ from ..functional.simulation import LearningRate, TrainingCurve
 
 
 BASE = "base"  # the module of columns that are trained whatever is chosen
+_COLUMNS = 4096  # converted to float64 at a time
 
 
 @dataclass(frozen=True)
@@ -108,11 +109,18 @@ class JacobianFeatures:
         return replace(self, **moved, labels=None if self.labels is None else self.labels.to(device))
 
     def gram(self, other: JacobianFeatures | None = None) -> Tensor:
-        """K (n, n) in float64, or K(x, X) (m, n) with the rows of `self` against those of `other`."""
+        """K (n, n) in float64, or K(x, X) (m, n) with the rows of `self` against those of `other`.
+
+        Raises:
+            TargetError: the features are of different parameters.
+        """
         right = self if other is None else other
         if right.columns != self.columns:
             raise TargetError("the features are of different parameters; take the same subset of both")
-        return self.rows.double() @ right.rows.double().T
+        total = torch.zeros(len(self.rows), len(right.rows), dtype=torch.float64, device=self.rows.device)
+        for mine, others in zip(self.rows.split(_COLUMNS, dim=1), right.rows.split(_COLUMNS, dim=1), strict=True):
+            total.addmm_(mine.double(), others.double().T)
+        return total
 
     def train(
         self,
