@@ -14,8 +14,8 @@
 
 """Adam on the linearised model from the sign kernel alone: an approximation for when features are not kept.
 
-Exact is `feature_training.train_on_features`. How far this one is from it has been measured:
-docs/measurements/predicted_curves.
+Exact is `feature_training.train_on_features`; `examples/benchmarks/predicted_curves.py` measures how far this one is
+from it.
 """
 
 from __future__ import annotations

@@ -30,7 +30,6 @@ from ..functional.simulation import LearningRate, TrainingCurve
 
 
 BASE = "base"  # the module of columns that are trained whatever is chosen
-_COLUMNS = 4096  # converted to float64 at a time
 
 
 @dataclass(frozen=True)
@@ -117,10 +116,7 @@ class JacobianFeatures:
         right = self if other is None else other
         if right.columns != self.columns:
             raise TargetError("the features are of different parameters; take the same subset of both")
-        total = torch.zeros(len(self.rows), len(right.rows), dtype=torch.float64, device=self.rows.device)
-        for mine, others in zip(self.rows.split(_COLUMNS, dim=1), right.rows.split(_COLUMNS, dim=1), strict=True):
-            total.addmm_(mine.double(), others.double().T)
-        return total
+        return self.rows.double() @ right.rows.double().T
 
     def train(
         self,
