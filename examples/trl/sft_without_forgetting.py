@@ -169,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--section", default="science", help="the section of the archive that is learned")
     parser.add_argument("--strengths", nargs="+", type=float, default=[0.0, 10.0, 100.0], help="values of λ")
-    parser.add_argument("--steps", type=int, default=200, help="optimizer steps of each adapter")
+    parser.add_argument("--steps", type=int, default=100, help="optimizer steps of each adapter")
     parser.add_argument("--batch-size", type=int, default=16, help="texts in a forward pass")
     parser.add_argument("--accumulation", type=int, default=1, help="forward passes of an optimizer step")
     parser.add_argument("--learning-rate", type=float, default=3e-3)
