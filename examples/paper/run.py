@@ -13,7 +13,7 @@
 # limitations under the License.
 """The experiments of "Linearization Explains Fine-Tuning in Large Language Models" (arXiv 2602.08239), run again.
 
-    python examples/paper/run.py                                   # MiniLM, shipped texts: half an hour on a core
+    python examples/paper/run.py                                   # MiniLM, shipped texts: an hour on a core
     python examples/paper/run.py --model roberta-base --task cola  # the paper's model and data, where there is a Hub
     python examples/paper/run.py --task cola --data my_cola        # the same columns from a file or folder
     python examples/paper/run.py --quick                           # every step in seconds, too short to mean anything
