@@ -35,7 +35,7 @@ from .outputs import OutputKind
 from .passes import OTHER, Job, Parts, capturing, capturing_other
 from .request import Request
 from .targets import Targets, base_model, require_plain_lora
-from .terms import Term
+from .terms import Term, formed_rows_term
 
 
 def jacobian_features(
@@ -152,8 +152,7 @@ def _terms(job: Job) -> Iterator[tuple[str, Term]]:
     for name in (*job.candidates, *job.head_linear):
         yield from zip(job.keys(name), job.terms[name], strict=True)
     if job.head_other:
-        size = sum(parameter.numel() for parameter in job.head_other)
-        yield OTHER, Term(_same, _same, features=size, channels=1)
+        yield OTHER, formed_rows_term(job.head_other)
 
 
 def _columns(job: Job) -> list[Columns]:
@@ -192,7 +191,3 @@ def _allocate(limit: int | None, rows: int, width: int, parts: Parts) -> Tensor:
             f"{format_memory(limit)}; take fewer examples, modules or ranks, or raise max_memory"
         )
     return torch.empty(rows, width, dtype=dtype)
-
-
-def _same(x: Tensor) -> Tensor:
-    return x

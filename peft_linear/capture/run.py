@@ -35,7 +35,7 @@ from .parts import PartStore
 from .passes import OTHER, Job, Parts, capturing, capturing_other
 from .processes import Team
 from .run_folder import RunFolder
-from .terms import Term
+from .terms import Term, formed_rows_term
 
 
 Capturing = Callable[[Job], AbstractContextManager[Callable[[int], tuple[Parts, Tensor]]]]
@@ -215,8 +215,7 @@ class Run:
         terms = self._terms(task)
         stores = dict.fromkeys(terms, self.linear)
         if task == BASE and self.job.head_other:
-            width = sum(parameter.numel() for parameter in self.job.head_other)
-            terms[OTHER], stores[OTHER] = Term(_same, _same, features=width, channels=1), self.other
+            terms[OTHER], stores[OTHER] = formed_rows_term(self.job.head_other), self.other
         total: Tensor | None = None
         spread, ways = None, []
         for key, term in terms.items():
@@ -244,7 +243,3 @@ class Run:
             base=self.blocks.base(n),
             labels=self.labels,
         )
-
-
-def _same(x: Tensor) -> Tensor:
-    return x

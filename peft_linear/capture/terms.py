@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -104,6 +104,11 @@ def linear_parameter_terms(module: nn.Module) -> list[Term]:
 
 def bias_term(d_out: int) -> Term:
     return Term(lambda x: x.new_ones(*x.shape[:-1], 1), _same, features=1, channels=d_out)
+
+
+def formed_rows_term(parameters: Sequence[nn.Parameter]) -> Term:
+    """Of parameters that belong to no linear map: their Jacobian rows come as they are, (B·C, P, 1)."""
+    return Term(_same, _same, features=sum(parameter.numel() for parameter in parameters), channels=1)
 
 
 def initial_lora_a(

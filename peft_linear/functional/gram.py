@@ -124,7 +124,7 @@ def cheapest(parts: Sequence[Part]) -> Literal["explicit", "ghost"]:
 
 
 def count_rows(part: Part) -> int:
-    return len(part) if isinstance(part, Tensor) else part[1].shape[0] * part[1].shape[1]
+    return math.prod(_layout(part))
 
 
 def nonzero_positions(inputs: Tensor, cotangents: Tensor) -> Pair:
