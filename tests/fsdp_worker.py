@@ -40,13 +40,14 @@ from peft_linear.tuners.proximal_lora.state import find_adapters
 
 
 VARIANTS = {
-    "selective": {},
+    "selective": {"proximal_selective": True},
     "always": {"proximal_selective": False, "proximal_schedule": "linear", "proximal_schedule_steps": 20},
-    "coupled": {"proximal_mode": "coupled", "rank_pattern": {"0": 1}},  # nothing of that A is on the second process
+    # with rank 1 nothing of that A is on the second process
+    "coupled": {"proximal_mode": "coupled", "proximal_selective": True, "rank_pattern": {"0": 1}},
     "projection": {"proximal_mode": "projection", "rank_pattern": {"0": 1}},
-    "delta": {"proximal_space": "delta", "proximal_lambda_pattern": {"0": 3.0}},
+    "delta": {"proximal_space": "delta", "proximal_selective": True, "proximal_lambda_pattern": {"0": 3.0}},
     "delta-coupled": {"proximal_space": "delta", "proximal_mode": "coupled", "proximal_selective": False},
-    "empty": {"rank_pattern": {"0": 1}},
+    "empty": {"proximal_selective": True, "rank_pattern": {"0": 1}},
     "elsewhere": {"proximal_space": "delta", "proximal_selective": False},  # neither factor starts at zero
 }
 

@@ -77,7 +77,7 @@ def train(model, optimizer, *, clip=None, reference=None, data=None):
     return model
 
 
-def reference_run(make, *, lam=1.0, space="factors", mode="decoupled", selective=True, **kwargs):
+def reference_run(make, *, lam=1.0, space="factors", mode="decoupled", selective=False, **kwargs):
     model = lora()
     reference = ReferenceProximal(model, lam=lam, space=space, mode=mode, selective=selective, scaling=ALPHA / RANK)
     return train(model, make(groups(model)), reference=reference, **kwargs), reference

@@ -47,7 +47,7 @@ class ReferenceProximal:
     `lam` is λ, or a function of a parameter's name and the number of steps taken; where λ = 0 nothing happens.
     """
 
-    def __init__(self, model, *, lam, space="factors", mode="decoupled", selective=True, scaling=1.0):
+    def __init__(self, model, *, lam, space="factors", mode="decoupled", selective=False, scaling=1.0):
         self.parameters = lora_parameters(model)
         self.start = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.strength = lam if callable(lam) else lambda name, step: lam

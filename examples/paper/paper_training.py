@@ -100,7 +100,7 @@ def adapted(model: nn.Module, names: Sequence[str], protocol: Protocol, pull: fl
     }
     if pull is None:
         return get_peft_model(model, LoraConfig(**shared))
-    config = ProximalLoraConfig(**shared, proximal_lambda=pull)
+    config = ProximalLoraConfig(**shared, proximal_lambda=pull, proximal_selective=True)
     return get_peft_model(model, config)
 
 

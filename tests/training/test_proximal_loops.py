@@ -29,7 +29,11 @@ from peft_linear.tuners.proximal_lora.state import find_adapters
 
 
 MODES = ["decoupled", "coupled", "projection"]
-VARIANTS = [*itertools.product(["factors", "delta"], MODES[:2], [True, False]), ("factors", "projection", True)]
+SELECTIVE = [*itertools.product(MODES[:2], [True, False]), ("projection", False)]
+VARIANTS = [
+    *itertools.product(["factors", "delta"], MODES[:2], [True, False]),
+    *itertools.product(["factors"], ["projection"], [True, False]),
+]
 SGD, ADAMW = torch.optim.SGD, torch.optim.AdamW
 
 
@@ -68,6 +72,15 @@ def test_lambda_zero_is_lora_bit_for_bit(space, mode, selective):
         assert torch.equal(a, b)
 
 
+def test_projection_selects_by_itself_whatever_the_selective_field_says():
+    models = [proximal(proximal_mode="projection", proximal_selective=selective) for selective in (True, False)]
+    for model in models:
+        train(model, ADAMW(groups(model)))
+    for a, b in zip(*(lora_parameters(model).values() for model in models), strict=True):
+        assert torch.equal(a, b)
+    assert 0 < proximal_firing_rate(models[0]) == proximal_firing_rate(models[1]) < 1
+
+
 @pytest.mark.parametrize("space", ["factors", "delta"])
 def test_a_very_large_lambda_stays_at_the_pretrained_model(space):  # see test_proximal_laws for the other modes
     model = proximal(lam=1e12, proximal_space=space, proximal_selective=False)
@@ -95,19 +108,19 @@ def test_coupled_and_decoupled_sgd_agree_to_second_order(space):
     assert gap(1e-5) > 0
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("mode", "selective"), SELECTIVE)
 @pytest.mark.parametrize("kwargs", [{"foreach": True}, {"foreach": False}, {"fused": True}])
-def test_foreach_and_fused_optimizers(mode, kwargs):
-    expected, _ = reference_run(lambda params: ADAMW(params, foreach=False), mode=mode)
-    model = proximal(proximal_mode=mode)
+def test_foreach_and_fused_optimizers(mode, selective, kwargs):
+    expected, _ = reference_run(lambda params: ADAMW(params, foreach=False), mode=mode, selective=selective)
+    model = proximal(proximal_mode=mode, proximal_selective=selective)
     train(model, ADAMW(groups(model), **kwargs))
     assert_same(model, expected, 1e-10)
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_a_tensor_learning_rate(mode):
-    expected, _ = reference_run(ADAMW, mode=mode)
-    model = proximal(proximal_mode=mode)
+@pytest.mark.parametrize(("mode", "selective"), SELECTIVE)
+def test_a_tensor_learning_rate(mode, selective):
+    expected, _ = reference_run(ADAMW, mode=mode, selective=selective)
+    model = proximal(proximal_mode=mode, proximal_selective=selective)
     train(model, ADAMW([{**group, "lr": torch.tensor(group["lr"])} for group in groups(model)], foreach=False))
     assert_same(model, expected)
 
@@ -185,15 +198,15 @@ def test_the_term_is_applied_once_when_a_subclass_calls_its_parents_step():
         def step(self, closure=None):
             return super().step(closure)
 
-    for mode in MODES:
-        expected, _ = reference_run(SGD, mode=mode)
-        model = proximal(proximal_mode=mode)
+    for mode, selective in SELECTIVE:
+        expected, _ = reference_run(SGD, mode=mode, selective=selective)
+        model = proximal(proximal_mode=mode, proximal_selective=selective)
         train(model, Twice(groups(model)))
         assert_same(model, expected)
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_the_term_is_applied_once_when_an_optimizer_wraps_another(mode):
+@pytest.mark.parametrize(("mode", "selective"), SELECTIVE)
+def test_the_term_is_applied_once_when_an_optimizer_wraps_another(mode, selective):
     class Outer(torch.optim.Optimizer):
         def __init__(self, inner):
             super().__init__(inner.param_groups, {})
@@ -202,15 +215,16 @@ def test_the_term_is_applied_once_when_an_optimizer_wraps_another(mode):
         def step(self, closure=None):
             return self.inner.step()
 
-    expected, reference = reference_run(SGD, mode=mode)
-    model = proximal(proximal_mode=mode)
+    expected, reference = reference_run(SGD, mode=mode, selective=selective)
+    model = proximal(proximal_mode=mode, proximal_selective=selective)
     train(model, Outer(SGD(groups(model))))
     assert_same(model, expected)
     assert proximal_firing_rate(model) == pytest.approx(sum(reference.fired) / len(reference.fired))
 
 
-def test_two_optimizers_for_one_adapter_decide_each_for_its_part():
-    model, expected = proximal(), lora()
+@pytest.mark.parametrize("selective", [True, False])
+def test_two_optimizers_for_one_adapter_decide_each_for_its_part(selective):
+    model, expected = proximal(proximal_selective=selective), lora()
     start = {n: p.detach().clone() for n, p in lora_parameters(expected).items()}
     parts = [[n for n in start if letter in n] for letter in ("lora_A", "lora_B")]
     for each, by_hand in ((model, False), (expected, True)):
@@ -222,7 +236,7 @@ def test_two_optimizers_for_one_adapter_decide_each_for_its_part():
             for optimizer, names, rate in zip(optimizers, parts, (0.05, 0.2), strict=True):
                 inner = sum(float((named[n].grad * (named[n].detach() - start[n])).sum()) for n in names)
                 optimizer.step()
-                if by_hand and inner >= 0:
+                if by_hand and (inner >= 0 or not selective):
                     with torch.no_grad():
                         for n in names:
                             named[n].copy_(start[n] + (named[n] - start[n]) / (1 + rate))
@@ -279,10 +293,9 @@ def test_grad_scaler_unscales_and_skips(fused, mode):
         return model
 
     plain = lora()
-    selective = mode == "projection"
-    reference = ReferenceProximal(plain, lam=1.0, mode=mode, selective=selective)
+    reference = ReferenceProximal(plain, lam=1.0, mode=mode)
     expected = run(plain, reference, scaled=False)
-    model = run(proximal(proximal_mode=mode, proximal_selective=selective))
+    model = run(proximal(proximal_mode=mode))
     assert_same(model, expected, 2e-5)
     assert find_adapters(model)[0].statistics.total().steps == 7
     assert proximal_firing_rate(model) == pytest.approx(sum(reference.fired) / 7)

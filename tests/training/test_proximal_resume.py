@@ -38,9 +38,18 @@ from peft_linear.tuners.proximal_lora.state import find_adapters
 
 STEPS = 6
 VARIANTS = {
-    "factors": {"proximal_schedule": "cosine", "proximal_schedule_steps": 8},
-    "delta": {"proximal_space": "delta", "proximal_schedule": "linear", "proximal_schedule_steps": 4},
-    "coupled": {"proximal_mode": "coupled", "proximal_lambda_pattern": {"query": 0.0, "output.dense": 7.0}},
+    "factors": {"proximal_selective": True, "proximal_schedule": "cosine", "proximal_schedule_steps": 8},
+    "delta": {
+        "proximal_space": "delta",
+        "proximal_selective": True,
+        "proximal_schedule": "linear",
+        "proximal_schedule_steps": 4,
+    },
+    "coupled": {
+        "proximal_mode": "coupled",
+        "proximal_selective": True,
+        "proximal_lambda_pattern": {"query": 0.0, "output.dense": 7.0},
+    },
     "projection": {"proximal_mode": "projection", "proximal_schedule": "warmup", "proximal_schedule_steps": 4},
     "always": {"proximal_selective": False, "proximal_lambda_pattern": {r"layer\.1\.output\.dense": 9.0}},
 }

@@ -37,10 +37,11 @@ from peft_linear.tuners.proximal_lora.state import find_adapters
 SGD, ADAMW = torch.optim.SGD, torch.optim.AdamW
 VARIANTS = [
     {},
-    {"mode": "coupled"},
+    {"selective": True},
+    {"mode": "coupled", "selective": True},
     {"mode": "projection"},
-    {"space": "delta", "selective": False},
-    {"space": "delta", "mode": "coupled"},
+    {"space": "delta"},
+    {"space": "delta", "mode": "coupled", "selective": True},
 ]
 FACTORS = {  # by hand, of 8 steps
     "linear": lambda t: max(8 - t, 0) / 8,
@@ -160,7 +161,7 @@ def test_parameters_are_matched_by_their_own_name_as_ranks_are():
         layer.parameter_name: (layer.r["default"], adapter.strengths.base(name))
         for name, layer, *_ in adapter.layers()
     }
-    assert found == {"up": (1, 3.0), "down": (2, 0.01)}
+    assert found == {"up": (1, 3.0), "down": (2, ProximalLoraConfig().proximal_lambda)}
 
 
 # --- the position -------------------------------------------------------------------------------------------------
@@ -234,8 +235,9 @@ def test_two_models_in_one_optimizer_are_counted_apart():
     }
 
 
+@pytest.mark.parametrize("selective", [True, False])
 @pytest.mark.parametrize("mode", ["decoupled", "coupled", "projection"])
-def test_a_step_is_counted_once_however_optimizers_are_nested(mode):
+def test_a_step_is_counted_once_however_optimizers_are_nested(mode, selective):
     class Outer(torch.optim.Optimizer):
         def __init__(self, inner):
             super().__init__(inner.param_groups, {})
@@ -245,8 +247,9 @@ def test_a_step_is_counted_once_however_optimizers_are_nested(mode):
             return self.inner.step()
 
     for schedule in ("linear", "warmup"):  # the last begins with λ = 0
-        expected, _ = reference_run(SGD, lam=lambda _, t, s=schedule: 2.0 * FACTORS[s](t), mode=mode)
-        model = proximal(2.0, proximal_mode=mode, proximal_schedule=schedule, proximal_schedule_steps=8)
+        variant = {"mode": mode, "selective": selective}
+        expected, _ = reference_run(SGD, lam=lambda _, t, s=schedule: 2.0 * FACTORS[s](t), **variant)
+        model = proximal(2.0, proximal_schedule=schedule, proximal_schedule_steps=8, **fields(variant))
         train(model, Outer(SGD(groups(model))))
         assert position(model) == 12
         assert_same(model, expected)
@@ -271,9 +274,10 @@ def test_steps_that_a_grad_scaler_skips_are_not_counted(fused):
 # --- a schedule of the user's own -----------------------------------------------------------------------------------
 
 
-def test_a_function_is_a_schedule_and_none_gives_the_configured_one_back():
-    expected, _ = reference_run(SGD, lam=lambda _, t: 2.0 * 0.5**t)
-    model = proximal(2.0, proximal_schedule="warmup", proximal_schedule_steps=5)
+@pytest.mark.parametrize("selective", [True, False])
+def test_a_function_is_a_schedule_and_none_gives_the_configured_one_back(selective):
+    expected, _ = reference_run(SGD, lam=lambda _, t: 2.0 * 0.5**t, selective=selective)
+    model = proximal(2.0, proximal_schedule="warmup", proximal_schedule_steps=5, proximal_selective=selective)
     set_proximal_schedule(model, lambda t: 0.5**t)
     train(model, SGD(groups(model)))
     assert_same(model, expected)

@@ -101,11 +101,12 @@ def assert_same(model, other):
     "variant",
     [
         {},
-        {"space": "delta", "selective": False},
-        {"mode": "coupled", "selective": False},
-        {"space": "delta", "mode": "coupled"},
+        {"selective": True},
+        {"space": "delta"},
+        {"mode": "coupled"},
+        {"space": "delta", "mode": "coupled", "selective": True},
     ],
-    ids=lambda variant: "-".join(map(str, variant.values())) or "default",
+    ids=lambda variant: str(variant or "default"),
 )
 def test_the_trainer_trains_what_the_reference_trains(tmp_path, settings, variant):
     plain = adapted(LoraConfig(**OPTIONS))
@@ -175,9 +176,10 @@ def test_resuming_in_another_process_is_the_uninterrupted_run_bit_for_bit(tmp_pa
     assert proximal_distance(other) == proximal_distance(whole)
 
 
-def test_accelerate_with_accumulation_and_clipping():
-    plain, model = adapted(LoraConfig(**OPTIONS)), proximal()
-    reference = ReferenceProximal(plain, lam=LAMBDA, scaling=2.0)
+@pytest.mark.parametrize("selective", [True, False])
+def test_accelerate_with_accumulation_and_clipping(selective):
+    plain, model = adapted(LoraConfig(**OPTIONS)), proximal(proximal_selective=selective)
+    reference = ReferenceProximal(plain, lam=LAMBDA, scaling=2.0, selective=selective)
     for each, by_hand in ((plain, reference), (model, None)):
         accelerator = Accelerator(cpu=True, gradient_accumulation_steps=3)
         optimizer = torch.optim.AdamW([p for p in each.parameters() if p.requires_grad], lr=0.02)

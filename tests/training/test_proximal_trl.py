@@ -44,9 +44,9 @@ LAMBDA = 3.0
 WORDS = [f"w{number}" for number in range(small_models.VOCABULARY - 3)]
 VARIANTS = [
     {},
-    {"selective": False},
-    {"space": "delta", "selective": False},
-    {"mode": "coupled", "selective": False},
+    {"selective": True},
+    {"space": "delta"},
+    {"mode": "coupled"},
 ]
 
 
@@ -142,7 +142,7 @@ def assert_one_application_a_step(model, by_hand, steps):
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: "-".join(map(str, variant.values())) or "default")
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: str(variant or "default"))
 def test_supervised_fine_tuning_is_the_reference(tmp_path, tokenizer, variant, accumulation):
     by_hand = ByHand(lam=LAMBDA, scaling=2.0, **variant)
     settings = {"gradient_accumulation_steps": accumulation}
@@ -198,7 +198,7 @@ def test_lambda_zero_is_lora_bit_for_bit(tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: "-".join(map(str, variant.values())) or "default")
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: str(variant or "default"))
 def test_preference_optimisation_is_the_reference(tmp_path, tokenizer, variant, accumulation):
     by_hand = ByHand(lam=LAMBDA, scaling=2.0, **variant)
     run = (DPOTrainer, tmp_path, tokenizer, preferences())

@@ -15,13 +15,16 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import dataclasses
 import importlib
 import json
 import pickle
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -32,6 +35,9 @@ from peft.tuners.lora import LoraModel
 import peft_linear
 from peft_linear.errors import PeftLinearError
 from peft_linear.tuners.proximal_lora import PROXIMAL_LORA, ProximalLoraConfig, ProximalLoraModel
+
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_the_type_is_a_real_member_of_pefts_enum():
@@ -97,6 +103,7 @@ def test_the_configuration_is_lora_with_seven_more_fields(tmp_path):
         proximal_lambda=3,
         proximal_space="delta",
         proximal_mode="coupled",
+        proximal_selective=True,
         proximal_lambda_pattern={"q": 7, r"k\d": 0},
         proximal_schedule="linear",
         proximal_schedule_steps=9,
@@ -114,11 +121,39 @@ def test_the_configuration_is_lora_with_seven_more_fields(tmp_path):
     assert dataclasses.replace(config, r=2).r == 2
 
 
-def test_defaults():
+DEFAULTS = {
+    "proximal_lambda": 1.0,
+    "proximal_space": "factors",
+    "proximal_mode": "decoupled",
+    "proximal_selective": False,
+    "proximal_lambda_pattern": {},
+    "proximal_schedule": "constant",
+    "proximal_schedule_steps": None,
+}
+
+
+def stated(pattern, text):
+    """The defaults that a text states: groups 1 and 2 of every match are a field and the value in Python."""
+    return {match[1]: ast.literal_eval(match[2]) for match in re.finditer(pattern, text, re.MULTILINE)}
+
+
+def test_defaults_are_what_docstring_and_guide_say():
     config = ProximalLoraConfig()
-    assert (config.proximal_space, config.proximal_mode, config.proximal_selective) == ("factors", "decoupled", True)
-    assert config.proximal_lambda == 0.01
-    assert ProximalLoraConfig(proximal_lambda=np.float32(0.5)).proximal_lambda == 0.5
+    assert {name: getattr(config, name) for name in DEFAULTS} == DEFAULTS
+    assert stated(r"^ +(proximal_\w+) \(.*, defaults to `(.+?)`\):$", ProximalLoraConfig.__doc__) == DEFAULTS
+    guide = (ROOT / "docs" / "proximal_lora.md").read_text(encoding="utf-8")
+    assert stated(r"^\| `(proximal_\w+)` \| `(.+?)` \|", guide) == DEFAULTS
+
+
+def test_a_strength_of_numpy_is_a_float():
+    value = ProximalLoraConfig(proximal_lambda=np.float32(0.5)).proximal_lambda
+    assert type(value) is float and value == 0.5
+
+
+@pytest.mark.parametrize("selective", [True, False])
+def test_projection_leaves_the_selective_field_alone(selective):
+    config = ProximalLoraConfig(proximal_mode="projection", proximal_selective=selective)
+    assert config.proximal_selective is selective
 
 
 @pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf"), "0.1", None, True])
@@ -133,7 +168,6 @@ def test_bad_lambda(value):
         ({"proximal_space": "weights"}, "proximal_space must be one of 'factors', 'delta', got 'weights'"),
         ({"proximal_mode": None}, "proximal_mode must be one of 'decoupled', 'coupled', 'projection', got None"),
         ({"proximal_mode": "projection", "proximal_space": "delta"}, "use proximal_space='factors', got 'delta'"),
-        ({"proximal_mode": "projection", "proximal_selective": False}, "selects by itself, tensor by tensor"),
         ({"proximal_selective": "yes"}, "proximal_selective must be True or False, got 'yes'"),
         ({"proximal_lambda_pattern": ["q"]}, "proximal_lambda_pattern must be a dict"),
         ({"proximal_lambda_pattern": {"q": -1}}, r"proximal_lambda_pattern\['q'\] must be a finite number >= 0"),

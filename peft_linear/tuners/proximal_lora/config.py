@@ -45,42 +45,45 @@ class ProximalLoraConfig(LoraConfig):
     factors A and B are pulled: a task head in `modules_to_save`, biases and DoRA's magnitudes are not.
 
     Args:
-        proximal_lambda (`float`):
+        proximal_lambda (`float`, defaults to `1.0`):
             λ >= 0. 0 is LoRA, bit for bit. Over a training run the pull multiplies a displacement that no gradient
             keeps up by about exp(−λ·Σ_t η_t), η_t the learning rates: λ that matters is of the order of 1/Σ_t η_t. The
-            default 0.01 is provisional: with the learning rates usual for AdamW it is next to no pull.
-        proximal_space (`"factors"` or `"delta"`):
+            default is that for Σ_t η_t = 1, more than AdamW's usual rates add up to: a gentle pull that costs nothing
+            of what is learned (in our measurement λ = 1/Σ_t η_t did not). It is strong where the rates add up to far
+            more, as those of SGD do. Set 1/Σ_t η_t of your run or more. This holds for the other fields' defaults.
+        proximal_space (`"factors"` or `"delta"`, defaults to `"factors"`):
             `"factors"`: D = Σ ‖A−A0‖² + ‖B−B0‖², the paper's. `"delta"`: D = Σ ‖s·BA − s·B0A0‖_F², the distance of
             the weights, computed from r×r matrices; it does not depend on how the product BA is written.
-        proximal_mode (`"decoupled"`, `"coupled"` or `"projection"`):
+        proximal_mode (`"decoupled"`, `"coupled"` or `"projection"`, defaults to `"decoupled"`):
             `"decoupled"`: the proximal operator after the optimizer's step (as AdamW decays weights). `"coupled"`: the
-            gradient of the penalty is added to the loss gradient before the step (as L2 regularisation).
-            `"projection"`, for comparison: Selective Projection Decay (Tian et al., arXiv 2411.01713), tensor by
-            tensor; λ then has no unit and is not multiplied by the learning rate, 1 being the projection onto the
-            ball around θ0 that the tensor came from. In factor space only.
-        proximal_selective (`bool`):
-            Whether the pull acts only at steps at which ⟨∇R(θ_t), θ_t−θ0⟩ >= 0 (the paper's eq. 8). The mode
-            `"projection"` brings a selection of its own (per tensor, > 0) and admits no other value than `True`.
-
-        proximal_lambda_pattern (`dict`):
+            gradient of the penalty is added to the loss gradient before the step (as L2 regularisation); under Adam
+            its λ is measured against the loss gradient, and 1.0 is a strong pull. `"projection"`, for comparison:
+            Selective Projection Decay (Tian et al., arXiv 2411.01713), tensor by tensor; λ then has no unit and is not
+            multiplied by the learning rate, 1 being the projection onto the ball around θ0 that the tensor came from.
+            In factor space only.
+        proximal_selective (`bool`, defaults to `False`):
+            Whether the pull acts only at steps at which ⟨∇R(θ_t), θ_t−θ0⟩ >= 0 (the paper's eq. 8). In our measurement
+            this needed a λ 6 to 28 times as large for the same gain and nowhere forgot decidedly less. The mode
+            `"projection"` brings a selection of its own (per tensor, > 0) and does not read this.
+        proximal_lambda_pattern (`dict`, defaults to `{}`):
             λ of modules by name or regular expression, matched as `rank_pattern` and `alpha_pattern` are; the others
             have `proximal_lambda`. A module with λ = 0 is plain LoRA. In the selective rule each module
             counts in proportion to its λ: one with λ = 0 does not count.
-        proximal_schedule (`"constant"`, `"linear"`, `"cosine"` or `"warmup"`):
+        proximal_schedule (`"constant"`, `"linear"`, `"cosine"` or `"warmup"`, defaults to `"constant"`):
             How λ changes over the first `proximal_schedule_steps` optimizer steps: down to 0 along a line or a half
             cosine, or up from 0 along a line. What comes after keeps the last value. The position is counted in the
             optimizer's state, so a run that is resumed with its optimizer goes on where it was.
-        proximal_schedule_steps (`int`):
+        proximal_schedule_steps (`int`, defaults to `None`):
             Length of the schedule in optimizer steps of this adapter; needed by all but `"constant"`.
 
     Raises:
         PeftLinearError: one of these is not one of its values, `r` is not positive, `proximal_space="delta"` is
             combined with a variant of LoRA whose change of the weight is not s·B·A, or `proximal_mode="projection"`
-            with `proximal_space="delta"` or `proximal_selective=False`.
+            with `proximal_space="delta"`.
     """
 
     proximal_lambda: float = field(
-        default=0.01,
+        default=1.0,
         metadata={"help": "Strength λ >= 0 of the pull toward the pretrained model; 0 is plain LoRA."},
     )
     proximal_space: str = field(
@@ -95,7 +98,7 @@ class ProximalLoraConfig(LoraConfig):
         },
     )
     proximal_selective: bool = field(
-        default=True,
+        default=False,
         metadata={"help": "Pull only at steps at which the loss gradient has a component away from the anchor."},
     )
     proximal_lambda_pattern: dict = field(
@@ -192,11 +195,6 @@ def _check_projection(config: ProximalLoraConfig) -> None:
         raise PeftLinearError(
             "proximal_mode='projection' (Selective Projection Decay) is defined tensor by tensor: use "
             f"proximal_space='factors', got {config.proximal_space!r}"
-        )
-    if not config.proximal_selective:
-        raise PeftLinearError(
-            "proximal_mode='projection' (Selective Projection Decay) selects by itself, tensor by tensor: leave "
-            "proximal_selective=True, or use proximal_mode='decoupled' to pull at every step"
         )
 
 
