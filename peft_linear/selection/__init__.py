@@ -19,6 +19,7 @@ from .criteria import CRITERIA, DEFAULT_CRITERION, Criterion, applicable_criteri
 from .model_baselines import MODEL_BASELINES, model_order, model_scores
 from .prediction import predict
 from .problem import Problem
+from .ranks import distribute_ranks, effective_dimensions
 from .recommend import default_ridge, recommend
 from .recommendation import ModuleScore, Recommendation
 from .reliability import Reliability, split_half_reliability
@@ -38,6 +39,8 @@ __all__ = [
     "applicable_criteria",
     "baseline",
     "default_ridge",
+    "distribute_ranks",
+    "effective_dimensions",
     "equal_parameter_rank",
     "kappa_order",
     "model_order",

@@ -76,7 +76,7 @@ def parse_budget(budget: int | float | str, num_parameters: Mapping[str, int]) -
             raise BudgetError(f"a fraction must be in (0, 1], got {budget}; {_FORMS}")
         parameters = math.floor(budget * total + 1e-9)
     else:
-        parameters = _parse_text(budget)
+        parameters = parse_parameters(budget)
         if parameters > total:
             raise BudgetError(
                 f"a budget of {parameters:,} parameters, but all candidates together have {total:,}; {_FORMS}"
@@ -100,12 +100,17 @@ def fill(order: Iterable[str], budget: Budget, num_parameters: Mapping[str, int]
     return tuple(chosen)
 
 
-def _parse_text(text: str) -> int:
+def parse_parameters(text: str, forms: str = _FORMS) -> int:
+    """Parameters written as "1.5M", "200k" or "98304".
+
+    Raises:
+        BudgetError: the text is not that; `forms` says in the message what would be.
+    """
     match = _TEXT.fullmatch(text)
     try:
         number = float(match.group(1)) if match else math.nan
     except ValueError:
         number = math.nan
     if not match or math.isnan(number):
-        raise BudgetError(f"cannot read the budget {text!r}; {_FORMS}")
+        raise BudgetError(f"cannot read the budget {text!r}; {forms}")
     return math.floor(number * _UNITS[match.group(2).lower()] + 1e-6)

@@ -29,6 +29,7 @@ from .budget import Budget, parse_budget
 from .criteria import DEFAULT_NAME, Criterion, resolve_criterion, score_modules
 from .prediction import before_training, predict
 from .problem import Problem
+from .ranks import rank_basis
 from .reasons import explain, notes_on
 from .recommendation import ModuleScore, Recommendation
 from .reliability import Reliability, split_half_reliability
@@ -163,7 +164,8 @@ def recommend(
         criterion=chosen_criterion.name,
         budget=budget,
         ridge=ridge,
-        settings=_settings(kernels, problem, chosen_criterion, limit, strategy, criterion, result, reliability),
+        settings=_settings(kernels, problem, chosen_criterion, limit, strategy, criterion, result, reliability)
+        | rank_basis(kernels, result.order, ridge),
         notes=notes_on(kernels, result, singles, chosen_criterion, problem, spectra["chosen"], reliability),
         spectra=spectra,
     )

@@ -35,6 +35,7 @@ from ..functional.spectrum import Spectrum
 from ..report.markdown import recommendation_markdown, score_table
 from ..report.plots import plot_recommendation
 from ..tuners.proximal_lora import ProximalLoraConfig
+from .ranks import distribute_ranks, parse_rank_budget, plain_number, rank_patterns
 
 
 FORMAT = "peft_linear.Recommendation/1"
@@ -115,36 +116,75 @@ class Recommendation:
     def __str__(self) -> str:
         return score_table(self)
 
-    def to_config(self, r: int | None = None, lora_alpha: float | None = None, **kwargs: Any) -> ProximalLoraConfig:
+    def to_config(
+        self,
+        r: int | str | None = None,
+        lora_alpha: float | None = None,
+        *,
+        budget: float | str | None = None,
+        **kwargs: Any,
+    ) -> ProximalLoraConfig:
         """A config that matches exactly these modules.
 
         `target_modules` is the list of full names. peft also accepts a suffix as a match, so where a chosen name is
         the end of another candidate's it is one regular expression instead.
 
         Args:
-            r: Rank; default: the rank the kernels were computed for.
-            lora_alpha: Default: that of the kernels.
+            r: Rank; default: the rank the kernels were computed for. "adaptive": those of `adaptive_ranks(budget)`,
+                written into `rank_pattern`, with an `alpha_pattern` by which every module keeps the scaling (α/r, with
+                `use_rslora` α/√r) that the uniform rank would have had.
+            lora_alpha: Default: that of the kernels. With "adaptive": α of the uniform rank.
+            budget: Of the parameters, with r="adaptive" only; see `adaptive_ranks`.
             **kwargs: Other fields of `ProximalLoraConfig` (`proximal_lambda`, `task_type`, …).
 
         Raises:
-            PeftLinearError: `target_modules` is passed; that is what the recommendation decides.
+            PeftLinearError: a field is passed that the recommendation decides, a budget without "adaptive", or
+                `adaptive_ranks` raises it.
         """
-        if "target_modules" in kwargs:
+        decided = {"target_modules"} | ({"rank_pattern", "alpha_pattern"} if r == "adaptive" else set())
+        if given := sorted(decided & set(kwargs)):
             raise PeftLinearError(
-                "target_modules is what the recommendation decides; build the config by hand to change it"
+                f"{', '.join(given)} is what the recommendation decides; build the config by hand to change it"
             )
+        if isinstance(r, str) and r != "adaptive":
+            raise PeftLinearError(f'r is a rank, "adaptive" or None, got {r!r}')
+        if budget is not None and r != "adaptive":
+            raise PeftLinearError(f'budget={budget!r} is shared out by r="adaptive"; got r={r!r}')
         candidates = [row.name for row in self.scores]
         ambiguous = any(other.endswith(f".{name}") for name in self.modules for other in candidates)
         targets: list[str] | str = list(self.modules)
         if ambiguous:
             targets = "|".join(re.escape(name) for name in self.modules)
         alpha: Any = self.settings.get("lora_alpha", 16) if lora_alpha is None else lora_alpha
-        return ProximalLoraConfig(
-            r=self.settings.get("rank", 8) if r is None else r,
-            lora_alpha=int(alpha) if alpha == int(alpha) else alpha,
-            target_modules=targets,
-            **kwargs,
-        )
+        uniform: Any = self.settings.get("rank", 8) if r is None or r == "adaptive" else r
+        if r == "adaptive":
+            ranks = self.adaptive_ranks(budget)
+            rslora = bool(kwargs.get("use_rslora"))
+            kwargs["rank_pattern"], kwargs["alpha_pattern"] = rank_patterns(ranks, uniform, alpha, rslora)
+        return ProximalLoraConfig(r=uniform, lora_alpha=plain_number(alpha), target_modules=targets, **kwargs)
+
+    def adaptive_ranks(self, budget: float | str | None = None) -> dict[str, int]:
+        """A rank for each chosen module, by its share of the effective dimension; see `selection.ranks`.
+
+        Args:
+            budget: Adapter parameters: a string ("1.5M", "200k"), a float in (0, 1] (fraction of what all candidates
+                have at the uniform rank), or None: what the chosen modules have at the uniform rank. The uniform rank
+                is that of the kernels, `settings["rank"]`.
+
+        Raises:
+            PeftLinearError: the recommendation was made by a version that did not keep effective dimensions.
+            BudgetError: the budget is none of these, below rank 1 for every module, or above full rank.
+        """
+        dimensions, shapes = self.settings.get("effective_dimension"), self.settings.get("shapes")
+        if not dimensions or not shapes:
+            raise PeftLinearError(
+                "this recommendation holds no effective dimensions, from which ranks are shared out: it was made by "
+                "an earlier version. Recommend again, from the saved kernels if there are any"
+            )
+        parameters = {name: self.settings["rank"] * (d_in + d_out) for name, (d_in, d_out) in shapes.items()}
+        uniform = sum(parameters[name] for name in self.modules)
+        wanted = parse_rank_budget(budget, uniform, sum(parameters.values()))
+        return distribute_ranks({name: dimensions[name] for name in self.modules}, shapes, wanted)
 
     def to_markdown(self) -> str:
         """A report with every candidate, for people."""

@@ -1,0 +1,181 @@
+# Copyright 2026 The peft-linear authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Ranks that differ by module: a budget of adapter parameters, shared out by effective dimension.
+
+**What a module is given, and why.** Let K_S = K_0 + Σ_{m∈S} K_m be the kernel of the chosen modules at one rank r, λ
+the ridge. A module's part of the effective dimension is
+
+    d_m = tr K_m (K_S + λI)⁻¹,   d_0 + Σ_m d_m = Σ_i λi/(λi + λ),
+
+the directions of the outputs that ridge regression fits through this module, beside the others: two modules with the
+same kernel share what one of them would have. At a fixed scaling α/r_m the expected kernel of a LoRA adapter is
+proportional to its rank (its random A has r_m independent rows), so ranks r_m give K_S(r) = K_0 + Σ_m (r_m/r)·K_m, and
+
+    log det(K_S(r) + λI) ≥ log det(K_S + λI) + Σ_m d_m·log(r_m/r).                                        (1)
+
+(The determinant is a sum of products of the r_m/r with coefficients ≥ 0, mixed discriminants of positive semidefinite
+matrices; the logarithm of such a sum is convex in the logarithms of the r_m, so it lies above its tangent, and its
+gradient there is d_m.) The left side is, up to a constant, twice the information that the examples carry about the
+weights in Bayesian linear regression; the right side is what is maximised here, subject to Σ_m c_m·r_m ≤ P with
+c_m = d_in + d_out parameters for one rank:
+
+    c_m·r_m = P·d_m / Σ_k d_k:   a module's share of the parameters is its share of the effective dimension.   (2)
+
+Random features say the same from another side: to keep an effective dimension takes as many of them, up to logarithms
+(Rudi and Rosasco, arXiv 1602.04474). All of it is about the start of training; whether such ranks train better than a
+uniform one is a matter of measurement. The kernels are those of the paper (arXiv 2602.08239, section 4); the rule is
+not in it.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ..errors import BudgetError, PeftLinearError
+from ..functional.regression import solve_ridge
+from ..kernels.module_kernels import ModuleKernels
+from .budget import parse_parameters
+
+
+_FORMS = 'pass adapter parameters ("1.5M", "200k"), a fraction of all candidates\' parameters (0.25), or None'
+
+
+def effective_dimensions(kernels: ModuleKernels, modules: Iterable[str], ridge: float) -> dict[str, float]:
+    """`d_m = tr K_m (K_S + λI)⁻¹` of every module of S; with the head's they add up to that of K_S.
+
+    One inverse, O(n³), and O(n²) for each module.
+
+    Args:
+        kernels: At one rank.
+        modules: S.
+        ridge: λ > 0, in the unit of the kernels' eigenvalues.
+    """
+    names = tuple(modules)
+    gram = kernels.subset(names)
+    inverse = solve_ridge(gram, torch.eye(len(gram), dtype=gram.dtype), ridge)
+    return {name: max(float((kernels[name] * inverse).sum()), 0.0) for name in names}
+
+
+def distribute_ranks(
+    dimensions: Mapping[str, float],
+    shapes: Mapping[str, Sequence[int]],
+    parameters: int,
+) -> dict[str, int]:
+    """Integer ranks `1 ≤ r_m ≤ min(d_in, d_out)` with `Σ (d_in + d_out)·r_m ≤ parameters`, by equation (2) above.
+
+    Every module starts with rank 1. Then the next rank goes to the module whose objective `d_m·log r_m` gains most for
+    a parameter, `d_m·log((r_m + 1)/r_m)/c_m`, among those that have a rank to gain and for which it fits, until there
+    is none: what is left of the budget is less than the cheapest further rank. The objective is concave in every r_m,
+    so the ranks maximise it exactly where all c_m are equal, and otherwise among all that cost no more than had been
+    spent when a rank first did not fit. Equal modules differ by at most one rank; of modules of one shape none with a
+    larger d_m has a smaller rank; a common factor of the d_m changes nothing. O(R·log M) for R ranks together.
+
+    Args:
+        dimensions: d_m ≥ 0 of each module; the order breaks ties.
+        shapes: (d_in, d_out) of each module.
+        parameters: P.
+
+    Raises:
+        BudgetError: rank 1 everywhere costs more than `parameters`, or full rank everywhere less.
+        PeftLinearError: a d_m that is negative or not finite.
+    """
+    bad = {name: value for name, value in dimensions.items() if not (math.isfinite(value) and value >= 0)}
+    if bad:
+        raise PeftLinearError(f"effective dimensions must be finite numbers ≥ 0, got {bad}; compute the kernels again")
+    cost = {name: shapes[name][0] + shapes[name][1] for name in dimensions}
+    most = {name: min(shapes[name]) for name in dimensions}
+    left = parameters - sum(cost.values())
+    if left < 0:
+        raise BudgetError(
+            f"{parameters:,} parameters are too few for {len(cost)} modules: rank 1 takes {sum(cost.values()):,}; "
+            "raise the budget or recommend fewer modules"
+        )
+    if parameters > sum(cost[name] * most[name] for name in cost):
+        raise BudgetError(
+            f"{parameters:,} parameters are more than {len(cost)} modules can hold: full rank takes "
+            f"{sum(cost[name] * most[name] for name in cost):,}; lower the budget"
+        )
+    ranks = dict.fromkeys(dimensions, 1)
+    order = {name: place for place, name in enumerate(dimensions)}
+
+    def next_rank(name: str) -> tuple[float, int, int, str]:
+        gain = dimensions[name] * math.log1p(1 / ranks[name]) / cost[name]
+        return -gain, ranks[name], order[name], name
+
+    waiting = [next_rank(name) for name in ranks if most[name] > 1]
+    heapq.heapify(waiting)
+    while waiting:
+        name = heapq.heappop(waiting)[-1]
+        if cost[name] > left:
+            continue  # nor will it fit later
+        ranks[name] += 1
+        left -= cost[name]
+        if ranks[name] < most[name]:
+            heapq.heappush(waiting, next_rank(name))
+    return ranks
+
+
+def rank_basis(kernels: ModuleKernels, modules: Iterable[str], ridge: float) -> dict[str, Any]:
+    """What `distribute_ranks` needs later, as JSON-able settings: d_m of the choice, shapes of all candidates."""
+    return {
+        "effective_dimension": effective_dimensions(kernels, modules, ridge),
+        "shapes": {name: list(kernels.shapes[name]) for name in kernels.names},
+    }
+
+
+def rank_patterns(
+    ranks: Mapping[str, int], uniform: int, lora_alpha: float, use_rslora: bool = False
+) -> tuple[dict[str, int], dict[str, float]]:
+    """peft's `rank_pattern` and `alpha_pattern` by which every module has its rank and the scaling of the uniform one.
+
+    The scaling is α/r, with `use_rslora` α/√r. peft takes keys as regular expressions and tries them, in order, on
+    the ends of names too: they are escaped and anchored, so that each matches one module.
+    """
+    power = 0.5 if use_rslora else 1.0
+    keys = {name: f"^{re.escape(name)}" for name in ranks}
+    alphas = {keys[name]: plain_number(lora_alpha * (rank / uniform) ** power) for name, rank in ranks.items()}
+    return {keys[name]: rank for name, rank in ranks.items()}, alphas
+
+
+def plain_number(value: float) -> Any:
+    """An int where it is one, as peft's configs are written."""
+    return int(value) if value == int(value) else value
+
+
+def parse_rank_budget(budget: float | str | None, uniform: int, everything: int) -> int:
+    """Adapter parameters that were meant.
+
+    Args:
+        budget: str: parameters, "1.5M", "200k". float in (0, 1]: fraction of `everything`. None: `uniform`.
+        uniform: Parameters of the chosen modules at the uniform rank.
+        everything: Parameters of all candidates at that rank.
+
+    Raises:
+        BudgetError: the budget is none of these; a number of modules is not one, for they are chosen already.
+    """
+    if budget is None:
+        return uniform
+    if isinstance(budget, bool) or not isinstance(budget, (float, str)):
+        raise BudgetError(f"the budget of adaptive ranks is one of parameters, got {budget!r}; {_FORMS}")
+    if isinstance(budget, str):
+        return parse_parameters(budget, _FORMS)
+    if not (math.isfinite(budget) and 0 < budget <= 1):
+        raise BudgetError(f"a fraction must be in (0, 1], got {budget}; {_FORMS}")
+    return math.floor(budget * everything + 1e-9)
