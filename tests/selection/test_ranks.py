@@ -35,6 +35,7 @@ from peft_linear.selection.ranks import (
     rank_patterns,
 )
 from peft_linear.training.workflow import recommend_modules
+from peft_linear.tuners.proximal_lora import ProximalLoraConfig
 from tests.selection.planted import planted_kernels
 from tests.small_models import bert, seeded, text_batches
 
@@ -331,3 +332,12 @@ def test_the_basis_is_saved_and_one_without_it_says_what_to_do(rec, tmp_path):
 def test_configs_that_contradict_themselves(rec, arguments, message):
     with pytest.raises(PeftLinearError, match=message):
         rec.to_config(**arguments)
+
+
+def test_a_config_from_a_recommendation_is_its_own(rec, tmp_path):
+    arguments = {"r": "adaptive", "budget": "2k", "proximal_lambda": 0.25, "task_type": "SEQ_CLS"}
+    config = ProximalLoraConfig.from_recommendation(rec, **arguments)
+    assert config == rec.to_config(**arguments) and config.proximal_lambda == 0.25
+    rec.save(tmp_path)
+    with pytest.raises(PeftLinearError, match=r"got '.*' of type str; a saved one is read with Recommendation.load"):
+        ProximalLoraConfig.from_recommendation(str(tmp_path))
