@@ -63,8 +63,8 @@ class ProximalLoraConfig(LoraConfig):
             In factor space only.
         proximal_selective (`bool`, defaults to `False`):
             Whether the pull acts only at steps at which ⟨∇R(θ_t), θ_t−θ0⟩ >= 0 (the paper's eq. 8). In our measurement
-            this needed a λ 6 to 28 times as large for the same gain and nowhere forgot decidedly less. The mode
-            `"projection"` brings a selection of its own (per tensor, > 0) and does not read this.
+            this needed a λ 6 to 28 times as large for the same gain, and by the measures that decide it no less was
+            forgotten. The mode `"projection"` brings a selection of its own (per tensor, > 0) and does not read this.
         proximal_lambda_pattern (`dict`, defaults to `{}`):
             λ of modules by name or regular expression, matched as `rank_pattern` and `alpha_pattern` are; the others
             have `proximal_lambda`. A module with λ = 0 is plain LoRA. In the selective rule each module
