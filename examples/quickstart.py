@@ -36,7 +36,8 @@ batches = [collate(rows[first : first + 16]) for first in range(0, 64, 16)]
 
 recommendation = recommend_modules(model, batches, budget=8)
 print(recommendation)
-model = get_peft_model(model, recommendation.to_config(task_type="SEQ_CLS", proximal_lambda=0.01))
+# λ = 1 / Σ of the learning rates below: 40 steps from 3e-3 to zero
+model = get_peft_model(model, recommendation.to_config(task_type="SEQ_CLS", proximal_lambda=16.0))
 arguments = TrainingArguments("out", max_steps=40, per_device_train_batch_size=16, learning_rate=3e-3)
 Trainer(model, arguments, train_dataset=rows, data_collator=collate).train()
 model.save_pretrained("out/adapter")

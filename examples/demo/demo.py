@@ -198,7 +198,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--criterion", default="default-by-evidence")
     parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--proximal-lambda", type=float, default=4.0)
+    parser.add_argument(
+        "--proximal-lambda", type=float, default=4.0, help="4 is 1/Σ of the rates of 100 steps from 5e-3 to zero"
+    )
     parser.add_argument("--examples", type=int, default=64, help="for the kernels")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=100)

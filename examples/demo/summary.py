@@ -80,8 +80,9 @@ def results_table(arms: Sequence[Arm], by_arm: Mapping[str, Sequence[Run]]) -> s
 
 def pull(arm: Arm, runs: Sequence[Run]) -> str:
     """How the proximal term was set and how often it acted."""
-    rate = spread((run.firing_rate or 0.0 for run in runs), "{:.0%}")
-    return f"The proximal term of “{arm.label}” (λ = {arm.proximal_lambda:g}, selective) acted at {rate} of the steps."
+    rates = [run.firing_rate or 0.0 for run in runs]
+    often = "every step" if min(rates) == 1 else f"{spread(rates, '{:.0%}')} of the steps"
+    return f"The proximal term of “{arm.label}” (λ = {arm.proximal_lambda:g}) acted at {often}."
 
 
 def predictions_table(

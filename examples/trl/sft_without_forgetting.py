@@ -123,7 +123,6 @@ def fine_tune(base: Path | str, texts: dict[str, Dataset], strength: float, args
         target_modules="all-linear",
         task_type="CAUSAL_LM",
         proximal_lambda=strength,
-        proximal_selective=False,
     )
     trainer = SFTTrainer(
         AutoModelForCausalLM.from_pretrained(base),

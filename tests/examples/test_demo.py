@@ -121,6 +121,16 @@ def test_verdict_is_paired_over_seeds_and_blunt(arms_module, summary_module, los
     assert said.startswith(words) and "50% of its parameters" in said
 
 
+@pytest.mark.parametrize(
+    ("rates", "words"), [([1.0, 1.0], "acted at every step."), ([0.4, 1.0], "acted at 70% ± 42% of the steps.")]
+)
+def test_the_report_says_how_often_the_proximal_term_acted(arms_module, summary_module, rates, words):
+    arm = arms_module.Arm("ours", "ours", ("m",), dict, 8, proximal_lambda=4.0)
+    runs = make_runs(arms_module, "ours", [1.0, 1.0], [0.5, 0.5])
+    runs = [replace(run, firing_rate=rate) for run, rate in zip(runs, rates, strict=True)]
+    assert summary_module.pull(arm, runs) == f"The proximal term of “ours” (λ = 4) {words}"
+
+
 def test_one_seed_cannot_win(arms_module, summary_module):
     ours, rival = (arms_module.Arm(key, key, ("m",), dict, 8) for key in ("ours", "rival"))
     runs = {
