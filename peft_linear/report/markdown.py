@@ -19,12 +19,14 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from .improvements import criterion_label, direction
+
 
 if TYPE_CHECKING:
     from ..selection.recommendation import ModuleScore, Recommendation
 
 # Key in `Recommendation.predicted`, words, format.
-_PREDICTIONS = (
+PREDICTIONS = (
     ("parameters", "adapter parameters", "{:,.0f}"),
     ("loss", "held-out cross-entropy of simulated training", "{:.4f}"),
     ("accuracy", "held-out accuracy of simulated training", "{:.1%}"),
@@ -37,6 +39,7 @@ _PREDICTIONS = (
     ("adapter_distance", "the same, adapters alone", "{:.4g}"),
 )
 _SHOWN_REJECTED = 12
+_SHORT = 12  # entries of a nested setting that are still listed
 
 
 def score_table(recommendation: Recommendation) -> str:
@@ -61,7 +64,7 @@ def score_table(recommendation: Recommendation) -> str:
     if len(rejected) > _SHOWN_REJECTED:
         lines.append(f"      … and {len(rejected) - _SHOWN_REJECTED} more candidates in .scores")
     lines = [_headline(rec), _how(rec), "", lines[0], rule, *lines[1:], ""]
-    for key, words, form in _PREDICTIONS[1:]:
+    for key, words, form in PREDICTIONS[1:]:
         if key in rec.predicted:
             everything = rec.predicted.get("all_candidates", {}).get(key)
             beside = "" if everything is None else f"   (all candidates: {form.format(everything)})"
@@ -87,8 +90,8 @@ def recommendation_markdown(recommendation: Recommendation) -> str:
         sections += ["## Before you trust it", "\n".join(f"- {note}" for note in rec.notes)]
     sections += [
         "## Every candidate",
-        f"Score: {rec.settings.get('criterion_label', rec.criterion)} of the module alone, with the always-trained "
-        f"parameters ({_direction(rec)}). The condition number is (λ1 + ridge)/(λn + ridge) of the same kernel.",
+        f"Score: {criterion_label(rec)} of the module alone, with the always-trained "
+        f"parameters ({direction(rec)}). The condition number is (λ1 + ridge)/(λn + ridge) of the same kernel.",
         _candidates_table(rec.scores),
         "## Settings",
         _settings_table(rec),
@@ -111,21 +114,24 @@ def choice_table(recommendation: Recommendation) -> str:
 
 def prediction_table(predicted: Mapping[str, Any]) -> str:
     """Markdown table of the predictions: the choice beside all candidates, the head alone and the untrained model."""
-    columns = [("the choice", predicted)]
-    for key, title in (
-        ("all_candidates", "all candidates"),
-        ("always_trained_only", "head only"),
-        ("before_training", "before training"),
-    ):
-        if predicted.get(key):
-            columns.append((title, predicted[key]))
+    columns = prediction_columns(predicted)
     rows = [
         (words, *(form.format(values[key]) if key in values else "" for _, values in columns))
-        for key, words, form in _PREDICTIONS
+        for key, words, form in PREDICTIONS
         if any(key in values for _, values in columns)
     ]
     header = ("prediction", *(title for title, _ in columns))
     return markdown_table(header, rows, right=range(1, len(header)))
+
+
+def prediction_columns(predicted: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """(title, predictions) of the choice and of what there is to compare it with."""
+    compared = (
+        ("all_candidates", "all candidates"),
+        ("always_trained_only", "head only"),
+        ("before_training", "before training"),
+    )
+    return [("the choice", predicted), *((title, predicted[key]) for key, title in compared if predicted.get(key))]
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
@@ -152,15 +158,11 @@ def _headline(rec: Recommendation) -> str:
 def _how(rec: Recommendation) -> str:
     s = rec.settings
     return (
-        f"Criterion {rec.criterion}: {s.get('formula', '')} ({_direction(rec)}), {s.get('strategy', '?')} search, "
+        f"Criterion {rec.criterion}: {s.get('formula', '')} ({direction(rec)}), {s.get('strategy', '?')} search, "
         f"ridge {rec.ridge:.4g}, {s.get('examples', '?')} examples "
         f"× {s.get('outputs', '?')} {s.get('output_kind', '')}, "
         f'space "{s.get("space", "?")}".'
     )
-
-
-def _direction(rec: Recommendation) -> str:
-    return "higher is better" if rec.settings.get("higher_is_better") else "lower is better"
 
 
 def _candidates_table(scores: Sequence[ModuleScore]) -> str:
@@ -182,11 +184,24 @@ def _candidates_table(scores: Sequence[ModuleScore]) -> str:
     )
 
 
-def _settings_table(rec: Recommendation) -> str:
+def setting_rows(recommendation: Recommendation) -> list[tuple[str, str]]:
+    """(name, value) of every setting that is short; parts of a nested one as `kernels: versions: torch`."""
+    rec = recommendation
     rows = [("criterion", rec.criterion), ("budget", repr(rec.budget)), ("ridge", f"{rec.ridge:.6g}")]
-    for key, value in rec.settings.items():
-        flat = (
-            {f"{key}: {inner}": part for inner, part in value.items()} if isinstance(value, Mapping) else {key: value}
-        )
-        rows += [(name, str(part)) for name, part in flat.items() if not isinstance(part, (Mapping, list))]
-    return markdown_table(("setting", "value"), rows)
+    return rows + _flat("", rec.settings)
+
+
+def _flat(prefix: str, values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    rows: list[tuple[str, str]] = []
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            rows += _flat(f"{prefix}{key}: ", value) if not prefix or len(value) <= _SHORT else []
+        elif not isinstance(value, (list, tuple)):
+            rows.append((f"{prefix}{key}", str(value)))
+        elif 0 < len(value) <= _SHORT:
+            rows.append((f"{prefix}{key}", ", ".join(map(str, value))))
+    return rows
+
+
+def _settings_table(rec: Recommendation) -> str:
+    return markdown_table(("setting", "value"), setting_rows(rec))

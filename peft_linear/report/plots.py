@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import PeftLinearError
 from ..files import atomic_file
+from .improvements import improvements
 from .names import Grid, layer_grid, short_labels
 
 
@@ -47,7 +48,15 @@ def plot_recommendation(recommendation: Recommendation, path: str | os.PathLike)
     Raises:
         PeftLinearError: matplotlib is not installed, or it cannot write files of this suffix.
     """
-    figure = recommendation_figure(recommendation)
+    write_figure(recommendation_figure(recommendation), path)
+
+
+def write_figure(figure: Figure, path: str | os.PathLike) -> None:
+    """Writes a figure whole or not at all.
+
+    Raises:
+        PeftLinearError: matplotlib cannot write files of this suffix.
+    """
     kind = Path(path).suffix.lstrip(".").lower() or "png"
     if kind not in figure.canvas.get_supported_filetypes():
         known = ", ".join(sorted(figure.canvas.get_supported_filetypes()))
@@ -62,16 +71,10 @@ def recommendation_figure(recommendation: Recommendation) -> Figure:
     Raises:
         PeftLinearError: matplotlib is not installed.
     """
-    if not matplotlib_available():
-        raise PeftLinearError("figures need matplotlib; install it with: pip install 'peft-linear[plot]'")
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12, wspace=0.03, hspace=0.04)
     grid = _grid(recommendation)
     bars = min(len(recommendation.scores), _MAX_BARS)
     height = max(7.5, 2.6 + 0.20 * bars, 4.2 + 0.34 * len(grid.rows))
-    figure = Figure(figsize=(15, min(height, 24)), layout=layout, facecolor="white")
+    figure = new_figure((15, min(height, 24)))
     cells = figure.add_gridspec(2, 2, width_ratios=(1.15, 1), height_ratios=(1, 1.15))
     draw_spectra(figure.add_subplot(cells[0, 0]), recommendation)
     draw_heat_map(figure.add_subplot(cells[1, 0]), recommendation)
@@ -85,6 +88,21 @@ def recommendation_figure(recommendation: Recommendation) -> Figure:
         fontweight="bold",
     )
     return figure
+
+
+def new_figure(size: tuple[float, float]) -> Figure:
+    """An empty figure of that many inches, with no window and no entry in pyplot's list.
+
+    Raises:
+        PeftLinearError: matplotlib is not installed.
+    """
+    if not matplotlib_available():
+        raise PeftLinearError("figures need matplotlib; install it with: pip install 'peft-linear[plot]'")
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12, wspace=0.03, hspace=0.04)
+    return Figure(figsize=size, layout=layout, facecolor="white")
 
 
 def draw_spectra(axes: Axes, recommendation: Recommendation) -> None:
@@ -108,7 +126,7 @@ def draw_spectra(axes: Axes, recommendation: Recommendation) -> None:
         floor, low = max(floor, spectrum.noise_floor), min(low, float(values[-1]))
     if not floor:
         axes.text(0.5, 0.5, "no spectrum", ha="center", transform=axes.transAxes, color=INK)
-        return _title(axes, "Spectrum of the kernel")
+        return finish(axes, "Spectrum of the kernel")
     axes.set_yscale("log")
     bottom = min(low, recommendation.ridge) / 8
     if floor * 100 > bottom:  # near enough to be worth the room
@@ -130,7 +148,7 @@ def draw_spectra(axes: Axes, recommendation: Recommendation) -> None:
     axes.set_ylabel("eigenvalue λi", color=INK)
     axes.set_ylim(top=axes.get_ylim()[1] * 8)  # room for the legend
     axes.legend(frameon=False, fontsize=10, loc="upper right")
-    _title(axes, "Spectrum of the kernel")
+    finish(axes, "Spectrum of the kernel")
 
 
 def draw_heat_map(axes: Axes, recommendation: Recommendation) -> None:
@@ -167,7 +185,7 @@ def draw_heat_map(axes: Axes, recommendation: Recommendation) -> None:
     bar.set_ticks(marks, labels=[f"{rows[len(rows) - 1 - mark].score:.4g}" for mark in marks])
     bar.ax.tick_params(labelsize=9, length=0)
     bar.set_label("score at this rank, best on top", fontsize=9, color=INK)
-    _title(axes, "Rank of the score by layer and kind; numbers: order of the picks")
+    finish(axes, "Rank of the score by layer and kind; numbers: order of the picks")
     for side in axes.spines.values():
         side.set_visible(False)
 
@@ -181,14 +199,8 @@ def draw_scores(axes: Axes, recommendation: Recommendation) -> None:
     rows = recommendation.scores
     shown = rows if len(rows) <= _MAX_BARS else _best_and_chosen(recommendation)
     labels = short_labels(row.name for row in rows)
-    higher = bool(recommendation.settings.get("higher_is_better"))
-    start = recommendation.settings.get("start_score")
-    if start is None:
-        values, label = [row.score for row in shown], _axis_label(recommendation)
-    else:
-        values = [row.score - start if higher else start - row.score for row in shown]
-        without = "the head alone" if recommendation.settings.get("always_trained") else "no adapter"
-        label = f"improvement of the {_label(recommendation)} over {without} ({start:.4g})"
+    gains, label = improvements(recommendation)
+    values = [gains[row.name] for row in shown]
     better = [value for value in values if value > 0]
     logarithmic = bool(better) and max(better) > _LOG_RANGE * sorted(better)[len(better) // 2]
     if logarithmic:
@@ -209,7 +221,7 @@ def draw_scores(axes: Axes, recommendation: Recommendation) -> None:
     axes.set_axisbelow(True)
     axes.set_xlabel(label + (", log scale" if logarithmic else ""), color=INK)
     hidden = len(rows) - len(shown)
-    _title(axes, "Each candidate alone, best first; red: chosen" + (f" ({hidden} more not shown)" if hidden else ""))
+    finish(axes, "Each candidate alone, best first; red: chosen" + (f" ({hidden} more not shown)" if hidden else ""))
 
 
 def _grid(recommendation: Recommendation) -> Grid:
@@ -224,16 +236,8 @@ def _best_and_chosen(recommendation: Recommendation) -> list[Any]:
     return [row for row in recommendation.scores if row.chosen or row.name in rejected]
 
 
-def _label(recommendation: Recommendation) -> str:
-    return str(recommendation.settings.get("criterion_label", recommendation.criterion))
-
-
-def _axis_label(recommendation: Recommendation) -> str:
-    direction = "higher" if recommendation.settings.get("higher_is_better") else "lower"
-    return f"{_label(recommendation)} ({direction} is better)"
-
-
-def _title(axes: Axes, text: str) -> None:
+def finish(axes: Axes, text: str) -> None:
+    """Title, and no frame above and to the right."""
     axes.set_title(text, loc="left", fontsize=11.5, color=INK, fontweight="bold")
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..files import write_text
 from .plots import matplotlib_available
@@ -28,21 +28,29 @@ if TYPE_CHECKING:
 
 MARKDOWN_NAME = "recommendation.md"
 FIGURE_NAME = "recommendation.png"
+HTML_NAME = "report.html"
 
 
-def write_report(recommendation: Recommendation, directory: str | os.PathLike) -> tuple[Path, ...]:
-    """recommendation.json and its spectra, recommendation.md, and recommendation.png where matplotlib is installed.
+def write_report(recommendation: Recommendation, directory: str | os.PathLike, **real: Any) -> tuple[Path, ...]:
+    """recommendation.json and its spectra, recommendation.md, report.html, and recommendation.png with matplotlib.
+
+    Args:
+        recommendation: What is written.
+        directory: The folder; made if it does not exist.
+        **real: What a training did, as `Recommendation.to_html` takes it.
 
     Returns:
-        The paths of the files for people: the Markdown, and the figure if there is one.
+        The paths of the files for people: Markdown, HTML, and the figure if there is one.
     """
     folder = Path(directory)
+    page = recommendation.to_html(**real)
     recommendation.save(folder)
-    markdown, figure = folder / MARKDOWN_NAME, folder / FIGURE_NAME
+    markdown, html, figure = folder / MARKDOWN_NAME, folder / HTML_NAME, folder / FIGURE_NAME
     text = recommendation.to_markdown()
+    write_text(html, page)
     if not matplotlib_available():
         write_text(markdown, text)
-        return (markdown,)
+        return markdown, html
     recommendation.plot(figure)
     write_text(markdown, text + f"\n![Spectra and scores]({FIGURE_NAME})\n")
-    return markdown, figure
+    return markdown, html, figure

@@ -19,7 +19,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import MappingProxyType
@@ -31,7 +31,9 @@ from safetensors.torch import save as save_tensors
 
 from ..errors import FileError, PeftLinearError
 from ..files import atomic_file, write_text
+from ..functional.simulation import TrainingCurve
 from ..functional.spectrum import Spectrum
+from ..report.html import recommendation_html
 from ..report.markdown import recommendation_markdown, score_table
 from ..report.plots import plot_recommendation
 from ..tuners.proximal_lora import ProximalLoraConfig
@@ -189,6 +191,31 @@ class Recommendation:
     def to_markdown(self) -> str:
         """A report with every candidate, for people."""
         return recommendation_markdown(self)
+
+    def to_html(
+        self,
+        *,
+        measured: Mapping[str, Any] | None = None,
+        history: Sequence[Mapping[str, Any]] | None = None,
+        curve: TrainingCurve | None = None,
+    ) -> str:
+        """The report as one HTML page that loads nothing: choice, doubts, scores by layer and type, spectra, settings.
+
+        After training it can show what came of it beside what was predicted.
+
+        Args:
+            measured: Numbers under the names of `predicted` ("loss", "accuracy", "distance", …), also with "eval_" or
+                "test_" before them: what `trainer.evaluate()` returns can be passed as it is, other entries are left
+                out.
+            history: `trainer.state.log_history`: drawn, and the last evaluation in it is taken where `measured` does
+                not say otherwise.
+            curve: What `predict_training` predicted step by step, drawn with the history.
+
+        Raises:
+            PeftLinearError: `measured` holds nothing that is predicted, `history` no loss, or there is a curve without
+                a history.
+        """
+        return recommendation_html(self, measured=measured, history=history, curve=curve)
 
     def plot(self, path: str | os.PathLike) -> None:
         """Draws spectra and scores into an image file; the suffix says which kind. Needs matplotlib."""

@@ -67,6 +67,7 @@ def test_recommend_writes_everything_and_it_fits_together(place, tmp_path, capsy
         "recommendation.json",
         "recommendation.md",
         "recommendation.png",
+        "report.html",
         "spectra.safetensors",
     ]
     rec = Recommendation.load(out)

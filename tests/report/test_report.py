@@ -191,10 +191,10 @@ def test_figures_refuse(rec, tmp_path, monkeypatch):
 
 
 def test_a_whole_report(rec, tmp_path, monkeypatch):
-    markdown, figure = write_report(rec, tmp_path)
+    markdown, html, figure = write_report(rec, tmp_path)
     assert Recommendation.load(tmp_path) == rec
     assert markdown.read_text(encoding="utf-8").endswith("![Spectra and scores](recommendation.png)\n")
-    assert figure.is_file()
+    assert figure.is_file() and html.read_text(encoding="utf-8") == rec.to_html()
     monkeypatch.setattr("peft_linear.report.writer.matplotlib_available", lambda: False)
-    assert [path.name for path in write_report(rec, tmp_path / "plain")] == ["recommendation.md"]
+    assert [path.name for path in write_report(rec, tmp_path / "plain")] == ["recommendation.md", "report.html"]
     assert "recommendation.png" not in (tmp_path / "plain" / "recommendation.md").read_text(encoding="utf-8")

@@ -1,0 +1,245 @@
+# Copyright 2026 The peft-linear authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""A `Recommendation` as one HTML page that loads nothing: to be kept, printed, and sent to a colleague."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ..errors import PeftLinearError
+from .heat_map import heat_map_html
+from .html_charts import spectra_figure, training_figure
+from .html_elements import Markup, breakable, text
+from .html_style import SCRIPT, STYLE, content_policy
+from .html_tables import candidates_table, predictions_table, settings_table, spectra_table
+from .improvements import criterion_label, direction
+from .markdown import PREDICTIONS
+from .training_plots import History
+
+
+if TYPE_CHECKING:
+    from ..functional.simulation import TrainingCurve
+    from ..selection.recommendation import Recommendation
+
+PAPER = "https://arxiv.org/abs/2602.08239"
+_PREFIXES = ("eval_", "test_")  # what the Trainer puts before the names of what it measures
+
+
+def recommendation_html(
+    recommendation: Recommendation,
+    *,
+    measured: Mapping[str, Any] | None = None,
+    history: History | None = None,
+    curve: TrainingCurve | None = None,
+) -> str:
+    """The page; see `Recommendation.to_html`."""
+    rec = recommendation
+    values = measured_values(measured, history)
+    if curve is not None and not history:
+        raise PeftLinearError("a predicted curve is drawn against what was measured: pass history= beside curve=")
+    sections = [
+        _headline(rec, values),
+        _signal(rec),
+        _code(rec),
+        "<h2>Scores, layer by layer</h2>",
+        f"<p>Each candidate alone, by {text(criterion_label(rec))} ({text(direction(rec))}).</p>",
+        heat_map_html(rec),
+        _predicted(rec, values),
+    ]
+    if history:
+        sections.append(f'<div class="charts">{training_figure(history, curve, _end_loss(rec, curve))}</div>')
+    sections += [
+        _spectra(rec),
+        "<h2>Every candidate</h2>",
+        candidates_table(rec),
+        f"<details><summary>Settings, versions and provenance</summary>\n{settings_table(rec)}\n</details>",
+    ]
+    title = f"{len(rec.modules)} of {len(rec.scores)} modules to adapt, {_model_name(rec)}"
+    body = "\n".join(sections)
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="{text(content_policy())}">
+<title>{text(title)}</title>
+<style>{STYLE}</style>
+</head>
+<body>
+<main>
+{body}
+</main>
+<footer class="soft"><p>Made by peft-linear from the neural tangent kernels of the candidates, before training.
+Method: <a href="{PAPER}">Linearization Explains Fine-Tuning in Large Language Models</a>.</p></footer>
+<script>{SCRIPT}</script>
+</body>
+</html>
+"""
+
+
+def measured_values(measured: Mapping[str, Any] | None, history: History | None) -> dict[str, float]:
+    """What was measured, under the names of what was predicted; the last evaluation of `history` where not given.
+
+    Raises:
+        PeftLinearError: `measured` has none of these names.
+    """
+    known = {key for key, _, _ in PREDICTIONS}
+    evaluations = [entry for entry in history or () if "eval_loss" in entry]
+    found = {key: value for key, value in _named(evaluations[-1] if evaluations else {}).items() if key in known}
+    given = {key: value for key, value in _named(measured or {}).items() if key in known}
+    if measured and not given:
+        raise PeftLinearError(
+            f"measured has {', '.join(map(str, measured))}, of which nothing was predicted; pass some of "
+            f"{', '.join(sorted(known))}, or what Trainer.evaluate() returns"
+        )
+    return {key: float(value) for key, value in (found | given).items()}
+
+
+def _named(values: Mapping[str, Any]) -> dict[str, Any]:
+    names = {key: key for key in values}
+    for prefix in _PREFIXES:
+        names |= {key: key.removeprefix(prefix) for key in values if key.startswith(prefix)}
+    return {names[key]: value for key, value in values.items()}
+
+
+def _headline(rec: Recommendation, measured: Mapping[str, float]) -> str:
+    total = sum(row.parameters for row in rec.scores)
+    share = f"{rec.parameters / total:.0%} of all candidates' {total:,}" if total else ""
+    halves, chance = _agreement(rec)
+    signal = f"rank correlation {halves}, chance {chance or '?'}" if halves else ""
+    facts = [
+        ("Modules", f"{len(rec.modules)} of {len(rec.scores)}", f"budget: {_budget(rec.budget)}"),
+        ("Adapter parameters", f"{rec.parameters:,}", f"{share} at rank {rec.settings.get('rank', '?')}"),
+        ("Is the order more than chance?", {True: "yes", False: "no", None: "not known"}[rec.signal], signal),
+    ]
+    if "loss" in rec.predicted:
+        before = rec.predicted.get("before_training", {}).get("loss")
+        words = "held out" if before is None else f"held out; {before:.3g} before training"
+        facts.append(("Predicted loss", f"{rec.predicted['loss']:.3g}", words))
+    if "loss" in measured:
+        facts.append(("Measured loss", f"{measured['loss']:.3g}", "held out, after training"))
+    entries = "\n".join(
+        f"<div><dt>{text(name)}</dt><dd>{text(value)}<small>{text(words)}</small></dd></div>"
+        for name, value, words in facts
+    )
+    settings = rec.settings
+    return (
+        f"<header><h1>Adapt {len(rec.modules)} of {len(rec.scores)} modules</h1>\n"
+        f'<p class="soft">{breakable(_model_name(rec))}. Chosen before training by '
+        f"{text(criterion_label(rec))}{_formula(rec)}, {text(settings.get('strategy', '?'))} search, "
+        f"from {text(settings.get('examples', '?'))} examples × {text(settings.get('outputs', '?'))} outputs "
+        f"({text(settings.get('output_kind', '?'))}).{text(_cost(rec))}</p></header>\n"
+        f'<dl class="facts">\n{entries}\n</dl>'
+    )
+
+
+def _signal(rec: Recommendation) -> str:
+    css, title, words = {
+        True: (
+            "yes",
+            "✓ The examples tell the candidates apart",
+            "That is about the order of the candidates: it is the data's, not the sample's. Whether this criterion "
+            "foretells the loss of a real run is for the run to say.",
+        ),
+        False: (
+            "no",
+            "⚠ No signal: this order could be chance",
+            "Another sample of the same size may well choose other modules. Prefer all candidates at a lower rank, or "
+            "pass more examples.",
+        ),
+        None: (
+            "unknown",
+            "? Not known whether the examples tell the candidates apart",
+            "It takes at least 8 examples and 3 candidates, and kernels that are in memory.",
+        ),
+    }[rec.signal]
+    halves, chance = _agreement(rec)
+    if halves:
+        against = f"; chance gives up to {chance}" if chance else ""
+        words = f"Halves of the examples agree on their order with a rank correlation of {halves}{against}. {words}"
+    notes = "".join(f"<li>{text(note)}</li>" for note in rec.notes)
+    before = f"<p><strong>Before you trust it</strong></p><ul>{notes}</ul>" if notes else ""
+    return f'<section class="box {css}"><h2>{text(title)}</h2><p>{text(words)}</p>{before}</section>'
+
+
+def _agreement(rec: Recommendation) -> tuple[str, str]:
+    """The rank correlation between halves of the examples, and what chance gives."""
+    found = rec.settings.get("reliability") or {}
+    halves, chance = (f"{found[key]:.2f}" if key in found else "" for key in ("halves", "threshold"))
+    return halves, chance
+
+
+def _code(rec: Recommendation) -> str:
+    config = rec.to_config()
+    quoted = [json.dumps(name, ensure_ascii=False) for name in rec.modules]
+    targets = "[\n" + "".join(f"        {name},\n" for name in quoted) + "    ]"
+    if isinstance(config.target_modules, str):
+        targets = json.dumps(config.target_modules, ensure_ascii=False)
+    code = (
+        "from peft_linear import ProximalLoraConfig\n\nconfig = ProximalLoraConfig(\n"
+        f"    r={config.r},\n    lora_alpha={config.lora_alpha},\n    target_modules={targets},\n)\n"
+    )
+    return (
+        "<h2>Use it</h2>\n<p>In the order of the picks. <code>peft.LoraConfig</code> takes the same arguments; add "
+        "<code>task_type</code> and what else your task needs.</p>\n"
+        f'<div class="code"><pre tabindex="0"><code>{text(code)}</code></pre></div>'
+    )
+
+
+def _predicted(rec: Recommendation, measured: Mapping[str, float]) -> str:
+    foretold = any(key in rec.predicted for key, _, _ in PREDICTIONS[1:])
+    said = (
+        "Predictions are of the linearised model on the calibration examples: they rank choices better than they "
+        "forecast the numbers of a real run."
+        if foretold
+        else "These outputs have no labels to hold a prediction against, so there is none but the size."
+    )
+    title = "Predicted and measured" if measured else "What is predicted"
+    return f"<h2>{title}</h2>\n<p>{text(said)}</p>\n{predictions_table(rec, measured)}"
+
+
+def _spectra(rec: Recommendation) -> str:
+    if not rec.spectra:
+        return ""
+    return f'<h2>Spectra of the kernels</h2>\n<div class="charts">{spectra_figure(rec)}\n{spectra_table(rec)}</div>'
+
+
+def _model_name(rec: Recommendation) -> str:
+    about = rec.settings.get("kernels") or {}
+    return str(about.get("model_class") or about.get("model") or "a model")
+
+
+def _formula(rec: Recommendation) -> Markup:
+    formula = rec.settings.get("formula")
+    return Markup(f" ({text(formula)})") if formula else Markup("")
+
+
+def _budget(budget: int | float | str) -> str:
+    if isinstance(budget, str):
+        return f"{budget} parameters"
+    if isinstance(budget, float):
+        return f"{budget:.0%} of the parameters"
+    return f"{budget} module{'s' * (budget != 1)}"
+
+
+def _cost(rec: Recommendation) -> str:
+    about = rec.settings.get("kernels") or {}
+    seconds = [about[key] for key in ("seconds_passes", "seconds_gram") if isinstance(about.get(key), (int, float))]
+    return f" The kernels took {sum(seconds):.1f} s on {about.get('device', 'one device')}." if seconds else ""
+
+
+def _end_loss(rec: Recommendation, curve: TrainingCurve | None) -> float | None:
+    return rec.predicted.get("loss") if curve is None else None

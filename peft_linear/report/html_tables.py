@@ -1,0 +1,123 @@
+# Copyright 2026 The peft-linear authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Tables of the HTML report: predictions beside what was measured, spectra in numbers, every candidate, settings."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from .html_elements import Cell, Markup, Row, breakable, cell, table, text
+from .markdown import PREDICTIONS, format_number, prediction_columns, setting_rows
+
+
+if TYPE_CHECKING:
+    from ..selection.recommendation import ModuleScore, Recommendation
+
+_SPECTRA = {
+    "chosen, adapters": "the choice",
+    "all, adapters": "all candidates",
+    "always trained": "the head",
+    "chosen": "the choice",
+    "all": "all candidates",
+}
+_ALONE = re.compile(r"; alone \S+, rank \d+ of \d+$")  # the same table has both in columns of their own
+
+
+def predictions_table(recommendation: Recommendation, measured: Mapping[str, float]) -> Markup:
+    """The choice, what was measured, and for comparison all candidates, the head alone and the untrained model."""
+    columns = prediction_columns(recommendation.predicted)
+    if measured:
+        columns.insert(1, ("measured", measured))
+    rows = [
+        Row([cell(words), *(cell(form.format(v[key]) if key in v else "", "right") for _, v in columns)])
+        for key, words, form in PREDICTIONS
+        if any(key in values for _, values in columns)
+    ]
+    header = [cell("prediction"), *(cell(title, "right") for title, _ in columns)]
+    return table(_unseen("Predictions for the choice and for comparison"), header, rows, "wide")
+
+
+def spectra_table(recommendation: Recommendation) -> Markup:
+    """Each spectrum in five numbers; with always-trained parameters those of the adapters without them."""
+    rec = recommendation
+    shown = [key for key in _SPECTRA if key in rec.spectra]
+    if "always trained" in shown:
+        shown = [key for key in shown if key not in ("chosen", "all")]
+    spectra = [rec.spectra[key] for key in shown]
+    columns = {
+        "numerical rank": [f"{s.numerical_rank} of {len(s)}" for s in spectra],
+        "largest eigenvalue": [format_number(float(s.eigenvalues[0])) for s in spectra],
+        "trace": [format_number(s.trace) for s in spectra],
+        "effective dimension": [format_number(s.effective_dimension(rec.ridge)) for s in spectra],
+        "condition number": [format_number(s.condition_number(rec.ridge)) for s in spectra],
+    }
+    rows = [
+        Row([cell(title), *(cell(number, "right line") for number in numbers)]) for title, numbers in columns.items()
+    ]
+    caption = text(f"The last two with the ridge λ = {rec.ridge:.4g}")
+    return table(caption, [cell("kernel of"), *(cell(_SPECTRA[key], "right") for key in shown)], rows)
+
+
+def candidates_table(recommendation: Recommendation) -> Markup:
+    """A row for every candidate, best score first; the page's script makes it sortable."""
+    rec = recommendation
+    intervals = (rec.settings.get("reliability") or {}).get("rank_intervals") or {}
+    picks = {name: place for place, name in enumerate(rec.modules, start=1)}
+    rows = []
+    for row in rec.scores:
+        cells = [
+            cell(row.rank, "right", row.rank),
+            Cell(breakable(row.name), "module"),
+            cell(f"pick {picks[row.name]}" if row.name in picks else "", "line", picks.get(row.name, math.inf)),
+            cell(f"{row.score:.4g}", "right", row.score),
+        ]
+        if intervals:
+            cells.append(_interval(row, intervals.get(row.name), len(rec.scores)))
+        cells += [
+            cell(f"{row.parameters:,}", "right", row.parameters),
+            cell(format_number(row.condition_number), "right", row.condition_number),
+            cell(_ALONE.sub("", row.reason), "why"),
+        ]
+        rows.append(Row(cells, "hit" if row.chosen else "", header=1))
+    titles = ["rank", "module", "chosen", "score", "parameters", "condition number", "why"]
+    if intervals:
+        titles.insert(4, "90% of its ranks")
+    right = {"rank", "score", "parameters", "condition number"}
+    said = "Score of the module alone, together with what is always trained."
+    if intervals:
+        said += " The interval of ranks is that in random halves of the examples."
+    header = [cell(title, "right" if title in right else "") for title in titles]
+    return table(text(said), header, rows, "sortable wide")
+
+
+def settings_table(recommendation: Recommendation) -> Markup:
+    """How the recommendation was made."""
+    rows = [Row([cell(name), Cell(breakable(value))]) for name, value in setting_rows(recommendation)]
+    return table(_unseen("Settings and provenance"), [cell("setting"), cell("value")], rows)
+
+
+def _interval(row: ModuleScore, interval: Any, candidates: int) -> Cell:
+    if interval is None:
+        return cell("", sort=math.inf)
+    low, high = interval
+    style = f"--a:{(low - 1) / candidates:.3f};--w:{(high - low + 1) / candidates:.3f}"
+    words = f"{low}" if low == high else f"{low}–{high}"
+    return Cell(Markup(f'{text(words)}<span class="span" style="{style}"><i></i></span>'), "line right", sort=low)
+
+
+def _unseen(words: str) -> Markup:
+    return Markup(f'<span class="hidden">{text(words)}</span>')
