@@ -28,6 +28,7 @@ from torch import Tensor
 
 from ..errors import KernelError
 from ._checks import check_cross_gram, checked_gram
+from ._cholesky import inverse_factor
 from .simulation import TrainingCurve, simulate_training
 
 
@@ -70,15 +71,19 @@ def leave_one_out_residuals(
 
     With `M = (K + λI)⁻¹` and `α = M r`, block i of the answer is `M_ii⁻¹ α_i` (C×C solves, batched): by the block
     inverse, `M_ii⁻¹ = K_ii + λI − K_i,−i (K_−i,−i + λI)⁻¹ K_−i,i` is the Schur complement of the other rows and
-    `M_ii⁻¹ α_i = r_i − K_i,−i (K_−i,−i + λI)⁻¹ r_−i`. Nothing is fitted again: O(n³) once.
+    `M_ii⁻¹ α_i = r_i − K_i,−i (K_−i,−i + λI)⁻¹ r_−i`. Nothing is fitted again: O(n³) once, for L⁻¹ of
+    `K + λI = L Lᵀ`; `M_ii = Σ_k (L⁻¹)_kiᵀ (L⁻¹)_ki` is O(n²·C), the rest of M is never formed.
 
     Raises:
         KernelError: as `solve_ridge`, or `block_size` does not divide n.
     """
     gram, residual = checked_gram(gram, residual)
     _check_blocks(len(gram), block_size)
-    inverse = torch.cholesky_inverse(_cholesky(gram, ridge))
-    return _divide_blocks(_diagonal_blocks(inverse, block_size), inverse @ residual)
+    inverse, failed = inverse_factor(_shifted(gram, ridge))
+    if failed:
+        raise _not_positive(gram, ridge, failed)
+    columns = inverse.view(len(gram), -1, block_size).transpose(0, 1)
+    return _divide_blocks(columns.mT @ columns, inverse.mT @ (inverse @ residual))
 
 
 def leave_one_out_path(
@@ -155,19 +160,26 @@ def dual_distance(
     return float((alpha @ (gram.double() @ alpha)).clamp_min(0.0).sqrt())
 
 
-def _cholesky(gram: Tensor, ridge: float) -> Tensor:
+def _shifted(gram: Tensor, ridge: float) -> Tensor:
     if not ridge >= 0:
         raise KernelError(f"ridge must be a number >= 0, got {ridge}")
-    n = len(gram)
     shifted = gram.clone()
     shifted.diagonal().add_(ridge)
-    factor, info = torch.linalg.cholesky_ex(shifted)
+    return shifted
+
+
+def _not_positive(gram: Tensor, ridge: float, minor: int) -> KernelError:
+    return KernelError(
+        f"K + ridge*I (n={len(gram)}, ridge={ridge:.3g}, largest diagonal entry of K {gram.diagonal().max():.3g}) is "
+        f"not positive definite (leading minor {minor}): the kernel has rank below n or is not positive "
+        "semidefinite; raise the ridge"
+    )
+
+
+def _cholesky(gram: Tensor, ridge: float) -> Tensor:
+    factor, info = torch.linalg.cholesky_ex(_shifted(gram, ridge))
     if info.item():
-        raise KernelError(
-            f"K + ridge*I (n={n}, ridge={ridge:.3g}, largest diagonal entry of K {gram.diagonal().max():.3g}) is not "
-            f"positive definite (leading minor {info.item()}): the kernel has rank below n or is not positive "
-            "semidefinite; raise the ridge"
-        )
+        raise _not_positive(gram, ridge, int(info))
     return factor
 
 
@@ -179,11 +191,6 @@ def _apply_inverse(factor: Tensor, right: Tensor) -> Tensor:
 def _check_blocks(n: int, block_size: int) -> None:
     if block_size < 1 or n % block_size:
         raise KernelError(f"block_size must be the C outputs of one example and divide the {n} rows, got {block_size}")
-
-
-def _diagonal_blocks(matrix: Tensor, size: int) -> Tensor:  # (n/size, size, size)
-    count = len(matrix) // size
-    return matrix.view(count, size, count, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
 
 
 def _divide_blocks(blocks: Tensor, right: Tensor) -> Tensor:  # (n/size, size, size), (n,) or (n, k) -> like right

@@ -44,8 +44,8 @@ def cross_validate(gram: Tensor, problem: Problem) -> CrossValidation:
     """Trains on each fold's complement in kernel space and scores the fold after the last step.
 
     Full-batch gradient descent on the mean cross-entropy of the linearised model, as `functional.simulate_training`
-    runs it, for all folds in one matrix product a step: with coefficients `c` (n, folds) that stay 0 in the rows a
-    fold holds out, `f = f_θ0 + K c` are the outputs of that fold's model on the examples it saw *and* on those it did
+    runs it, for all folds in one matrix product a step: with coefficients `c` (folds, n) that stay 0 in the rows a
+    fold holds out, `f = f_θ0 + c K` are the outputs of that fold's model on the examples it saw *and* on those it did
     not, and a step is `c ← c − (η/N_fold)·(softmax(f) − onehot(y))` in the rows it saw. O(steps·folds·n²).
 
     Args:
@@ -62,21 +62,24 @@ def cross_validate(gram: Tensor, problem: Problem) -> CrossValidation:
         raise OutputError("cross-validation needs at least 2 examples, got 1; pass more batches")
     held_out = fold_indices(problem.labels, min(problem.folds, problem.num_examples), problem.seed)
     examples, classes = problem.outputs.shape
-    seen = torch.ones(examples, 1, len(held_out), dtype=torch.float64)
+    seen = torch.ones(len(held_out), examples, 1, dtype=torch.float64)
     for fold, held in enumerate(held_out):
-        seen[held, :, fold] = 0.0
-    rate = problem.learning_rate * seen / seen.sum(dim=0)
-    start, targets = problem.outputs[:, :, None], problem.targets[:, :, None]
+        seen[fold, held] = 0.0
+    rate = problem.learning_rate * seen / seen.sum(dim=1, keepdim=True)
+    start, targets = problem.outputs.expand(len(held_out), -1, -1), problem.targets
 
-    coefficients = torch.zeros(examples, classes, len(held_out), dtype=torch.float64)
-    outputs = start.expand_as(coefficients)
+    # Few rows times Kᵀ = K: times K, or K times few columns, takes up to three times as long on a CPU.
+    coefficients = torch.zeros(len(held_out), examples, classes, dtype=torch.float64)
+    rows, outputs = coefficients.view(len(held_out), -1), start.reshape(len(held_out), -1)
+    constant = outputs.clone()
     for _ in range(problem.steps):
-        coefficients -= rate * (outputs.softmax(dim=1) - targets)
-        outputs = start + (gram @ coefficients.view(len(gram), -1)).view_as(coefficients)
+        coefficients -= (outputs.view_as(coefficients).softmax(dim=2) - targets).mul_(rate)
+        outputs = torch.addmm(constant, rows, gram.mT)
+    outputs = outputs.view_as(coefficients)
     if not bool(outputs.isfinite().all()):
         raise KernelError(f"the simulated training diverged (learning rate {problem.learning_rate:.3g}); lower it")
-    fold_of = (1.0 - seen).squeeze(1).argmax(dim=1)
-    unseen = outputs[torch.arange(examples), :, fold_of]  # (N, C), each example by the fold that held it out
+    fold_of = (1.0 - seen).squeeze(2).argmax(dim=0)
+    unseen = outputs[fold_of, torch.arange(examples)]  # (N, C), each example by the fold that held it out
     return CrossValidation(
         loss=float(F.cross_entropy(unseen, problem.targets)),
         accuracy=float((unseen.argmax(dim=1) == problem.targets.argmax(dim=1)).double().mean()),
