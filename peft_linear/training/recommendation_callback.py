@@ -15,8 +15,8 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,13 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
-from ..errors import FileError, PeftLinearError
+from ..errors import FileError, PeftLinearError, TargetError
 from ..report.writer import write_report
 from ..selection.recommendation import JSON_NAME, Recommendation
 from .calibration import calibration_batches
+from .logs import know_handler, log_to_all
+from .main_process import on_main_process
+from .model_cards import keep_in_model_cards
 from .restrict import adapted_modules, adapter_name_of, checkpoint_modules, require_modules, restrict_adapter
 from .workflow import recommend_modules
 
@@ -58,11 +61,19 @@ class NtkRecommendationCallback(TrainerCallback):
     therefore repeats the old choice (a warning says so): pass `resume_from_checkpoint=False`, or another folder, to
     choose anew. When training begins the modules are compared with the choice again, and with the checkpoint.
 
-    **Logging.** At the start of training the summary (`ntk_modules`, `ntk_parameters`, `ntk_condition_number`,
-    `ntk_predicted_loss`, …) is entered into the Trainer's log history, and added to the first logs for callbacks that
-    come after this one.
+    **Logging.** When training begins the summary (`ntk_modules`, `ntk_parameters`, `ntk_condition_number`,
+    `ntk_predicted_loss`, …) is logged as by `Trainer.log`: in the log history, and seen by every other callback of the
+    Trainer, trackers (`report_to`) included. A resumed run has it in its log history already and does not repeat it.
 
-    **Several processes.** The main process computes and sends the others its choice; all restrict to it.
+    **Report and model card.** recommendation.json, recommendation.md and the figures are written into
+    `args.output_dir`. Every model card written for a PeftModel from then on (`save_pretrained`, `push_to_hub`,
+    `Trainer.create_model_card`, `Trainer.push_to_hub`) has a section with the choice and what was predicted for it.
+
+    **Several processes.** The main process chooses, or reads the checkpoint's choice, and sends it to the others; all
+    restrict to it.
+
+    Ranks are those of the adapter that exists: for `r="adaptive"` use `recommend_modules(...).to_config` before
+    `get_peft_model`.
 
     Args:
         data: Batches (an iterable of dicts, a DataLoader), or examples (a dataset or a list of features) that
@@ -77,9 +88,9 @@ class NtkRecommendationCallback(TrainerCallback):
 
     Raises:
         PeftLinearError: when the Trainer is made: whatever `recommend_modules` refuses; "restrict" with a model that
-            has no LoRA adapter or with an optimizer that exists already. When training begins: "restrict" in a
-            callback that was added later (`trainer.add_callback`), or a model that is not the restricted one
-            (`model_init`).
+            has no LoRA adapter on a linear map, or with an optimizer that exists already. When training begins:
+            "restrict" in a callback that was added later (`trainer.add_callback`), or a model that is not the
+            restricted one (`model_init`).
     """
 
     def __init__(
@@ -116,24 +127,22 @@ class NtkRecommendationCallback(TrainerCallback):
             "seed": seed,
         }
         self._ready = False
-        self._pending: dict[str, float] = {}
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Chooses, and restricts if asked."""
         model = kwargs["model"]
-        if self.action == "restrict":
-            adapter = adapter_name_of(model, self.adapter_name)
-            if kwargs.get("optimizer") is not None:
-                raise PeftLinearError(
-                    "an optimizer was passed to the Trainer; it would go on training the modules that are not chosen. "
-                    "Restrict before it is made, with recommend_modules(...).to_config(), or let the Trainer make it"
-                )
-            self._choose(args, state, model, kwargs.get("processing_class"))
+        restrict = self.action == "restrict"
+        adapter = adapter_name_of(model, self.adapter_name) if restrict else None
+        if restrict and kwargs.get("optimizer") is not None:
+            raise PeftLinearError(
+                "an optimizer was passed to the Trainer; it would go on training the modules that are not chosen. "
+                "Restrict before it is made, with recommend_modules(...).to_config(), or let the Trainer make it"
+            )
+        self._choose(args, state, model, kwargs.get("processing_class"))
+        if restrict:
             restrict_adapter(model, self.modules, adapter)
-        else:
-            self._choose(args, state, model, kwargs.get("processing_class"))
         self._ready = True
 
     def on_train_begin(
@@ -155,44 +164,28 @@ class NtkRecommendationCallback(TrainerCallback):
             checkpoint = Path(args.output_dir or "", f"checkpoint-{state.global_step}")
             if state.global_step and checkpoint.is_dir():
                 self._require_checkpoint(model, checkpoint, adapter)
-        if self.recommendation is not None:
-            self._pending = summary(self.recommendation)
-            state.log_history.append({**self._pending, "step": state.global_step})
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Adds the summary to the first logs."""
-        if logs is not None:
-            logs.update(self._pending)
-            self._pending = {}
+        if self.recommendation is not None and not any("ntk_modules" in entry for entry in state.log_history):
+            log_to_all(self, args, state, control, summary(self.recommendation))
 
     def _choose(self, args: TrainingArguments, state: TrainerState, model: torch.nn.Module, processing: Any) -> None:
-        checkpoint = self._checkpoint(args)
         output = Path(args.output_dir or ".")
-        if checkpoint is not None and self._recall(output, model, checkpoint):
-            return
-        candidates: dict[str, Any] = {}
+        candidates: dict[str, Any] = {"distributed": False}  # the main process computes alone; the others wait for it
         if isinstance(model, PeftModel):
-            adapter = adapter_name_of(model, self.adapter_name)
-            config: Any = model.peft_config[adapter]
-            candidates["targets"] = list(adapted_modules(model, adapter))
-            candidates |= {key: getattr(config, f) for key, f in (("rank", "r"), ("lora_alpha", "lora_alpha"))}
-        candidates["distributed"] = False  # the main process decides alone; the others wait for its answer
+            candidates |= _candidates(model, adapter_name_of(model, self.adapter_name))
 
-        def compute() -> Recommendation:
+        def decide() -> tuple[Recommendation | None, tuple[str, ...]]:
+            checkpoint = self._checkpoint(args)
+            earlier = None if checkpoint is None else self._recall(output, model, checkpoint)
+            if earlier is not None:
+                return earlier
             batches = calibration_batches(self.data, model, processing_class=processing, **self._sampling)
             found = recommend_modules(model, batches, self.budget, **{**candidates, **self._choosing})
             write_report(found, output)
-            return found
+            return found, found.modules
 
-        self.recommendation = on_main_process(compute, state.is_world_process_zero)
-        self.modules = self.recommendation.modules
+        self.recommendation, self.modules = on_main_process(decide, state.is_world_process_zero)
+        if self.recommendation is not None and isinstance(model, PeftModel):
+            keep_in_model_cards(model, self.recommendation, self.adapter_name)
 
     def _require_checkpoint(self, model: PeftModel, checkpoint: Path, adapter: str) -> None:
         saved = checkpoint_modules(model, checkpoint, adapter)
@@ -202,17 +195,16 @@ class NtkRecommendationCallback(TrainerCallback):
                 f"pass resume_from_checkpoint={os.fspath(checkpoint)!r} to NtkRecommendationCallback"
             )
 
-    def _recall(self, output: Path, model: torch.nn.Module, checkpoint: str) -> bool:
-        """Takes the choice of an earlier run; false where there is none to take."""
+    def _recall(
+        self, output: Path, model: torch.nn.Module, checkpoint: str
+    ) -> tuple[Recommendation | None, tuple[str, ...]] | None:
+        """The choice of an earlier run; None where there is none to take."""
         earlier = Recommendation.load(output) if (output / JSON_NAME).is_file() else None
         if self.action == "report":
-            self.recommendation, self.modules = earlier, earlier.modules if earlier else ()
-            return earlier is not None
+            return None if earlier is None else (earlier, earlier.modules)
         assert isinstance(model, PeftModel)
-        self.modules = checkpoint_modules(model, checkpoint, self.adapter_name)
-        if earlier is not None and set(earlier.modules) == set(self.modules):
-            self.recommendation = earlier
-        return True
+        modules = checkpoint_modules(model, checkpoint, self.adapter_name)
+        return (earlier if earlier is not None and set(earlier.modules) == set(modules) else None), modules
 
     def _checkpoint(self, args: TrainingArguments) -> str | None:
         wanted = self.resume_from_checkpoint
@@ -255,18 +247,18 @@ def summary(recommendation: Recommendation) -> dict[str, float]:
     return values
 
 
-def on_main_process(compute: Callable[[], Recommendation], is_main: bool) -> Recommendation:
-    """What `compute` returns on the main process, on every process; an error there is raised on all of them."""
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if not distributed or torch.distributed.get_world_size() == 1:
-        return compute()
-    message: list[Any] = [None]
-    if is_main:
-        try:
-            message = [compute()]
-        except Exception as error:
-            message = [error]
-    torch.distributed.broadcast_object_list(message, src=0)
-    if isinstance(message[0], Exception):
-        raise message[0]
-    return message[0]
+def _candidates(model: PeftModel, adapter: str) -> dict[str, Any]:
+    """The modules that carry the adapter, and what `compute_ntk` has to know of it."""
+    config: Any = model.peft_config[adapter]
+    modules = list(adapted_modules(model, adapter))
+    if not modules:
+        raise TargetError(
+            f"adapter {adapter!r} ({config.peft_type}) is on no linear map as LoRA is, so there is nothing to choose; "
+            "use a LoraConfig or a ProximalLoraConfig"
+        )
+    # compute_ntk scales by lora_alpha/r, an adapter with use_rslora by lora_alpha/sqrt(r)
+    alpha = config.lora_alpha * (math.sqrt(config.r) if getattr(config, "use_rslora", False) else 1)
+    return {"targets": modules, "rank": config.r, "lora_alpha": alpha}
+
+
+know_handler(NtkRecommendationCallback)

@@ -82,7 +82,7 @@ def _read_and_write_state_as_lora() -> None:
         holders = [m for key, m in list(sys.modules.items()) if key.split(".")[0] == "peft" and m is not None]
         for module in holders:
             if module.__dict__.get(name) is current:
-                _wrap(module, name, call_as_lora)
+                wrap(module, name, call_as_lora)
 
 
 class _FoundAsLora(dict):
@@ -122,7 +122,7 @@ def _mix_our_adapters() -> None:
         if isinstance(config, ProximalLoraConfig):
             track_adapter(model, adapter_name, config)
 
-    _wrap(module.MixedModel, "inject_adapter", inject_adapter)
+    wrap(module.MixedModel, "inject_adapter", inject_adapter)
 
 
 def _tag_our_adapters_as_lora() -> None:
@@ -133,7 +133,7 @@ def _tag_our_adapters_as_lora() -> None:
         return [*found, "lora"] if self.active_peft_config.peft_type == PROXIMAL_LORA else found
 
     if hasattr(PeftModel, "_get_peft_specific_model_tags"):
-        _wrap(PeftModel, "_get_peft_specific_model_tags", tags)
+        wrap(PeftModel, "_get_peft_specific_model_tags", tags)
 
 
 def _save_anchor_with_adapter() -> None:
@@ -154,7 +154,7 @@ def _save_anchor_with_adapter() -> None:
                     (folder / ANCHOR_NAME).unlink(missing_ok=True)  # of an adapter that was saved here before
         return result
 
-    _wrap(PeftModel, "save_pretrained", save_pretrained)
+    wrap(PeftModel, "save_pretrained", save_pretrained)
 
 
 def _load_anchor_with_adapter() -> None:
@@ -179,8 +179,8 @@ def _load_anchor_with_adapter() -> None:
             adapter.loaded_from(AnchorSource(str(path), hub), trainable=bool(given.get("is_trainable", False)))
         return result
 
-    _wrap(PeftModel, "load_adapter", load_adapter)
-    _wrap(PeftAdapterMixin, "load_adapter", load_adapter)
+    wrap(PeftModel, "load_adapter", load_adapter)
+    wrap(PeftAdapterMixin, "load_adapter", load_adapter)
 
 
 def _tracked(model: nn.Module, adapter_name: str) -> TrackedAdapter | None:
@@ -190,7 +190,7 @@ def _tracked(model: nn.Module, adapter_name: str) -> TrackedAdapter | None:
     return None
 
 
-def _wrap(owner: Any, name: str, around: Callable) -> None:
+def wrap(owner: Any, name: str, around: Callable) -> None:
     """Replaces `owner.name` by `around(original, ...)`; a wrapper of an earlier import is replaced, not wrapped."""
     original = getattr(owner, name)
     original = getattr(original, "_peft_linear_original", original)

@@ -1,0 +1,61 @@
+# Copyright 2026 The peft-linear authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Logs of a callback that reach the other callbacks of its Trainer, those before it in the list included."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+from weakref import WeakKeyDictionary, ref
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import CallbackHandler
+
+from ..tuners.proximal_lora.peft_compat import wrap
+
+
+# Callback -> the handler that it was last added to. Kept here: a callback holds nothing that cannot be pickled.
+_HANDLERS: WeakKeyDictionary[TrainerCallback, ref[CallbackHandler]] = WeakKeyDictionary()
+
+
+def log_to_all(
+    callback: TrainerCallback,
+    args: TrainingArguments,
+    state: TrainerState,
+    control: TrainerControl,
+    values: Mapping[str, float],
+) -> None:
+    """Logs as `Trainer.log` does: an entry in the log history, and `on_log` of every callback, trackers among them.
+
+    No event passes the Trainer to a callback, and trackers (`report_to`) come before the user's callbacks in every
+    event, so what a callback adds to the logs of an `on_log` they never see. The handler, which calls them all, is
+    the one that `callback` was added to, if any.
+    """
+    logs = dict(values) if state.epoch is None else {**values, "epoch": state.epoch}
+    state.log_history.append({**logs, "step": state.global_step})
+    reference = _HANDLERS.get(callback)
+    handler = reference() if reference is not None else None
+    if handler is not None:
+        handler.on_log(args, state, control, logs)
+
+
+def know_handler(kind: type[TrainerCallback]) -> None:
+    """From now on callbacks of this class are known by the handler of the Trainer that they are added to."""
+
+    def add_callback(original: Callable, self: CallbackHandler, callback: Any) -> None:
+        original(self, callback)
+        if isinstance(self.callbacks[-1], kind):
+            _HANDLERS[self.callbacks[-1]] = ref(self)
+
+    wrap(CallbackHandler, "add_callback", add_callback)
