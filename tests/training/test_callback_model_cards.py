@@ -20,18 +20,25 @@ from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
+import torch
 import transformers
+from datasets import Dataset
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
-from transformers import Trainer
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast, Trainer
 
 from peft_linear.errors import TargetError
 from peft_linear.report.model_card import BEGIN, END, with_model_card_section
 from peft_linear.training.model_cards import keep_in_model_cards
+from peft_linear.training.recommendation_callback import NtkRecommendationCallback
 from peft_linear.training.restrict import adapted_modules
 from peft_linear.training.workflow import recommend_modules
 from peft_linear.tuners.proximal_lora import ProximalLoraConfig
 from tests.callback_runs import BATCHES, base_model, callback, peft_bert, trainer_for
+from tests.small_models import causal_batches, llama, seeded
 
 
 HEADING = "## Which modules are adapted"
@@ -182,6 +189,29 @@ def test_trainers_that_write_cards_of_their_own(tmp_path, hub):
     trainer.push_to_hub()
     assert hub[0].startswith("# From scratch\n")
     assert all(f"`{name}`" in section_of(hub[0]) for name in ours.modules)
+
+
+@pytest.mark.slow
+def test_trl_pushes_it(tmp_path, hub):
+    trl = pytest.importorskip("trl", reason="TRL is not installed: pip install 'peft-linear[trl]'")
+    words = Tokenizer(WordLevel({"<pad>": 0, "<eos>": 1, "<unk>": 2, "a": 3, "b": 4}, unk_token="<unk>"))
+    words.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
+    options = {"report_to": "none", "use_cpu": True, "bf16": False, "gradient_checkpointing": False}
+    ours = NtkRecommendationCallback(causal_batches(sizes=(4, 3)), 2, "restrict", progress=False)
+    trainer = trl.SFTTrainer(
+        model=seeded(llama, causal=True, dtype=torch.float32),
+        args=trl.SFTConfig(output_dir=str(tmp_path), max_steps=2, save_steps=2, disable_tqdm=True, **options),
+        train_dataset=Dataset.from_list([{"text": "a b a b"}] * 16),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"),
+        callbacks=[ours],
+    )
+    assert set(adapted_modules(trainer.model, "default")) == set(ours.modules)
+    trainer.train()
+    trainer.push_to_hub()
+    assert all(f"`{name}`" in section_of(hub[-1]) for name in ours.modules)
+    assert "trl" in hub[-1].lower() and trainer.state.log_history[0]["ntk_modules"] == 2
 
 
 def test_by_hand_for_a_model_made_from_a_config(tmp_path):
