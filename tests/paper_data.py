@@ -73,5 +73,6 @@ def as_on_the_hub(name):
 def modules_of(script):
     """The modules of `examples/paper`, which `script` has imported."""
     assert script.__name__ == "run"
-    names = ("tasks", "training", "records", "lambda", "lambda_report", "predictors", "condition")
-    return SimpleNamespace(**{name.replace("lambda", "strength"): sys.modules[f"paper_{name}"] for name in names})
+    names = ("tasks", "training", "lambda", "lambda_report", "predictors", "condition")
+    found = {name.replace("lambda", "strength"): sys.modules[f"paper_{name}"] for name in names}
+    return SimpleNamespace(**found, records=sys.modules["records"])

@@ -78,7 +78,8 @@ class LanguageModelSetting:
     def __init__(self, options: LanguageModelOptions, protocol: Protocol, cache: Path) -> None:
         self.options, self.protocol = options, protocol
         new, rest, held_out = split_corpus(read_corpus(options.corpus), options.section)
-        folder = cache / f"base_{zlib.crc32(json.dumps(asdict(options)).encode()):08x}"
+        about = {name: value for name, value in asdict(options).items() if name not in ("train", "test", "others")}
+        folder = cache / f"base_{zlib.crc32(json.dumps(about).encode()):08x}"
         if not folder.is_dir():
             with atomic_directory(folder) as temporary:
                 tokenizer = train_tokenizer(rest, options.vocabulary)

@@ -39,7 +39,7 @@ from paper_predictors import (
     stable_rate,
     utility,
 )
-from paper_records import Claim, Records, verdict
+from paper_records import Claim, verdict
 from paper_training import (
     LOSSES,
     OPTIMIZERS,
@@ -51,6 +51,7 @@ from paper_training import (
     start_from,
     trained_parameters,
 )
+from records import Records
 from scipy.stats import rankdata
 from tqdm.auto import tqdm
 

@@ -30,7 +30,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from common import Task
-from paper_records import Records
 from paper_training import (
     Protocol,
     Pull,
@@ -41,6 +40,7 @@ from paper_training import (
     trained_parameters,
     with_trained_head,
 )
+from records import Records
 from torch import Tensor
 from tqdm.auto import tqdm
 

@@ -43,9 +43,10 @@ import paper_lambda_report
 from common import DEMO_MODEL, Task
 from paper_figures import draw_condition, draw_lambda
 from paper_predictors import layer_choices
-from paper_records import Records, circumstances, write_report
+from paper_records import write_report
 from paper_tasks import TASKS, load_paper_task
 from paper_training import Protocol, projections_by_layer
+from records import Records, circumstances
 
 
 LAMBDAS = (0.0, 0.5, 5.0, 50.0, 500.0, 5e3)  # with the two values that the paper names, 5 and 50

@@ -1,0 +1,178 @@
+# Copyright 2026 The peft-linear authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Which way to choose modules finds those that train best? Every way against really fine-tuned sets of modules.
+
+    python examples/benchmarks/selection.py                                    # everything: many hours of a core
+    python examples/benchmarks/selection.py --tasks topics --seeds 0           # a part; what is there is kept
+    python examples/benchmarks/selection.py --stages report                    # tables and figure of what there is
+    python examples/benchmarks/selection.py --quick --output selection_quick   # every step in seconds
+
+Ground truth: every module alone and some fifty sets are fine-tuned on every task, the learning rate tuned for each on
+validation data, with a short and a long budget of steps. Before training, every criterion and every rival scores the
+same modules and sets. Reported: rank correlations, regret of the picks, calibration of predicted losses, time. The
+tasks of the family "test" are not to be looked at before a criterion is settled on the others.
+
+Runs are kept in <output>/truth_<task>.jsonl, scores in <output>/scores_<task>.jsonl: a killed measurement goes on, and
+several processes may work on different --tasks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # examples/common.py, from wherever this is started
+
+from records import Records, circumstances, read_lines
+from selection_analysis import measured
+from selection_picks import Picks, as_configurations, choose
+from selection_report import as_json, draw, sections
+from selection_scores import Scores, looks_of, measure_scores, table_of
+from selection_tasks import TASKS, SelectionTask, Sizes
+from selection_truth import Configuration, Protocol, Truth, configurations, measure
+
+from peft_linear.files import write_text
+from peft_linear.report.markdown import markdown_table
+
+
+SCORE_SEED = 0  # head, A and calibration examples of what is scored
+STAGES = ("truth", "scores", "picks", "report")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse(argv)
+    output = Path(options.output)
+    for key in options.tasks:
+        task = TASKS[key](options.sizes, Path(options.cache))
+        truth = truth_of(task, options, output)
+        sets = configurations(task, options.protocol.rank, options.random_sets)
+        if "truth" in options.stages:
+            measure(truth, sets, options.seeds)
+        if "scores" in options.stages:
+            scored(task, sets, options, output)
+        if "picks" in options.stages:
+            measure(truth, as_configurations(task, picks_of(task, sets, options, output), sets), options.seeds)
+    if "report" in options.stages:
+        report(options, output)
+    return 0
+
+
+def scored(
+    task: SelectionTask, sets: Sequence[Configuration], options: argparse.Namespace, output: Path
+) -> tuple[Scores, dict[str, float]]:
+    looks = measure_scores(task, sets, SCORE_SEED, options.protocol, score_records(task, options, output))
+    seconds = {look: record["seconds"] for look, record in looks.items()}
+    return table_of(task, sets, looks, options.protocol.rank), seconds
+
+
+def picks_of(task: SelectionTask, sets: Sequence[Configuration], options: argparse.Namespace, output: Path) -> Picks:
+    table, _ = scored(task, sets, options, output)
+    return choose(task, table, SCORE_SEED, options.protocol, score_records(task, options, output))
+
+
+def report(options: argparse.Namespace, output: Path) -> None:
+    """Tables and the figure of the tasks whose single modules and sets are all trained for the seeds."""
+    all_measured, picks = [], {}
+    for key in options.tasks:
+        task = TASKS[key](options.sizes, Path(options.cache))
+        truth, sets = truth_of(task, options, output), configurations(task, options.protocol.rank, options.random_sets)
+        seeds = max(
+            (
+                options.seeds[:n]
+                for n in range(len(options.seeds) + 1)
+                if n and all(truth.finished(c, options.seeds[:n]) for c in sets)
+            ),
+            key=len,
+            default=None,
+        )
+        records = score_records(task, options, output)
+        if seeds is None or not all((key, look, SCORE_SEED) in records for look in looks_of(task)):
+            print(f"{key}: not finished, left out", file=sys.stderr)
+            continue
+        table, seconds = scored(task, sets, options, output)
+        if (key, "picks", SCORE_SEED) in records:
+            picks[key] = choose(task, table, SCORE_SEED, options.protocol, records)
+            sets = [*sets, *as_configurations(task, picks[key], sets)]
+        all_measured.append(measured(truth, sets, seeds, table, seconds))
+    if not all_measured:
+        raise SystemExit("nothing is finished, so there is nothing to report")
+    steps = options.protocol.steps
+    draw(all_measured, steps, output / "figure.png")
+    command = " ".join(["python examples/benchmarks/selection.py", *options.command])
+    setting = {
+        "protocol": asdict(options.protocol),
+        "sizes": asdict(options.sizes),
+        "hours of training": round(hours(options, output), 2),
+        **circumstances(command, options.date),
+    }
+    text = [
+        "# Ways to choose modules against what training reaches",
+        *sections(all_measured, picks, steps),
+        "## Setting",
+        markdown_table(("", ""), [(name, str(value)) for name, value in setting.items()]),
+    ]
+    write_text(output / "README.md", "\n\n".join(text) + "\n")
+    results = {**setting, "tasks": as_json(all_measured, picks, steps)}
+    write_text(output / "results.json", json.dumps(results, indent=1) + "\n")
+
+
+def hours(options: argparse.Namespace, output: Path) -> float:
+    """Of all training runs that are on disk."""
+    files = [output / f"truth_{key}.jsonl" for key in options.tasks]
+    return sum(line.get("seconds", 0.0) for file in files for line in read_lines(file)) / 3600
+
+
+def truth_of(task: SelectionTask, options: argparse.Namespace, output: Path) -> Truth:
+    key = ("task", "configuration", "learning_rate", "seed")
+    records = Records(output / f"truth_{task.key}.jsonl", setting_of(options), key)
+    return Truth(task, options.protocol, records)
+
+
+def score_records(task: SelectionTask, options: argparse.Namespace, output: Path) -> Records:
+    return Records(output / f"scores_{task.key}.jsonl", setting_of(options), ("task", "look", "seed"))
+
+
+def setting_of(options: argparse.Namespace) -> dict[str, Any]:
+    return {"protocol": asdict(options.protocol), "sizes": asdict(options.sizes)}
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="the first tunes the learning rates")
+    add("--random-sets", type=int, default=6, help="of each size")
+    add("--output", default="docs/measurements/selection")
+    add("--cache", default="build/selection", help="where models that are pretrained here are kept")
+    add("--stages", nargs="+", default=STAGES, choices=STAGES, help="“report” alone trains and scores nothing")
+    add("--quick", action="store_true", help="every step, but too short to mean anything")
+    add("--date", help="of the report (default: today)")
+    options = parser.parse_args(argv)
+    options.command = list(argv if argv is not None else sys.argv[1:])
+    options.sizes, options.protocol = Sizes(), Protocol()
+    if options.quick:
+        options.sizes = Sizes(train=24, validation=8, test=16, max_length=16, pretrain_steps=3, layers=2)
+        options.protocol = replace(options.protocol, steps=(1, 2), learning_rates=(3e-3,), rank=2)
+        options.seeds, options.random_sets = options.seeds[:2], 1
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())

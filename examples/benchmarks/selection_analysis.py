@@ -1,0 +1,202 @@
+# Copyright 2026 The peft-linear authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What the selection benchmark's runs and scores say: rank correlations, regret, calibration, time."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from correlation import Correlation, correlate
+from selection_scores import Scores
+from selection_tasks import SelectionTask
+from selection_truth import FRACTIONS, SIZES, Configuration, Truth
+
+
+SINGLES, SETS = "single modules", "sets"
+RESAMPLES = 2000
+CHANCE = "random choice"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One task with its ground truth and its scores."""
+
+    task: SelectionTask
+    sets: tuple[Configuration, ...]  # those that are finished
+    losses: Mapping[str, Mapping[int, Sequence[float]]]  # configuration -> budget of steps -> test loss of each seed
+    scores: Scores  # criterion -> configuration -> utility
+    seconds: Mapping[str, float]  # look -> time
+    rank: int
+
+    def mean_loss(self, key: str, steps: int) -> float:
+        return statistics.fmean(self.losses[key][steps])
+
+    def group(self, name: str) -> list[Configuration]:
+        return [c for c in self.sets if c.modules and c.single == (name == SINGLES)]
+
+
+def measured(
+    truth: Truth, sets: Iterable[Configuration], seeds: Sequence[int], scores: Scores, seconds: Mapping[str, float]
+) -> Measured:
+    """What is finished for all `seeds`."""
+    losses = {c.key: found for c in sets if (found := truth.losses(c, seeds)) is not None}
+    kept = tuple(c for c in sets if c.key in losses)
+    return Measured(truth.task, kept, losses, scores, seconds, truth.protocol.rank)
+
+
+def correlations(of: Measured, group: str, steps: int) -> dict[str, Correlation]:
+    """{criterion: rank correlation of its utility with the mean loss, signed so that +1 is right}, best first."""
+    members = of.group(group)
+    if len(members) < 3:
+        return {}
+    quality = [[-of.mean_loss(c.key, steps) for c in members]]
+    found = {
+        criterion: correlate([[values[c.key] for c in members]], quality)
+        for criterion, values in of.scores.items()
+        if all(c.key in values for c in members)
+    }
+    return dict(sorted(found.items(), key=lambda item: -item[1].mean))
+
+
+def agreement_of_seeds(of: Measured, group: str, steps: int) -> float | None:
+    """Mean rank correlation of the losses of two seeds; no criterion can be expected to do much better."""
+    members = of.group(group)
+    count = len(next(iter(of.losses.values()))[steps]) if of.losses else 0
+    if count < 2 or len(members) < 3:
+        return None
+    table = [[of.losses[c.key][steps][seed] for c in members] for seed in range(count)]
+    pairs = [(i, j) for i in range(count) for j in range(i)]
+    return statistics.fmean(correlate([table[i]], [table[j]]).mean for i, j in pairs)
+
+
+def budgets(task: SelectionTask, rank: int) -> dict[str, tuple[int | None, float | None]]:
+    """{words: (most modules, most parameters)}."""
+    everything = task.parameters(list(task.modules), rank)
+    by_count = {f"{size} modules": (size, None) for size in SIZES if size < len(task.modules)}
+    return by_count | {f"{part:.0%} of the parameters": (None, part * everything) for part in FRACTIONS}
+
+
+def within(of: Measured, limit: tuple[int | None, float | None]) -> list[Configuration]:
+    """The measured sets that fit into a budget."""
+    modules, parameters = limit
+    return [
+        c
+        for c in of.sets
+        if c.modules
+        and (modules is None or len(c.modules) <= modules)
+        and (parameters is None or of.task.parameters(c.modules, of.rank) <= parameters)
+    ]
+
+
+def regrets(of: Measured, steps: int) -> dict[str, dict[str, float]]:
+    """{criterion: {budget: loss of the best-scored measured set that fits, less the least loss of those that fit}}.
+
+    "random choice" is the mean over the sets that use the budget up to within a tenth.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for words, limit in budgets(of.task, of.rank).items():
+        pool = within(of, limit)
+        if not pool:
+            continue
+        best = min(of.mean_loss(c.key, steps) for c in pool)
+        for criterion, values in of.scores.items():
+            known = [c for c in pool if c.key in values]
+            if len(known) == len(pool):
+                pick = max(known, key=lambda c: values[c.key])
+                found.setdefault(criterion, {})[words] = of.mean_loss(pick.key, steps) - best
+        full = [c for c in pool if is_full(of, c, limit)]
+        if full:
+            found.setdefault(CHANCE, {})[words] = statistics.fmean(of.mean_loss(c.key, steps) for c in full) - best
+    return found
+
+
+def is_full(of: Measured, configuration: Configuration, limit: tuple[int | None, float | None]) -> bool:
+    modules, parameters = limit
+    if modules is not None:
+        return len(configuration.modules) == modules
+    return of.task.parameters(configuration.modules, of.rank) >= 0.9 * (parameters or 0.0)
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean over tasks with its 95 % bootstrap interval, tasks drawn with replacement."""
+
+    mean: float
+    low: float
+    high: float
+    tasks: int
+
+    def __str__(self) -> str:
+        if self.tasks < 3:
+            return f"{self.mean:+.3f}"
+        return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
+
+
+def mean_over_tasks(by_task: Sequence[Sequence[float]], seed: int = 0) -> Mean:
+    """Mean of the tasks' means."""
+    means = np.array([np.mean(values) for values in by_task])
+    draws = np.random.default_rng(seed).integers(0, len(means), (RESAMPLES, len(means)))
+    low, high = np.quantile(means[draws].mean(axis=1), [0.025, 0.975])
+    return Mean(float(means.mean()), float(low), float(high), len(means))
+
+
+def summary(all_measured: Sequence[Measured], steps: Sequence[int]) -> dict[str, dict[str, Any]]:
+    """{criterion: its mean rank correlations and regret}, over the tasks in which it can be computed, if in all."""
+    correlation = {
+        group: [[correlations(of, group, budget) for budget in steps] for of in all_measured]
+        for group in (SINGLES, SETS)
+    }
+    regret = [[regrets(of, budget) for budget in steps] for of in all_measured]
+    shared = set.intersection(*(set(of.scores) for of in all_measured)) | {CHANCE}
+    found: dict[str, dict[str, Any]] = {}
+    for criterion in shared:
+        row: dict[str, Any] = {}
+        for group, by_task in correlation.items():
+            if all(criterion in table for tables in by_task for table in tables):
+                row[group] = mean_over_tasks([[table[criterion].mean for table in tables] for tables in by_task])
+        if all(criterion in table for tables in regret for table in tables):
+            row["regret"] = mean_over_tasks(
+                [[value for table in tables for value in table[criterion].values()] for tables in regret]
+            )
+            row["regrets"] = [[value for table in tables for value in table[criterion].values()] for tables in regret]
+        if row:
+            found[criterion] = row
+    return dict(sorted(found.items(), key=lambda item: item[1]["regret"].mean if "regret" in item[1] else np.inf))
+
+
+def paired(found: Mapping[str, Mapping[str, Any]], first: str, second: str) -> Mean:
+    """Regret of `first` less that of `second`, in the same tasks, budgets and steps."""
+    pairs = zip(found[first]["regrets"], found[second]["regrets"], strict=True)
+    return mean_over_tasks([[a - b for a, b in zip(x, y, strict=True)] for x, y in pairs])
+
+
+def calibration(of: Measured) -> dict[str, dict[str, float]]:
+    """{predicted loss: how far it is from the measured one of its budget, over single modules and sets}."""
+    found = {}
+    for criterion, values in of.scores.items():
+        if not criterion.startswith("simulated AdamW"):
+            continue
+        steps = int(criterion.split(",")[1].split()[0])
+        pairs = [(-values[c.key], of.mean_loss(c.key, steps)) for c in of.sets if c.key in values]
+        errors = [predicted - real for predicted, real in pairs]
+        found[criterion] = {
+            "mean error": statistics.fmean(errors),
+            "mean absolute error": statistics.fmean(map(abs, errors)),
+            "spread of the measured": statistics.pstdev(real for _, real in pairs),
+        }
+    return found

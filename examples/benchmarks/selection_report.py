@@ -1,0 +1,209 @@
+# Copyright 2026 The peft-linear authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Tables and the figure of the selection benchmark."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from selection_analysis import (
+    CHANCE,
+    SETS,
+    SINGLES,
+    Measured,
+    agreement_of_seeds,
+    calibration,
+    correlations,
+    regrets,
+    summary,
+)
+from selection_picks import Picks, pick_regrets
+
+from peft_linear.report.markdown import markdown_table
+
+
+INK, GRID = "#22303c", "#e3e8eb"
+COLORS = {"validation": "#30638e", "test": "#d1495b"}
+SHOWN = 30  # rows of a table of criteria
+
+
+def sections(all_measured: Sequence[Measured], picks: Mapping[str, Picks], steps: Sequence[int]) -> list[str]:
+    """Markdown, the families apart."""
+    parts = ["![rank correlation and regret of every criterion](figure.png)", _tasks(all_measured, steps)]
+    for family in ("validation", "test"):
+        members = [of for of in all_measured if of.task.family == family]
+        if not members:
+            parts.append(f"## Tasks of the family “{family}”\n\nNone has been measured yet.")
+            continue
+        names = ", ".join(of.task.key for of in members)
+        parts.append(f"## Tasks of the family “{family}”: {names}")
+        parts.append(_over_tasks(members, steps))
+        trained = [of for of in members if of.task.key in picks]
+        if trained:
+            parts.append(_of_picks(trained, picks, steps))
+    parts.append("## Task by task")
+    parts += [_of_task(of, steps) for of in all_measured]
+    return parts
+
+
+def _tasks(all_measured: Sequence[Measured], steps: Sequence[int]) -> str:
+    rows = []
+    for of in all_measured:
+        seeds = len(next(iter(of.losses.values()))[steps[0]])
+        everything = [of.mean_loss("all linear", budget) for budget in steps if "all linear" in of.losses]
+        single = [c for c in of.sets if c.single]
+        best = [min(of.mean_loss(c.key, budget) for c in single) for budget in steps]
+        worst = [max(of.mean_loss(c.key, budget) for c in single) for budget in steps]
+        agreement = [agreement_of_seeds(of, SINGLES, budget) for budget in steps]
+        rows.append(
+            (
+                of.task.key,
+                of.task.words,
+                of.task.family,
+                str(len(of.task.modules)),
+                f"{len(of.sets)}",
+                str(seeds),
+                _each(everything),
+                _each(best),
+                _each(worst),
+                _each(agreement, "+.2f"),
+            )
+        )
+    header = (
+        "task", "what", "family", "modules", "sets trained", "seeds",
+        "loss: all linear", "best single", "worst single", "seeds agree",
+    )  # fmt: skip
+    text = (
+        "Losses are test losses, for each budget of steps. “Seeds agree”: rank correlation of the losses of single "
+        "modules between two seeds."
+    )
+    return "\n\n".join([markdown_table(header, rows, right=range(3, len(header))), text])
+
+
+def _each(numbers: Sequence[float | None], form: str = ".3f") -> str:
+    return " / ".join("–" if number is None else format(number, form) for number in numbers) or "–"
+
+
+def _over_tasks(members: Sequence[Measured], steps: Sequence[int]) -> str:
+    found = summary(members, steps)
+    rows = [
+        (f"`{name}`", *(str(row[part]) if part in row else "–" for part in (SINGLES, SETS, "regret")))
+        for name, row in list(found.items())[:SHOWN]
+    ]
+    header = ("criterion", "rank correlation, single modules", "sets", "regret (nats)")
+    text = (
+        "Means over tasks, budgets of steps and, for the regret, budgets of modules and parameters; from three tasks "
+        "on with 95 % bootstrap intervals over tasks. Regret: test loss of the measured set that fits the budget and "
+        f"is scored best, less the least test loss of those that fit. “{CHANCE}”: the mean of the sets that use the "
+        "budget up."
+    )
+    return "\n\n".join([markdown_table(header, rows, right=(1, 2, 3)), text])
+
+
+def _of_picks(members: Sequence[Measured], picks: Mapping[str, Picks], steps: Sequence[int]) -> str:
+    tables = [[pick_regrets(of, picks[of.task.key], budget) for budget in steps] for of in members]
+    everywhere = set.intersection(*(set(table) for of in tables for table in of)) if tables else set()
+    rows = []
+    for name in everywhere:
+        values = [value for of in tables for table in of for value in table[name].values()]
+        rows.append((statistics.fmean(values), name, len(values)))
+    body = [(f"`{name}`", f"{mean:+.4f}", str(count)) for mean, name, count in sorted(rows)]
+    text = (
+        "What each selector takes by itself within the budgets, trained like the rest: its test loss less the least "
+        "that was measured within the budget, picks included."
+    )
+    return "\n\n".join([text, markdown_table(("selector", "regret (nats)", "cases"), body, right=(1, 2))])
+
+
+def _of_task(of: Measured, steps: Sequence[int]) -> str:
+    parts = [f"### {of.task.key}: {of.task.words}"]
+    tables = {(group, budget): correlations(of, group, budget) for group in (SINGLES, SETS) for budget in steps}
+    names = sorted(
+        of.scores, key=lambda name: -statistics.fmean(t[name].mean if name in t else -1.0 for t in tables.values())
+    )
+    rows = [(f"`{name}`", *(str(table.get(name, "–")) for table in tables.values())) for name in names[:SHOWN]]
+    header = ("rank correlation", *(f"{group}, {budget} steps" for group, budget in tables))
+    parts.append(markdown_table(header, rows, right=range(1, len(header))))
+    predicted = calibration(of)
+    if predicted:
+        columns = list(next(iter(predicted.values())))
+        rows = [(f"`{name}`", *(f"{row[c]:+.3f}" for c in columns)) for name, row in predicted.items()]
+        parts.append(markdown_table(("predicted loss", *columns), rows, right=range(1, 1 + len(columns))))
+    times = "; ".join(f"{look} {seconds:.1f}" for look, seconds in of.seconds.items())
+    parts.append(f"Seconds to score all {len(of.sets)} sets, the passes included: {times}.")
+    return "\n\n".join(parts)
+
+
+def as_json(all_measured: Sequence[Measured], picks: Mapping[str, Picks], steps: Sequence[int]) -> dict[str, Any]:
+    """Every number of the tables."""
+    found: dict[str, Any] = {}
+    for of in all_measured:
+        found[of.task.key] = {
+            "family": of.task.family,
+            "losses": of.losses,
+            "correlations": {
+                group: {
+                    budget: {name: [c.mean, c.low, c.high] for name, c in correlations(of, group, budget).items()}
+                    for budget in steps
+                }
+                for group in (SINGLES, SETS)
+            },
+            "pick_regrets": {b: pick_regrets(of, picks[of.task.key], b) for b in steps}
+            if of.task.key in picks
+            else {},
+            "calibration": calibration(of),
+            "seconds": of.seconds,
+        }
+    return found
+
+
+def draw(all_measured: Sequence[Measured], steps: Sequence[int], path: Path, count: int = 24) -> None:
+    """A dot for each task: rank correlations on single modules and on sets, and the regret; criteria best first."""
+    found = summary(all_measured, steps)
+    names = [name for name, row in found.items() if {SINGLES, SETS, "regret"} <= set(row)][:count]
+    figure = Figure(figsize=(16, 1.6 + 0.34 * len(names)), layout="constrained", facecolor="white")
+    panels = figure.subplots(1, 3, sharey=True)
+    rows = np.arange(len(names))
+    for axes, group in zip(panels, (SINGLES, SETS, "regret"), strict=True):
+        for of in all_measured:
+            values = [_value(of, group, name, steps) for name in names]
+            axes.plot(values, rows, "o", color=COLORS[of.task.family], alpha=0.6, markersize=6, linewidth=0)
+        axes.plot([found[name][group].mean for name in names], rows, "|", color=INK, markersize=16, markeredgewidth=2)
+        axes.grid(color=GRID, linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.tick_params(length=0)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    panels[0].set_yticks(rows, [name.replace("_", " ") for name in names], fontsize=10, color=INK)
+    panels[0].set_ylim(len(names) - 0.5, -0.5)
+    titles = ("Rank correlation: single modules", "Rank correlation: sets", "Regret (nats)")
+    for axes, title in zip(panels, titles, strict=True):
+        axes.set_title(title, loc="left", fontsize=12, color=INK, fontweight="bold")
+    for family, color in COLORS.items():
+        if any(of.task.family == family for of in all_measured):
+            panels[2].plot([], [], "o", color=color, label=f"a task of the family “{family}”")
+    panels[2].plot([], [], "|", color=INK, markersize=12, markeredgewidth=2, label="mean of all tasks")
+    panels[2].legend(frameon=False, loc="lower right")
+    figure.savefig(path, dpi=130)
+
+
+def _value(of: Measured, group: str, name: str, steps: Sequence[int]) -> float:
+    if group == "regret":
+        return statistics.fmean(value for budget in steps for value in regrets(of, budget)[name].values())
+    return statistics.fmean(correlations(of, group, budget)[name].mean for budget in steps)

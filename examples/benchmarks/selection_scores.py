@@ -1,0 +1,252 @@
+# Copyright 2026 The peft-linear authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What every criterion and every rival says, before training, of the configurations of the selection benchmark.
+
+A look is everything that is computed from one pass over calibration examples: kernels of one space, Jacobian features,
+or the rival selectors. Numbers are signed so that higher is better. A set has the criterion of its summed kernel, or,
+for rivals that score modules, the sum of their scores.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from records import Records
+from selection_tasks import SelectionTask
+from selection_truth import Configuration, Protocol
+from torch import nn
+
+from peft_linear import ModuleKernels, compute_ntk
+from peft_linear.capture.features import jacobian_features
+from peft_linear.errors import TargetError
+from peft_linear.functional.simulation import SMOOTHNESS
+from peft_linear.kernels.jacobian_features import JacobianFeatures
+from peft_linear.selection.baselines import kappa_order
+from peft_linear.selection.criteria import CRITERIA, applicable_criteria
+from peft_linear.selection.model_baselines import MODEL_BASELINES, model_scores
+from peft_linear.selection.problem import Problem
+from peft_linear.selection.recommend import default_ridge
+
+
+EXAMPLES, MAX_ROWS = 64, 640  # calibration examples, and rows of a kernel, which limit them
+PROBE_STEPS, PROBE_RATE = 20, 3e-3
+SIMULATED_RATES = (1e-3, 3e-3, 1e-2)
+PARAMETERS = "number of parameters"
+
+Scores = dict[str, dict[str, float]]  # criterion -> configuration -> utility
+
+
+def count_examples(task: SelectionTask, model: nn.Module) -> int:
+    """As many as keep the kernel at `MAX_ROWS` rows."""
+    return EXAMPLES if task.outputs != "logits" else max(8, min(EXAMPLES, MAX_ROWS // int(model.config.num_labels)))  # type: ignore[union-attr, arg-type]
+
+
+def start_model(task: SelectionTask, seed: int, probed: bool) -> nn.Module:
+    """The model of `seed`; `probed`: its head trained alone for a few steps first."""
+    model = task.make_model(seed)
+    if not probed:
+        return model
+    head = getattr(model, str(task.head))
+    model.requires_grad_(False)
+    head.requires_grad_(True)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=PROBE_RATE, weight_decay=0.0)
+    batches = task.batches(seed, 16)
+    for _ in range(PROBE_STEPS):
+        optimizer.zero_grad()
+        model(**next(batches)).loss.backward()
+        optimizer.step()
+    optimizer.zero_grad()
+    return model.requires_grad_(True)
+
+
+def kernel_look(space: str, draws: int, probed: bool) -> Callable[..., Scores]:
+    """All criteria on kernels of one space."""
+
+    def look(task: SelectionTask, sets: Sequence[Configuration], seed: int, protocol: Protocol) -> Scores:
+        model = start_model(task, seed, probed)
+        kernels = compute_ntk(
+            model,
+            task.calibration(count_examples(task, model), seed),
+            space=space,
+            rank=protocol.rank,
+            lora_alpha=protocol.lora_alpha,
+            draws=draws,
+            outputs=task.outputs,
+            seed=seed,
+            progress=False,
+        )
+        return criteria_of(kernels, sets)
+
+    return look
+
+
+def criteria_of(kernels: ModuleKernels, sets: Sequence[Configuration]) -> Scores:
+    rate = kernels.num_examples / SMOOTHNESS["cross_entropy"] / float(kernels.spectrum().eigenvalues[0])
+    problem = Problem.of(kernels, default_ridge(kernels), learning_rate=rate)
+    names = applicable_criteria(problem)
+    scores: Scores = {name: {} for name in names}
+    for configuration in sets:
+        gram = kernels.subset(configuration.modules)
+        for name in names:
+            scores[name][configuration.key] = CRITERIA[name].utility(CRITERIA[name](gram, problem))
+    return scores
+
+
+def feature_look(probed: bool) -> Callable[..., Scores]:
+    """AdamW simulated in the linearised model, and what its first step gains: the gradient's 1-norm."""
+
+    def look(task: SelectionTask, sets: Sequence[Configuration], seed: int, protocol: Protocol) -> Scores:
+        model = start_model(task, seed, probed)
+        count = 2 * count_examples(task, model)
+        features = jacobian_features(
+            model,
+            task.calibration(count, seed),
+            rank=protocol.rank,
+            lora_alpha=protocol.lora_alpha,
+            outputs=task.outputs,
+            seed=seed,
+            progress=False,
+        )
+        scores: Scores = {"gradient 1-norm": sums(gradient_norms(features), sets)}
+        if task.outputs == "logits":
+            for steps in protocol.steps:
+                scores[f"simulated AdamW, {steps} steps"] = {}
+            for configuration in sets:
+                losses = simulated_losses(features.subset(configuration.modules), seed, protocol)
+                for steps, loss in losses.items():
+                    scores[f"simulated AdamW, {steps} steps"][configuration.key] = -loss
+        return scores
+
+    return look
+
+
+def gradient_norms(features: JacobianFeatures) -> dict[str, float]:
+    """{module: Σ|∂R/∂θ|} over its adapter's parameters: AdamW's first step lowers the loss by η times that."""
+    problem = Problem(
+        features.outputs, features.labels, "logits" if features.outputs.shape[1] > 1 else "log_likelihood", ridge=1.0
+    )
+    gradient = problem.error.to(features.rows) @ features.rows
+    return {
+        name: sum(float(gradient[c.first : c.stop].abs().sum()) for c in features.columns if c.module == name)
+        for name in features.names
+    }
+
+
+def simulated_losses(features: JacobianFeatures, seed: int, protocol: Protocol) -> dict[int, float]:
+    """{budget of steps: held-out loss} of AdamW in the linearised model, at the best of a few learning rates."""
+    half = len(features.outputs) // 2
+    train, held_out = features.select_examples(range(half)), features.select_examples(range(half, 2 * half))
+    batches = simulated_batches(half, seed, protocol)
+    best = dict.fromkeys(protocol.steps, math.inf)
+    every = math.gcd(*protocol.steps)
+    for rate in SIMULATED_RATES:
+        curve = train.train(
+            learning_rate=[rate * min(1.0, (step + 1) / protocol.warmup) for step in range(max(protocol.steps))],
+            steps=max(protocol.steps),
+            held_out=held_out,
+            optimizer_arguments={"weight_decay": 0.0},
+            batches=batches,
+            record_every=every,
+        )
+        for steps in protocol.steps:
+            loss = float(curve.held_out_loss[steps // every])
+            best[steps] = min(best[steps], loss if math.isfinite(loss) else math.inf)
+    return best
+
+
+def simulated_batches(examples: int, seed: int, protocol: Protocol) -> list[torch.Tensor]:
+    """Numbers of the examples of each step, epoch after epoch, all batches full."""
+    size, generator = min(protocol.batch_size, examples), torch.Generator().manual_seed(seed)
+    batches: list[torch.Tensor] = []
+    while len(batches) < max(protocol.steps):
+        order = torch.randperm(examples, generator=generator)
+        batches += order[: examples - examples % size].split(size)
+    return batches[: max(protocol.steps)]
+
+
+def rival_look(name: str) -> Callable[..., Scores]:
+    """A selector that looks at the model and scores modules."""
+
+    def look(task: SelectionTask, sets: Sequence[Configuration], seed: int, protocol: Protocol) -> Scores:
+        model = task.make_model(seed)
+        batches = task.calibration(count_examples(task, model), seed)
+        scores = model_scores(name, model, batches, rank=protocol.rank, lora_alpha=protocol.lora_alpha, seed=seed)
+        return {name: sums(scores, sets)}
+
+    return look
+
+
+def kappa_look(task: SelectionTask, sets: Sequence[Configuration], seed: int, protocol: Protocol) -> Scores:
+    """KappaTune's order; a set has the mean place of its modules."""
+    model = task.make_model(seed)
+    kernels = compute_ntk(model, task.calibration(1, seed), outputs=task.outputs, progress=False)
+    try:
+        order = kappa_order(model, kernels)
+    except TargetError:  # GPT-2's Conv1D is no nn.Linear
+        return {}
+    places = {name: float(len(order) - place) for place, name in enumerate(order)}
+    return {"kappa_tune": sums({name: places.get(name, 0.0) for name in task.modules}, sets)}
+
+
+def sums(scores: Mapping[str, float], sets: Sequence[Configuration]) -> dict[str, float]:
+    return {c.key: sum(scores[name] for name in c.modules) for c in sets}
+
+
+LOOKS: dict[str, Callable[..., Scores]] = {
+    "lora": kernel_look("lora", 1, probed=False),
+    "lora, 8 draws": kernel_look("lora", 8, probed=False),
+    "weight": kernel_look("weight", 1, probed=False),
+    "lora, 8 draws, probed head": kernel_look("lora", 8, probed=True),
+    "weight, probed head": kernel_look("weight", 1, probed=True),
+    "features": feature_look(probed=False),
+    "features, probed head": feature_look(probed=True),
+    **{f"rival {name}": rival_look(name) for name in MODEL_BASELINES},
+    "rival kappa_tune": kappa_look,
+}
+
+
+def looks_of(task: SelectionTask) -> list[str]:
+    """A head that is not there cannot be probed."""
+    return [name for name in LOOKS if task.head is not None or "probed" not in name]
+
+
+def measure_scores(
+    task: SelectionTask, sets: Sequence[Configuration], seed: int, protocol: Protocol, records: Records
+) -> dict[str, dict[str, Any]]:
+    """{look: its record}, computed where `records` lacks it. A record has the scores, and the seconds they took."""
+    found = {}
+    for name in looks_of(task):
+        key = (task.key, name, seed)
+        if key not in records:
+            start = time.perf_counter()
+            scores = LOOKS[name](task, sets, seed, protocol)
+            seconds = round(time.perf_counter() - start, 2)
+            records.add({"task": task.key, "look": name, "seed": seed, "scores": scores, "seconds": seconds})
+        found[name] = records[key]
+    return found
+
+
+def table_of(
+    task: SelectionTask, sets: Sequence[Configuration], looks: Mapping[str, Mapping[str, Any]], rank: int
+) -> Scores:
+    """{"criterion (look)": {configuration: utility}} of everything that was scored, and the number of parameters."""
+    table: Scores = {PARAMETERS: {c.key: float(task.parameters(c.modules, rank)) for c in sets}}
+    for look, record in looks.items():
+        for criterion, values in record["scores"].items():
+            table[criterion if look.startswith("rival") else f"{criterion} ({look})"] = dict(values)
+    return table

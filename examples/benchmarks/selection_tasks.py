@@ -1,0 +1,294 @@
+# Copyright 2026 The peft-linear authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The tasks of the selection benchmark: pretrained models, and labelled data that fine-tune them.
+
+Four text classifications on the shipped encoder, a causal language model and a vision transformer that are pretrained
+here. `family` says which tasks may be looked at while a criterion is developed ("validation") and which are kept for
+the end ("test").
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from common import DEMO_MODEL, Task, load_quietly, load_task
+from forgetting_lm import LanguageModelOptions, LanguageModelSetting, read_corpus
+from forgetting_training import Protocol as LanguageModelProtocol
+from torch import Tensor, nn
+from transformers import ViTConfig, ViTForImageClassification, set_seed
+
+from peft_linear.capture.targets import resolve_always_trained, resolve_targets
+from peft_linear.cli.data import TextData, collator, tokenize
+from peft_linear.files import atomic_directory
+
+
+Batch = dict[str, Tensor]
+IGNORED = -100  # label of a token that is not predicted
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Examples of each split, tokens of a text, and how models are pretrained here."""
+
+    train: int = 640
+    validation: int = 128
+    test: int = 256
+    max_length: int = 24
+    pretrain_steps: int = 3000
+    layers: int = 6  # of the vision transformer
+
+
+@dataclass(frozen=True)
+class SelectionTask:
+    """A pretrained model and data that fine-tune it; `batch` makes model inputs with labels from examples."""
+
+    key: str
+    words: str
+    family: str  # "validation" or "test"
+    make_model: Callable[[int], nn.Module]  # by seed: of the head, where there is one
+    train: Sequence[Any]
+    validation: Sequence[Any]
+    test: Sequence[Any]
+    batch: Callable[[Sequence[Any]], Batch]
+    length: Callable[[Any], int] = field(default=lambda example: 0)  # examples of a length are evaluated together
+    outputs: str = "logits"  # of the kernels
+    lora: Mapping[str, Any] = field(default_factory=dict)  # fields of LoraConfig
+
+    @cached_property
+    def modules(self) -> dict[str, tuple[int, int]]:
+        """The candidates, in model order: name -> (inputs, outputs)."""
+        model = self.make_model(0)
+        found = resolve_targets(model, "all-linear", reserved=resolve_always_trained(model))
+        return {name: matrix_shape(module) for name, module in found.items()}
+
+    @cached_property
+    def head(self) -> str | None:
+        """The module that is trained whatever is chosen."""
+        model = self.make_model(0)
+        return next((name for name in ("classifier", "score") if hasattr(model, name)), None)
+
+    def parameters(self, names: Sequence[str], rank: int) -> int:
+        """Of LoRA adapters of that rank on `names`."""
+        return rank * sum(sum(self.modules[name]) for name in names)
+
+    def batches(self, seed: int, batch_size: int) -> Iterator[Batch]:
+        """Training batches without end, in an order that depends on the seed only."""
+        order, generator = list(range(len(self.train))), random.Random(seed)
+        while True:
+            generator.shuffle(order)
+            for first in range(0, len(order) - batch_size + 1, batch_size):
+                yield self.batch([self.train[i] for i in order[first : first + batch_size]])
+
+    def in_order_of_length(self, examples: Sequence[Any], batch_size: int = 64) -> Iterator[Batch]:
+        ordered = sorted(examples, key=self.length)
+        return (self.batch(ordered[first : first + batch_size]) for first in range(0, len(ordered), batch_size))
+
+    def calibration(self, count: int, seed: int, batch_size: int = 16) -> list[Batch]:
+        """Batches of `count` training examples drawn by `seed` (all, if there are fewer)."""
+        chosen = random.Random(seed).sample(list(self.train), min(count, len(self.train)))
+        return [self.batch(chosen[first : first + batch_size]) for first in range(0, len(chosen), batch_size)]
+
+
+def matrix_shape(module: nn.Module) -> tuple[int, int]:
+    """(inputs, outputs) of a linear module, in the other order for GPT-2's Conv1D, which is the same for LoRA."""
+    rows, columns = module.weight.shape  # type: ignore[union-attr, misc]
+    return int(columns), int(rows)
+
+
+def counted(batch: Batch) -> int:
+    """How many predictions the mean loss of a batch is over: examples, or tokens that are predicted."""
+    labels = batch["labels"]
+    return len(labels) if labels.ndim == 1 else int((labels[:, 1:] != IGNORED).sum())
+
+
+def of_text(key: str, words: str, family: str, task: Task) -> SelectionTask:
+    """A text classification as `common` loads it."""
+    return SelectionTask(
+        key=key,
+        words=words,
+        family=family,
+        make_model=lambda seed: task.new_model(seed).eval(),
+        train=task.train,
+        validation=task.validation,
+        test=task.test,
+        batch=lambda rows: dict(task.collator(list(rows))),
+        length=lambda row: len(row["input_ids"]),
+        lora={"task_type": "SEQ_CLS"},
+    )
+
+
+def topics(sizes: Sizes, cache: Path) -> SelectionTask:
+    limits = (sizes.train, sizes.validation, sizes.test)
+    task = load_task(DEMO_MODEL, "debian_topics", sizes.max_length, limits)
+    return of_text("topics", "the subject of a text, 8 classes", "validation", task)
+
+
+def pairs(sizes: Sizes, cache: Path) -> SelectionTask:
+    limits = (sizes.train, sizes.validation, sizes.test)
+    task = load_task(DEMO_MODEL, "debian_pairs", 2 * sizes.max_length, limits)
+    return of_text("pairs", "do two texts have one subject, 2 classes", "test", task)
+
+
+def fine_grained(sizes: Sizes, cache: Path) -> SelectionTask:
+    """The 20 largest sections of the archive, equally often."""
+    sections = by_section("debian_descriptions")
+    largest = sorted(sections, key=lambda name: (-len(sections[name]), name))[:20]
+    task = from_sections(largest, sections, sizes, sizes.train)
+    return of_text("fine_grained", "the section of a package, 20 classes", "validation", task)
+
+
+def few_shot(sizes: Sizes, cache: Path) -> SelectionTask:
+    """Four sections that no other task has, 16 examples of each."""
+    sections = by_section("debian_descriptions")
+    others = sorted(sections, key=lambda name: (-len(sections[name]), name))[20:]
+    task = from_sections(others[:4], sections, sizes, min(64, sizes.train))
+    return of_text("few_shot", "64 examples of 4 classes", "validation", task)
+
+
+def by_section(corpus: str) -> dict[str, list[str]]:
+    """The texts of each section, in the corpus's order."""
+    found: dict[str, list[str]] = {}
+    for row in read_corpus(corpus):
+        found.setdefault(row["section"], []).append(row["text"])
+    return found
+
+
+def from_sections(chosen: Sequence[str], sections: Mapping[str, list[str]], sizes: Sizes, train: int) -> Task:
+    """A classification of balanced classes, each text in one split; as many of a class as its section has."""
+    splits: dict[str, list[dict[str, Any]]] = {"train": [], "validation": [], "test": []}
+    for label, section in enumerate(chosen):
+        texts = iter(random.Random(label).sample(sections[section], len(sections[section])))
+        for split, count in (("train", train), ("validation", sizes.validation), ("test", sizes.test)):
+            share = count // len(chosen)
+            splits[split] += [{"text": text, "label": label} for text, _ in zip(texts, range(share), strict=False)]
+    data = TextData(splits, ("text",), "label", tuple(chosen))
+    _, tokenizer = load_quietly(DEMO_MODEL, data.label_names)
+    features = [tokenize(data, rows, tokenizer, sizes.max_length) for rows in splits.values()]
+    return Task(DEMO_MODEL, "sections", data, *features, tokenizer, collator(data, tokenizer), sizes.max_length)
+
+
+def language_model(sizes: Sizes, cache: Path) -> SelectionTask:
+    """A GPT-2 of four layers, pretrained on all sections but one, which it then learns."""
+    options = LanguageModelOptions(
+        pretrain_steps=sizes.pretrain_steps, train=sizes.train, test=sizes.test + sizes.validation
+    )
+    setting = LanguageModelSetting(options, LanguageModelProtocol(1, 1, 0.0), cache)
+    train, validation, test = setting.split(0)
+    return SelectionTask(
+        key="language_model",
+        words="a language model learns a new section",
+        family="validation",
+        make_model=lambda seed: copy.deepcopy(setting.base),
+        train=train,
+        validation=validation[: sizes.validation],
+        test=test[len(test) // 2 :][: sizes.test],
+        batch=language_batch,
+        length=len,
+        outputs="log_likelihood",
+        lora={"task_type": "CAUSAL_LM", "fan_in_fan_out": True},
+    )
+
+
+def language_batch(texts: Sequence[list[int]]) -> Batch:
+    """Padded tokens, and the same as labels with padding ignored."""
+    tokens = nn.utils.rnn.pad_sequence([torch.tensor(text) for text in texts], batch_first=True)
+    lengths = torch.tensor([len(text) for text in texts])
+    mask = torch.arange(tokens.shape[1]) < lengths[:, None]
+    return {"input_ids": tokens, "attention_mask": mask.long(), "labels": tokens.masked_fill(~mask, IGNORED)}
+
+
+def digits(sizes: Sizes, cache: Path) -> SelectionTask:
+    """A vision transformer on scikit-learn's digits: pretrained to tell 0 to 4 apart, it then learns 5 to 9."""
+    from sklearn.datasets import load_digits
+
+    images, numbers = load_digits(return_X_y=True)
+    order = np.random.default_rng(0).permutation(len(numbers))
+    examples = [(torch.tensor(images[i] / 8 - 1, dtype=torch.float32).view(1, 8, 8), int(numbers[i])) for i in order]
+    old = [(image, number) for image, number in examples if number < 5]
+    new = [(image, number - 5) for image, number in examples if number >= 5]
+    folder = cache / f"digits_{sizes.layers}_{sizes.pretrain_steps}"
+    if not folder.is_dir():
+        with atomic_directory(folder) as temporary:
+            pretrained_on_digits(old, sizes).save_pretrained(temporary)
+    pretrained = ViTForImageClassification.from_pretrained(folder)
+    first, second = sizes.validation, sizes.validation + sizes.test
+    return SelectionTask(
+        key="digits",
+        words="a vision transformer learns new digits, 5 classes",
+        family="test",
+        make_model=lambda seed: with_new_head(pretrained, seed),
+        train=new[second:][: sizes.train],
+        validation=new[:first],
+        test=new[first:second],
+        batch=image_batch,
+    )
+
+
+def image_batch(examples: Sequence[tuple[Tensor, int]]) -> Batch:
+    images, labels = zip(*examples, strict=True)
+    return {"pixel_values": torch.stack(images), "labels": torch.tensor(labels)}
+
+
+def pretrained_on_digits(examples: Sequence[tuple[Tensor, int]], sizes: Sizes) -> nn.Module:
+    """AdamW with a linear decay on images shifted by up to a pixel."""
+    set_seed(0)
+    config = ViTConfig(
+        image_size=8,
+        patch_size=2,
+        num_channels=1,
+        hidden_size=64,
+        num_hidden_layers=sizes.layers,
+        num_attention_heads=4,
+        intermediate_size=128,
+        num_labels=5,
+    )
+    model, generator = ViTForImageClassification(config).train(), random.Random(0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
+    for step in range(sizes.pretrain_steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * (1 - step / sizes.pretrain_steps)
+        batch = image_batch(generator.sample(list(examples), 32))
+        shift = (generator.randint(-1, 1), generator.randint(-1, 1))
+        batch["pixel_values"] = torch.roll(batch["pixel_values"], shift, dims=(2, 3))
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        optimizer.step()
+    return model.eval()
+
+
+def with_new_head(pretrained: nn.Module, seed: int) -> nn.Module:
+    model = copy.deepcopy(pretrained)
+    set_seed(seed)
+    model.classifier = nn.Linear(model.config.hidden_size, model.config.num_labels)
+    nn.init.normal_(model.classifier.weight, std=0.02)
+    nn.init.zeros_(model.classifier.bias)
+    return model.eval()
+
+
+TASKS: dict[str, Callable[[Sizes, Path], SelectionTask]] = {
+    "topics": topics,
+    "fine_grained": fine_grained,
+    "few_shot": few_shot,
+    "language_model": language_model,
+    "pairs": pairs,
+    "digits": digits,
+}
