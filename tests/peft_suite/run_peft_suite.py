@@ -109,11 +109,11 @@ def run(folder: Path, files: Sequence[str], strength: float | None, workers: int
 
 
 def read_outcomes(lines: str) -> dict[str, str]:
-    """Test -> the worst outcome of its phases. Parameters that are named after the class have LoRA's name."""
+    """Test -> the worst outcome of its phases. What is named after the class has LoRA's name."""
     outcomes: dict[str, str] = {}
     for line in lines.splitlines():
         record = json.loads(line)
-        test = record["test"].replace("ProximalLoraConfig", "LoraConfig")
+        test = record["test"].replace("ProximalLora", "Lora")
         outcomes[test] = max(outcomes.get(test, "passed"), record["outcome"], key=ORDER.index)
     return outcomes
 

@@ -31,12 +31,18 @@ def test_a_test_is_as_good_as_its_worst_phase_and_has_the_name_it_has_for_lora()
             ("a[LoraConfig]", "failed"),
             ("a[LoraConfig]", "passed"),
             ("b[ProximalLoraConfig-x]", "passed"),
+            ("c_0_ProximalLora_LoHa", "passed"),
             ("c", "passed"),
             ("c", "skipped"),
             ("c", "passed"),
         )
     )
-    assert outcomes == {"a[LoraConfig]": "failed", "b[LoraConfig-x]": "passed", "c": "skipped"}
+    assert outcomes == {
+        "a[LoraConfig]": "failed",
+        "b[LoraConfig-x]": "passed",
+        "c_0_Lora_LoHa": "passed",
+        "c": "skipped",
+    }
 
 
 def test_whatever_lora_passes_must_pass():
