@@ -13,29 +13,30 @@
 # limitations under the License.
 """Ranks that differ by module: a budget of adapter parameters, shared out by effective dimension.
 
-**What a module is given, and why.** Let K_S = K_0 + Σ_{m∈S} K_m be the kernel of the chosen modules at one rank r, λ
-the ridge. A module's part of the effective dimension is
+**What rank a module needs.** Fitting k outputs with the linearised model while keeping the change of the weights small
+(the sum of nuclear norms, which is what a penalty on LoRA's factors amounts to) is a semidefinite program with k
+constraints and one block for each module, and has a solution whose ranks satisfy
 
-    d_m = tr K_m (K_S + λI)⁻¹,   d_0 + Σ_m d_m = Σ_i λi/(λi + λ),
+    Σ_m r_m(r_m + 1)/2 ≤ k                                                                                (1)
 
-the directions of the outputs that ridge regression fits through this module, beside the others: two modules with the
-same kernel share what one of them would have. At a fixed scaling α/r_m the expected kernel of a LoRA adapter is
-proportional to its rank (its random A has r_m independent rows), so ranks r_m give K_S(r) = K_0 + Σ_m (r_m/r)·K_m, and
+(Pataki, 1998, for the program; Jang, Lee and Ryu, arXiv 2402.11867, for LoRA in the kernel regime). Ridge regression
+does not fit all k = n outputs, but d = Σ_i λi/(λi + λ) directions of them, the effective dimension of the kernel
+K_S = K_0 + Σ_{m∈S} K_m, and it does so through module m to the extent of
 
-    log det(K_S(r) + λI) ≥ log det(K_S + λI) + Σ_m d_m·log(r_m/r).                                        (1)
+    d_m = tr K_m (K_S + λI)⁻¹,   d_0 + Σ_m d_m = d.                                                       (2)
 
-(The determinant is a sum of products of the r_m/r with coefficients ≥ 0, mixed discriminants of positive semidefinite
-matrices; the logarithm of such a sum is convex in the logarithms of the r_m, so it lies above its tangent, and its
-gradient there is d_m.) The left side is, up to a constant, twice the information that the examples carry about the
-weights in Bayesian linear regression; the right side is what is maximised here, subject to Σ_m c_m·r_m ≤ P with
-c_m = d_in + d_out parameters for one rank:
+Two modules with the same kernel share what one of them would have. Counting r_m(r_m + 1)/2 directions for a rank and
+d_m for the need, as (1) and (2) do for the sums, the *coverage* of a module is
 
-    c_m·r_m = P·d_m / Σ_k d_k:   a module's share of the parameters is its share of the effective dimension.   (2)
+    r_m(r_m + 1) / (2·d_m),                                                                               (3)
 
-Random features say the same from another side: to keep an effective dimension takes as many of them, up to logarithms
-(Rudi and Rosasco, arXiv 1602.04474). All of it is about the start of training; whether such ranks train better than a
-uniform one is a matter of measurement. The kernels are those of the paper (arXiv 2602.08239, section 4); the rule is
-not in it.
+and the ranks chosen here make the smallest coverage as large as the budget allows. So r_m grows as √d_m: four times
+the effective dimension, twice the rank. Where the uniform rank covers every module at least once, (1) says that rank
+is not what holds the linearised model back.
+
+All of it is about the start of training, and dividing (1) among the modules as (2) does is a choice; whether such
+ranks train better than a uniform one is a matter of measurement. The kernels are those of the paper (arXiv
+2602.08239, section 4); the rule is not in it.
 """
 
 from __future__ import annotations
@@ -78,14 +79,15 @@ def distribute_ranks(
     shapes: Mapping[str, Sequence[int]],
     parameters: int,
 ) -> dict[str, int]:
-    """Integer ranks `1 ≤ r_m ≤ min(d_in, d_out)` with `Σ (d_in + d_out)·r_m ≤ parameters`, by equation (2) above.
+    """Integer ranks `1 ≤ r_m ≤ min(d_in, d_out)` with `Σ (d_in + d_out)·r_m ≤ parameters` and the best coverage.
 
-    Every module starts with rank 1. Then the next rank goes to the module whose objective `d_m·log r_m` gains most for
-    a parameter, `d_m·log((r_m + 1)/r_m)/c_m`, among those that have a rank to gain and for which it fits, until there
-    is none: what is left of the budget is less than the cheapest further rank. The objective is concave in every r_m,
-    so the ranks maximise it exactly where all c_m are equal, and otherwise among all that cost no more than had been
-    spent when a rank first did not fit. Equal modules differ by at most one rank; of modules of one shape none with a
-    larger d_m has a smaller rank; a common factor of the d_m changes nothing. O(R·log M) for R ranks together.
+    Every module starts with rank 1. Then the next rank goes to the module with the smallest coverage
+    `r_m(r_m + 1)/(2·d_m)` among those that are below full rank and for which it fits, until there is none: what is
+    left of the budget is less than the cheapest further rank. No ranks within the budget have a larger smallest
+    coverage over the modules below full rank: they would need every rank given before one first did not fit, and that
+    one.
+    Equal modules differ by at most one rank; of modules of one shape none with a larger d_m has a smaller rank; a
+    common factor of the d_m changes nothing. O(R·log M) for R ranks together.
 
     Args:
         dimensions: d_m ≥ 0 of each module; the order breaks ties.
@@ -116,8 +118,7 @@ def distribute_ranks(
     order = {name: place for place, name in enumerate(dimensions)}
 
     def next_rank(name: str) -> tuple[float, int, int, str]:
-        gain = dimensions[name] * math.log1p(1 / ranks[name]) / cost[name]
-        return -gain, ranks[name], order[name], name
+        return coverage(ranks[name], dimensions[name]), ranks[name], order[name], name
 
     waiting = [next_rank(name) for name in ranks if most[name] > 1]
     heapq.heapify(waiting)
@@ -130,6 +131,11 @@ def distribute_ranks(
         if ranks[name] < most[name]:
             heapq.heappush(waiting, next_rank(name))
     return ranks
+
+
+def coverage(rank: int, dimension: float) -> float:
+    """`r(r + 1)/(2·d)`: the directions counted for a rank, for each that is needed; ∞ where none is."""
+    return rank * (rank + 1) / (2 * dimension) if dimension > 0 else math.inf
 
 
 def rank_basis(kernels: ModuleKernels, modules: Iterable[str], ridge: float) -> dict[str, Any]:
