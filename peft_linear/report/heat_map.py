@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ..selection.recommendation import ModuleScore, Recommendation
 
 _MANY_TYPES = 12  # more columns than this, and than there are layers, become rows
+_NO_LAYER = {"–": "none"}
 _EMPTY = Cell(Markup('<span aria-hidden="true">·</span><span class="hidden">no such module</span>'), "none")
 
 
@@ -75,10 +76,10 @@ def _stack_table(stack: str | None, names: list[str], cells: dict[str, Cell]) ->
     caption = Markup("Modules outside of the numbered layers")
     if stack is not None:
         caption = Markup(f"Layers of <code>{breakable(stack)}</code>" if stack else "Layers")
-    body = [
-        Row((Cell(breakable(label)), *(by_place.get((r, c), _EMPTY) for c in range(len(columns)))))
-        for r, label in enumerate(rows)
-    ]
+    body = []
+    for r, label in enumerate(rows):
+        places = (by_place.get((r, c), _EMPTY) for c in range(len(columns)))
+        body.append(Row((Cell(breakable(_NO_LAYER.get(label, label))), *places)))
     header = [cell(corner), *(Cell(Markup(f"<span>{breakable(label)}</span>")) for label in columns)]
     return table(caption, header, body, "heat")
 

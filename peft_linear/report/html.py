@@ -136,8 +136,11 @@ def _headline(rec: Recommendation, measured: Mapping[str, float]) -> str:
         for name, value, words in facts
     )
     settings = rec.settings
+    title = f"Adapt {len(rec.modules)} of {len(rec.scores)} modules"
+    if rec.signal is False:
+        title = f"{len(rec.modules)} of {len(rec.scores)} modules, without a clear signal"
     return (
-        f"<header><h1>Adapt {len(rec.modules)} of {len(rec.scores)} modules</h1>\n"
+        f"<header><h1>{title}</h1>\n"
         f'<p class="soft">{breakable(_model_name(rec))}. Chosen before training by '
         f"{text(criterion_label(rec))}{_formula(rec)}, {text(settings.get('strategy', '?'))} search, "
         f"from {text(settings.get('examples', '?'))} examples × {text(settings.get('outputs', '?'))} outputs "

@@ -59,7 +59,7 @@ th, td { padding: .34rem .6rem; text-align: left; vertical-align: top; border-bo
 thead th { color: var(--soft); font-weight: 600; vertical-align: bottom; }
 tbody th { font-weight: 400; }
 .right { text-align: right; } .line { white-space: nowrap; } .module { min-width: 15rem; } .wide { width: 100%; }
-.why { min-width: 15rem; color: var(--soft); font-size: .84rem; }
+.why { min-width: 15rem; width: 36%; color: var(--soft); font-size: .8rem; line-height: 1.4; }
 tr.hit > th, tr.hit td:not(.why) { font-weight: 650; }
 tr.hit > :first-child { box-shadow: inset 4px 0 var(--chosen); }
 th button { border: 0; background: none; padding: 0; color: inherit; font-size: inherit; font-weight: 600;
@@ -101,7 +101,7 @@ footer { margin: 2.5rem auto 2rem; padding-top: .8rem; border-top: 1px solid var
 .hidden { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
 @media (max-width: 44rem) {
   body { font-size: 15px; } main, footer { padding: 0 .9rem; } h1 { font-size: 1.55rem; }
-  .heat { border-spacing: 2px; }
+  .code pre { padding-top: 2.4rem; } .heat { border-spacing: 2px; }
   .heat td { min-width: 2.9rem; font-size: .74rem; padding: .1rem; }
   .heat small { font-size: .66rem; display: block; margin: 0; }
   .heat thead th { padding: .3rem .1rem; }

@@ -56,7 +56,7 @@ def alike(values: Iterable[float]) -> dict[float, str]:
     values = list(values)
     sizes = [abs(value) for value in values if value and math.isfinite(value)]
     if not sizes:
-        return {value: f"{value:g}" for value in values}
+        return {value: _scientific(value) for value in values}
     top, span = math.log10(max(sizes)), math.log10(max(sizes) / min(sizes))
     if span > _DECADES or not -2 <= top < 6:
         return {value: _scientific(value) for value in values}
