@@ -75,13 +75,12 @@ class Look:
 
     def inputs(self) -> dict[str, list[Tensor]]:
         """The inputs (positions, d_in) that each module saw, one tensor a call; padding counts too."""
-        function = OutputFunction("logits", shift=label_shift(base_model(self.model)))
         device = self.device
         seen: dict[str, list[Tensor]] = {name: [] for name in self.modules}
         with recording(self.model, self.modules) as recorder, torch.no_grad():
-            for number, batch in enumerate(self.batches):
+            for batch in self.batches:
                 recorder.clear()
-                evaluate(self.model, batch.to(device), function, number)
+                self.model(**batch.to(device).inputs)
                 for name, calls in recorder.calls.items():
                     seen[name] += [call.inputs.reshape(-1, call.inputs.shape[-1]) for call in calls]
         return seen

@@ -174,3 +174,10 @@ def test_conv1d_weights_are_turned():
     (name,) = found
     d_in = model.get_submodule(name).weight.shape[0]
     assert found[name] == pytest.approx(4.0 * 8 / (3 * d_in) * norm[name] ** 2, rel=1e-9)
+
+
+@pytest.mark.parametrize("name", MODEL_BASELINES)
+def test_every_selector_scores_a_causal_language_model(name):
+    model = small.seeded(small.llama, causal=True, dtype=torch.float32)
+    found = model_scores(name, model, small.causal_batches(), rank=2)
+    assert found and all(math.isfinite(score) for score in found.values())
