@@ -51,7 +51,7 @@ class Protocol:
     batch_size: int = 8
     steps: tuple[int, ...] = (16, 64)  # the short and the long budget
     warmup: int = 4
-    learning_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+    learning_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
     optimizer: str = "AdamW, weight decay 0, constant learning rate after a linear warm-up, no dropout"
 
 

@@ -40,12 +40,17 @@ Line = tuple[str, str, str]  # field, label, colour
 
 def draw_lambda(runs: Runs, path: Path) -> None:
     """A row for each kind of pull, three panels over λ; a line through the means, a dot for each seed."""
-    figure = Figure(figsize=(16, 14.5), layout="constrained", facecolor="white")
-    figure.get_layout_engine().set(w_pad=0.15, h_pad=0.14)
-    for row, (pulled, kind) in zip(figure.subplots(len(KINDS), 3), KINDS.items(), strict=True):
-        _draw_row(row, pulled_by(runs, pulled), kind.scope)
+    figure = Figure(figsize=(16, 15.5), layout="constrained", facecolor="white")
+    rows = []
+    for part, (pulled, kind) in zip(figure.subfigures(len(KINDS), 1, hspace=0.04), KINDS.items(), strict=True):
         words = kind.words[0].upper() + kind.words[1:]
-        row[0].text(0, 1.16, words, transform=row[0].transAxes, fontsize=14, color=INK)
+        part.suptitle(words, x=0.01, ha="left", fontsize=14, color=INK)
+        rows.append(part.subplots(1, 3))
+        _draw_row(rows[-1], pulled_by(runs, pulled), kind.scope)
+    for column in zip(*rows, strict=True):  # one scale, so that rows can be compared
+        limits = [axes.get_ylim() for axes in column]
+        for axes in column:
+            axes.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
     figure.savefig(path, dpi=160)
 
 
@@ -58,9 +63,9 @@ def _draw_row(row: Sequence[Axes], runs: Runs, scope: str) -> None:
     ]
     _panel(left, runs, lines, "‖θ−θ0‖ of what is pulled", "How far training goes")
     lines = [
-        (f"{own}/relative_difference", "difference of the logits, each trained on its own", REAL),
-        (f"{own}/pooled_movement_gap", "the same, relative to the movement", THIRD),
-        (f"{same}/pooled_movement_gap", "relative to the movement, at the same θ", LINEAR),
+        (f"{own}/relative_difference", "logits, each trained on its own", REAL),
+        (f"{own}/pooled_movement_gap", "the same, by the movement", THIRD),
+        (f"{same}/pooled_movement_gap", "by the movement, at the same θ", LINEAR),
     ]
     _panel(middle, runs, lines, "fine-tuned against linearised", "How linear it stays")
     lines = [(ACCURACY, "fine-tuned", REAL), (LINEAR_ACCURACY, "linearised", LINEAR)]
@@ -81,7 +86,7 @@ def _panel(axes: Axes, runs: Runs, lines: Sequence[Line], ylabel: str, title: st
     axes.set_xlabel("strength λ of the proximal term", color=INK)
     axes.set_ylabel(ylabel, color=INK)
     axes.margins(y=0.16)
-    axes.legend(frameon=False, fontsize=10)
+    axes.legend(frameon=False, fontsize=10, loc="lower left")
     _finish(axes, title)
 
 
