@@ -210,6 +210,8 @@ def _predicted(rec: Recommendation, measured: Mapping[str, float]) -> str:
         if foretold
         else "These outputs have no labels to hold a prediction against, so there is none but the size."
     )
+    if foretold and "loss" in measured and "examples" in rec.settings:
+        said += f" This one trained on {rec.settings['examples']} examples; a run that sees more ends lower."
     title = "Predicted and measured" if measured else "What is predicted"
     return f"<h2>{title}</h2>\n<p>{text(said)}</p>\n{predictions_table(rec, measured)}"
 

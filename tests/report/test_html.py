@@ -189,8 +189,9 @@ def test_predictions_beside_what_was_measured(rec):
     assert rows["held-out cross-entropy of simulated training"] == [f"{rec.predicted['loss']:.4f}", "0.1234"]
     assert rows["held-out accuracy of simulated training"][1] == "75.0%"
     assert rows["leave-one-out squared loss"][1] == ""
-    assert "Measured loss" in page and "runtime" not in page
-    assert "Measured loss" not in rec.to_html()
+    said = f"trained on {rec.settings['examples']} examples; a run that sees more"
+    assert "Measured loss" in page and said in page and "runtime" not in page
+    assert "Measured loss" not in rec.to_html() and said not in rec.to_html()
 
 
 def test_a_history_is_drawn_and_its_last_evaluation_is_what_was_measured(rec):
