@@ -28,10 +28,10 @@ TARGETS = ["0", "2"]
 ALPHA, RANK = 6, 3
 
 
-def adapted(config):
+def adapted(config, seed=1):
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 4))
-    torch.manual_seed(1)
+    torch.manual_seed(seed)
     return get_peft_model(base, config)
 
 
@@ -39,9 +39,9 @@ def lora(**kwargs):
     return adapted(LoraConfig(target_modules=TARGETS, r=RANK, lora_alpha=ALPHA, **kwargs))
 
 
-def proximal(lam=1.0, **kwargs):
+def proximal(lam=1.0, seed=1, **kwargs):
     config = ProximalLoraConfig(target_modules=TARGETS, r=RANK, lora_alpha=ALPHA, proximal_lambda=lam, **kwargs)
-    return adapted(config)
+    return adapted(config, seed)
 
 
 def batches(count=12):

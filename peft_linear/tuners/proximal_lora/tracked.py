@@ -77,6 +77,7 @@ class TrackedAdapter:
         self.seen = False  # whether an optimizer step was ever seen with this adapter in it
         # EVA fills in A by a call of its own after the adapter exists
         self.provisional = config.init_lora_weights == "eva"
+        self._made_here = True  # not loaded from anywhere
         self._guessed = False  # the anchor is not known, and chosen as well as can be
         self._layers = {key: weakref.ref(layer) for key, layer in layers.items()}
         self._anchors: dict[str, FactorAnchor] = {}
@@ -134,6 +135,8 @@ class TrackedAdapter:
     def see(self) -> None:
         """An optimizer is about to step the adapter: its anchor is final."""
         self._ensure_anchors()
+        if not self.seen and self._made_here:
+            self._start_here_if_untrained()
         self.seen = True
 
     def capture(self) -> None:
@@ -143,7 +146,7 @@ class TrackedAdapter:
 
     def capture_continuing(self) -> None:
         """Anchors weights that were trained elsewhere as well as can be (see `FactorAnchor.continuing`)."""
-        self._source, self._guessed = None, True
+        self._source, self._guessed, self._made_here = None, True, False
         self._anchors = {
             name: FactorAnchor.continuing(a, b, self._anchors.get(name) or self._usual(layer, a, b))
             for name, layer, a, b in self.layers()
@@ -151,7 +154,7 @@ class TrackedAdapter:
 
     def loaded_from(self, source: AnchorSource, trainable: bool) -> None:
         """The weights were just loaded: the anchor is the one stored with them, read when it is first needed."""
-        self.provisional = False
+        self.provisional = self._made_here = False
         if self.seen and source.read() is None:
             return  # weights of this very run (λ = 0 writes no anchor): they started where they started
         self._source = source
@@ -164,6 +167,20 @@ class TrackedAdapter:
             if anchor is not None and (anchor.a is None or anchor.b is None):
                 anchor.a = None if anchor.a is None else a.detach()
                 anchor.b = None if anchor.b is None else b.detach()
+
+    def _start_here_if_untrained(self) -> None:
+        """While the factors that start at zero are zero, the adapter starts where the others are now.
+
+        Between making the adapter and its first step, DDP and accelerate's FSDP2 give all processes the factors of the
+        first: in processes that were not seeded alike the anchor taken before is not what is trained. Where no factor
+        starts at zero this cannot be told from weights that were loaded. Gathers sharded factors: all processes call.
+        """
+        now = {name: FactorAnchor.of(a, b) for name, _, a, b in self.layers()}
+        starts = {name: self._anchors[name] for name in now if name in self._anchors}
+        if all(now[n].a is None or s.a is not None for n, s in starts.items()) and all(
+            now[n].b is None or s.b is not None for n, s in starts.items()
+        ):
+            self._anchors |= {n: now[n] for n, s in starts.items() if s.a is None or s.b is None}
 
     def _usual(self, layer: LoraLayer, a: Tensor, b: Tensor) -> FactorAnchor:
         return FactorAnchor(None, b) if self.name in layer.lora_embedding_A else FactorAnchor(a, None)
