@@ -75,7 +75,9 @@ def inline_svg(figure: Figure, prefix: str, label: str) -> Markup:
         axes.set_facecolor("none")
         axes.set_title("", loc="left")
     buffer = io.StringIO()
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": prefix, "font.family": ["sans-serif"]}):
+    with rc_context(
+        {"svg.fonttype": "none", "svg.hashsalt": prefix, "font.family": ["sans-serif"], "text.usetex": False}
+    ):
         figure.savefig(buffer, format="svg", facecolor="none", metadata={"Date": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :].strip()

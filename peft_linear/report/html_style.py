@@ -110,7 +110,8 @@ footer { margin: 2.5rem auto 2rem; padding-top: .8rem; border-top: 1px solid var
 }
 @media print {
   :root { color-scheme: light; } body { font-size: 11px; } .code button { display: none; } pre { max-height: none; }
-  .scroll { overflow: visible; } .box, figure, tr { break-inside: avoid; }
+  .scroll { overflow: visible; } .box, figure, tr { break-inside: avoid; } h2 { break-after: avoid; }
+  th button::after { content: none; } .why, .module { min-width: 0; }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
 }
 """
