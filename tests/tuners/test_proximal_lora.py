@@ -15,22 +15,16 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 import subprocess
 import sys
-from contextlib import nullcontext
 
 import peft
 import pytest
-import small_models
 import torch
 from packaging import version
 from peft import (
     AutoPeftModelForSequenceClassification,
     LoraConfig,
-    PeftMixedModel,
     PeftModel,
     get_peft_model,
     get_peft_model_state_dict,
@@ -38,12 +32,9 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.tuners.lora import Linear
-from safetensors.torch import load_file, save_file
-from torch import nn
-from transformers import MambaConfig, MambaForCausalLM, MixtralConfig, MixtralForCausalLM
+from proximal_bert import OPTIONS, base, logits, proximal, train, trained
+from safetensors.torch import load_file
 
-import peft_linear  # noqa: F401
-from peft_linear.errors import FileError
 from peft_linear.training.proximal import proximal_distance
 from peft_linear.tuners.proximal_lora import ProximalLoraConfig, ProximalLoraModel
 from peft_linear.tuners.proximal_lora.anchors import ANCHOR_NAME
@@ -53,41 +44,6 @@ from peft_linear.tuners.proximal_lora.state import find_adapters
 NEW_PEFT = pytest.mark.skipif(
     version.parse(peft.__version__) < version.parse("0.21"), reason="peft did not save these biases of LoRA either"
 )
-OPTIONS = {"r": 2, "lora_alpha": 4, "target_modules": ["query", "value"], "task_type": "SEQ_CLS"}
-BATCH = {"input_ids": torch.arange(1, 13).reshape(2, 6), "labels": torch.tensor([0, 2])}
-
-
-def base(seed=0):
-    torch.manual_seed(seed)
-    return small_models.bert().float().eval()
-
-
-def proximal(lam=2.0, seed=1, **kwargs):
-    model = base()
-    torch.manual_seed(seed)
-    return get_peft_model(model, ProximalLoraConfig(proximal_lambda=lam, **OPTIONS | kwargs))
-
-
-def train(model, steps=3):
-    model.train()
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        model(**BATCH).loss.backward()
-        optimizer.step()
-    return model.eval()
-
-
-def logits(model):
-    with torch.no_grad():
-        return model.eval()(**BATCH).logits
-
-
-def trained(**kwargs):
-    return train(proximal(**kwargs))
 
 
 def test_layers_are_loras_own():
@@ -261,179 +217,3 @@ def test_loras_options_train_save_and_load(tmp_path, variant):
     loaded = PeftModel.from_pretrained(base(), tmp_path, is_trainable=True)
     torch.testing.assert_close(logits(loaded), logits(model))
     assert proximal_distance(loaded, space="factors") == pytest.approx(proximal_distance(model, space="factors"))
-
-
-# --- anchors on disk ----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def saved(tmp_path):
-    trained().save_pretrained(tmp_path)
-    return tmp_path
-
-
-def test_without_its_anchor_an_adapter_still_trains_with_a_warning(saved):
-    (saved / ANCHOR_NAME).unlink()
-    with pytest.warns(UserWarning, match=f"has no {ANCHOR_NAME}"):
-        loaded = PeftModel.from_pretrained(base(), saved, is_trainable=True)
-    assert all(anchor.b is None for anchor in find_adapters(loaded)[0].anchors().values())
-    parameters = {n: p for n, p in loaded.named_parameters() if "lora_A" in n}
-    kept = [p.detach().clone() for p in parameters.values()]
-    for a, anchor in zip(kept, find_adapters(loaded)[0].anchors().values(), strict=True):
-        assert torch.equal(a, anchor.a)
-    loaded.save_pretrained(saved / "again")
-    assert not (saved / "again" / ANCHOR_NAME).exists()  # a guess is not passed on as knowledge
-    train(loaded, steps=1)
-    loaded.save_pretrained(saved / "again")  # but what was trained with is, so that a resumed run goes on
-    assert (saved / "again" / ANCHOR_NAME).exists()
-
-
-def test_loading_an_earlier_state_of_the_run_keeps_its_anchor(tmp_path):
-    """As the Trainer does with its best checkpoint, which may be deleted afterwards."""
-    for lam in (2.0, 0.0):
-        model = trained(lam=lam)
-        early = proximal_distance(model)
-        model.save_pretrained(tmp_path)
-        train(model)
-        assert proximal_distance(model) != early
-        model.load_adapter(tmp_path, "default")
-        shutil.rmtree(tmp_path)
-        assert proximal_distance(model) == early
-
-
-def test_the_weight_distance_needs_no_anchor_file(tmp_path, recwarn):
-    model = trained(proximal_space="delta", proximal_selective=False)
-    model.save_pretrained(tmp_path)
-    (tmp_path / ANCHOR_NAME).unlink()
-    loaded = PeftModel.from_pretrained(base(), tmp_path, is_trainable=True)
-    assert proximal_distance(loaded) == proximal_distance(model)
-    assert not [w for w in recwarn if ANCHOR_NAME in str(w.message)]
-
-
-def test_a_damaged_or_foreign_anchor_is_refused_for_training_only(saved):
-    good = load_file(saved / ANCHOR_NAME)
-    (saved / ANCHOR_NAME).write_bytes(b"not safetensors")
-    with pytest.raises(FileError, match="cannot be read"):
-        PeftModel.from_pretrained(base(), saved, is_trainable=True)
-    PeftModel.from_pretrained(base(), saved)
-    save_file(good, saved / ANCHOR_NAME)
-    with pytest.raises(FileError, match="is not an anchor file of format 1"):
-        PeftModel.from_pretrained(base(), saved, is_trainable=True)
-
-
-@pytest.mark.parametrize("damage", ["module", "shape"])
-def test_the_anchor_of_another_adapter_is_refused(saved, tmp_path, damage):
-    kwargs = {"target_modules": ["query"]} if damage == "module" else {"r": 3}
-    trained(**kwargs).save_pretrained(tmp_path / "other")
-    os.replace(tmp_path / "other" / ANCHOR_NAME, saved / ANCHOR_NAME)
-    with pytest.raises(FileError, match="does not belong to the adapter beside it"):
-        PeftModel.from_pretrained(base(), saved, is_trainable=True)
-
-
-def test_a_write_that_fails_leaves_the_old_anchor(saved, monkeypatch):
-    before = (saved / ANCHOR_NAME).read_bytes()
-    model = trained()
-
-    def fail(*args, **kwargs):
-        raise OSError("disk full")
-
-    monkeypatch.setattr("peft_linear.tuners.proximal_lora.anchors.save_file", fail)
-    with pytest.raises(OSError, match="disk full"):
-        model.save_pretrained(saved)
-    assert (saved / ANCHOR_NAME).read_bytes() == before
-    assert not [name for name in os.listdir(saved) if name.endswith(".tmp")]
-
-
-# --- where peft asks for LORA by name -----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("scheme", ["pissa", "olora"])
-def test_mutated_base_weights_convert_to_plain_lora(tmp_path, scheme):
-    model = base()
-    expected_base = logits(model)
-    torch.manual_seed(1)
-    config = ProximalLoraConfig(proximal_lambda=1.0, init_lora_weights=scheme, **OPTIONS | {"task_type": None})
-    model = get_peft_model(model, config)
-    torch.testing.assert_close(logits(model), expected_base, rtol=1e-4, atol=1e-5)
-    model.peft_config["default"].init_lora_weights = True
-    model.save_pretrained(tmp_path / "init")
-    model.peft_config["default"].init_lora_weights = scheme
-    train(model)
-    expected = logits(model)
-    model.save_pretrained(tmp_path / "out", path_initial_model_for_weight_conversion=str(tmp_path / "init"))
-    assert not (tmp_path / "out" / ANCHOR_NAME).exists()  # twice the rank: it would not fit
-    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == 4
-    converted = PeftModel.from_pretrained(base(), tmp_path / "out")
-    torch.testing.assert_close(logits(converted), expected, rtol=1e-4, atol=1e-5)
-
-
-def test_hotswapping(tmp_path):
-    from peft.utils.hotswap import hotswap_adapter
-
-    trained(modules_to_save=None, task_type=None).save_pretrained(tmp_path / "one")
-    second = trained(seed=5, modules_to_save=None, task_type=None)
-    second.save_pretrained(tmp_path / "two")
-    model = PeftModel.from_pretrained(base(), tmp_path / "one")
-    hotswap_adapter(model, tmp_path / "two", adapter_name="default")
-    torch.testing.assert_close(logits(model), logits(second))
-
-
-def test_mixed_models_accept_the_type_and_pull_it():
-    from peft import LoHaConfig
-
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    options = {"target_modules": ["0"], "proximal_lambda": 2.0, "proximal_selective": False}
-    mixed = get_peft_model(model, ProximalLoraConfig(**options), "ours", mixed=True)
-    assert isinstance(mixed, PeftMixedModel)
-    mixed.add_adapter("theirs", LoHaConfig(target_modules=["1"]))
-    mixed.set_adapter(["ours", "theirs"])
-    factors = [p for n, p in mixed.named_parameters() if "lora_" in n]
-    for p in factors:
-        p.data.add_(0.5)
-        p.grad = torch.zeros_like(p)
-    before = proximal_distance(mixed, "ours")
-    torch.optim.SGD(factors, lr=0.5).step()
-    assert proximal_distance(mixed, "ours") == pytest.approx(before / 2)
-
-
-def test_mambas_projections_stay_guarded():
-    model = MambaForCausalLM(MambaConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, state_size=2))
-    with pytest.raises(ValueError, match="incompatible with Mamba-based models"):
-        get_peft_model(model, ProximalLoraConfig(target_modules=["out_proj"]))
-    get_peft_model(model, ProximalLoraConfig(target_modules=["in_proj"]))
-
-
-def test_expert_targets_are_converted_as_loras_are():
-    config = MixtralConfig(
-        vocab_size=20,
-        hidden_size=8,
-        intermediate_size=6,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        num_local_experts=2,
-    )
-    targets = {"r": 2, "target_modules": ["q_proj", "w1", "w2", "w3"]}
-    shapes = []
-    for cls in (LoraConfig, ProximalLoraConfig):
-        model = get_peft_model(MixtralForCausalLM(config), cls(**targets))
-        shapes.append({name: p.shape for name, p in model.named_parameters() if p.requires_grad})
-        assert model.peft_config["default"].peft_type == cls().peft_type
-    assert shapes[0] == shapes[1]
-    assert any("experts" in name for name in shapes[1])
-
-
-def test_model_cards_carry_the_lora_tag(tmp_path):
-    from huggingface_hub import ModelCard
-
-    trained().save_pretrained(tmp_path)
-    assert "lora" in ModelCard.load(tmp_path / "README.md").data.tags
-
-
-def test_saving_shards_warns_as_for_lora_and_is_not_stopped(tmp_path):
-    model = proximal(task_type=None)
-    layer = next(m for m in model.modules() if isinstance(m, Linear))
-    layer.lora_A["default"].weight = nn.Parameter(torch.zeros(0))
-    with pytest.warns(UserWarning, match="invalid shape") if NEW_PEFT.args[0] is False else nullcontext():
-        model.save_pretrained(tmp_path)
-    assert (tmp_path / ANCHOR_NAME).exists()

@@ -1,0 +1,60 @@
+# Copyright 2026 The peft-linear authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""A small BERT with ProximalLoRA, and a few steps of training."""
+
+from __future__ import annotations
+
+import small_models
+import torch
+from peft import get_peft_model
+from torch import nn
+
+from peft_linear.tuners.proximal_lora import ProximalLoraConfig
+
+
+OPTIONS = {"r": 2, "lora_alpha": 4, "target_modules": ["query", "value"], "task_type": "SEQ_CLS"}
+BATCH = {"input_ids": torch.arange(1, 13).reshape(2, 6), "labels": torch.tensor([0, 2])}
+
+
+def base(seed=0):
+    torch.manual_seed(seed)
+    return small_models.bert().float().eval()
+
+
+def proximal(lam=2.0, seed=1, **kwargs):
+    model = base()
+    torch.manual_seed(seed)
+    return get_peft_model(model, ProximalLoraConfig(proximal_lambda=lam, **OPTIONS | kwargs))
+
+
+def train(model, steps=3):
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(**BATCH).loss.backward()
+        optimizer.step()
+    return model.eval()
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(**BATCH).logits
+
+
+def trained(**kwargs):
+    return train(proximal(**kwargs))

@@ -1,0 +1,120 @@
+# Copyright 2026 The peft-linear authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The anchor on disk: missing, damaged, of another adapter; what is written when."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import warnings
+
+import pytest
+import torch
+from peft import PeftModel
+from proximal_bert import base, train, trained
+from safetensors.torch import load_file, save_file
+
+from peft_linear.errors import FileError
+from peft_linear.training.proximal import proximal_distance
+from peft_linear.tuners.proximal_lora.anchors import ANCHOR_NAME
+from peft_linear.tuners.proximal_lora.state import find_adapters
+
+
+@pytest.fixture
+def saved(tmp_path):
+    trained().save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_without_its_anchor_an_adapter_still_trains_with_a_warning(saved):
+    (saved / ANCHOR_NAME).unlink()
+    with pytest.warns(UserWarning, match=f"has no {ANCHOR_NAME}"):
+        loaded = PeftModel.from_pretrained(base(), saved, is_trainable=True)
+    assert all(anchor.b is None for anchor in find_adapters(loaded)[0].anchors().values())
+    parameters = {n: p for n, p in loaded.named_parameters() if "lora_A" in n}
+    kept = [p.detach().clone() for p in parameters.values()]
+    for a, anchor in zip(kept, find_adapters(loaded)[0].anchors().values(), strict=True):
+        assert torch.equal(a, anchor.a)
+    loaded.save_pretrained(saved / "again")
+    assert not (saved / "again" / ANCHOR_NAME).exists()  # a guess is not passed on as knowledge
+    train(loaded, steps=1)
+    loaded.save_pretrained(saved / "again")  # but what was trained with is, so that a resumed run goes on
+    assert (saved / "again" / ANCHOR_NAME).exists()
+
+
+@pytest.mark.parametrize(("selective", "warns"), [(True, True), (False, False)])
+def test_in_delta_space_the_selective_rule_alone_misses_a_lost_anchor(tmp_path, selective, warns):
+    """Its inner product is over the factors; the distance of the weights needs no anchor where a factor is zero."""
+    trained(proximal_space="delta", proximal_selective=selective).save_pretrained(tmp_path)
+    (tmp_path / ANCHOR_NAME).unlink()
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        PeftModel.from_pretrained(base(), tmp_path, is_trainable=True)
+    assert any(f"has no {ANCHOR_NAME}" in str(warning.message) for warning in seen) == warns
+
+
+def test_loading_an_earlier_state_of_the_run_keeps_its_anchor(tmp_path):
+    """As the Trainer does with its best checkpoint, which may be deleted afterwards."""
+    for lam in (2.0, 0.0):
+        model = trained(lam=lam)
+        early = proximal_distance(model)
+        model.save_pretrained(tmp_path)
+        train(model)
+        assert proximal_distance(model) != early
+        model.load_adapter(tmp_path, "default")
+        shutil.rmtree(tmp_path)
+        assert proximal_distance(model) == early
+
+
+def test_the_weight_distance_needs_no_anchor_file(tmp_path, recwarn):
+    model = trained(proximal_space="delta", proximal_selective=False)
+    model.save_pretrained(tmp_path)
+    (tmp_path / ANCHOR_NAME).unlink()
+    loaded = PeftModel.from_pretrained(base(), tmp_path, is_trainable=True)
+    assert proximal_distance(loaded) == proximal_distance(model)
+    assert not [w for w in recwarn if ANCHOR_NAME in str(w.message)]
+
+
+def test_a_damaged_or_foreign_anchor_is_refused_for_training_only(saved):
+    good = load_file(saved / ANCHOR_NAME)
+    (saved / ANCHOR_NAME).write_bytes(b"not safetensors")
+    with pytest.raises(FileError, match="cannot be read"):
+        PeftModel.from_pretrained(base(), saved, is_trainable=True)
+    PeftModel.from_pretrained(base(), saved)
+    save_file(good, saved / ANCHOR_NAME)
+    with pytest.raises(FileError, match="is not an anchor file of format 1"):
+        PeftModel.from_pretrained(base(), saved, is_trainable=True)
+
+
+@pytest.mark.parametrize("damage", ["module", "shape"])
+def test_the_anchor_of_another_adapter_is_refused(saved, tmp_path, damage):
+    kwargs = {"target_modules": ["query"]} if damage == "module" else {"r": 3}
+    trained(**kwargs).save_pretrained(tmp_path / "other")
+    os.replace(tmp_path / "other" / ANCHOR_NAME, saved / ANCHOR_NAME)
+    with pytest.raises(FileError, match="does not belong to the adapter beside it"):
+        PeftModel.from_pretrained(base(), saved, is_trainable=True)
+
+
+def test_a_write_that_fails_leaves_the_old_anchor(saved, monkeypatch):
+    before = (saved / ANCHOR_NAME).read_bytes()
+    model = trained()
+
+    def fail(*args, **kwargs):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("peft_linear.tuners.proximal_lora.anchors.save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        model.save_pretrained(saved)
+    assert (saved / ANCHOR_NAME).read_bytes() == before
+    assert not [name for name in os.listdir(saved) if name.endswith(".tmp")]
