@@ -65,7 +65,7 @@ class NtkRecommendationCallback(TrainerCallback):
     `ntk_predicted_loss`, …) is logged as by `Trainer.log`: in the log history, and seen by every other callback of the
     Trainer, trackers (`report_to`) included. A resumed run has it in its log history already and does not repeat it.
 
-    **Report and model card.** recommendation.json, recommendation.md and the figures are written into
+    **Report and model card.** recommendation.json, recommendation.md, report.html and a figure are written into
     `args.output_dir`. Every model card written for a PeftModel from then on (`save_pretrained`, `push_to_hub`,
     `Trainer.create_model_card`, `Trainer.push_to_hub`) has a section with the choice and what was predicted for it.
 

@@ -36,7 +36,7 @@ from peft_linear.selection.ranks import (
     rank_patterns,
 )
 from peft_linear.training.workflow import recommend_modules
-from peft_linear.tuners.proximal_lora import ProximalLoraConfig
+from peft_linear.tuners.proximal_lora import ProximalLoraConfig, export_lora
 from tests.selection.planted import planted_kernels
 from tests.small_models import bert, seeded, text_batches
 
@@ -308,3 +308,17 @@ def test_a_config_from_a_recommendation_is_its_own(rec, tmp_path):
     rec.save(tmp_path)
     with pytest.raises(PeftLinearError, match=r"got '.*' of type str; a saved one is read with Recommendation.load"):
         ProximalLoraConfig.from_recommendation(str(tmp_path))
+
+
+def test_adaptive_ranks_are_exported_as_plain_lora(rec, tmp_path):
+    config = rec.to_config(r="adaptive", task_type="SEQ_CLS")
+    model = get_peft_model(seeded(bert, dtype=torch.float32), config).eval()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.1)
+    model.save_pretrained(tmp_path / "ours")
+    export_lora(tmp_path / "ours", tmp_path / "plain")
+    assert PeftConfig.from_pretrained(tmp_path / "plain").peft_type == "LORA"
+    plain = PeftModel.from_pretrained(seeded(bert, dtype=torch.float32), tmp_path / "plain").eval()
+    inputs = {key: value for key, value in BATCHES[0].items() if key != "labels"}
+    torch.testing.assert_close(plain(**inputs).logits, model(**inputs).logits)
