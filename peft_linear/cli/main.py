@@ -86,7 +86,7 @@ def _add_recommend(commands: argparse._SubParsersAction) -> None:
         "--budget", required=True, help="number of modules (8), fraction of parameters (0.25), parameters (1.5M, 200k)"
     )
     choice.add_argument("--criterion", default="default-by-evidence", help=CRITERIA_HELP)
-    choice.add_argument("--strategy", default="greedy", help="greedy, top or exhaustive")
+    choice.add_argument("--strategy", default="greedy", help="greedy, backward, swap, top or exhaustive")
     choice.add_argument("--ridge", type=float, help="λ in the unit of the kernel's eigenvalues; its mean if not given")
     choice.add_argument("--targets", nargs="+", default=["all-linear"], help="candidates: names or suffixes")
     choice.add_argument("--rank", type=int, default=8, help="rank of the adapter")

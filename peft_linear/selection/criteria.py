@@ -24,6 +24,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 from torch import Tensor
 
@@ -32,6 +33,12 @@ from ..functional.regression import leave_one_out_residuals, solve_ridge
 from ..functional.spectrum import Spectrum
 from ..kernels.module_kernels import ModuleKernels
 from .cross_validation import cross_validate
+from .gain_bounds import (
+    BoundFunction,
+    condition_number_bound,
+    effective_dimension_bound,
+    risk_reduction_bound,
+)
 from .problem import PROVIDES, Problem
 
 
@@ -58,6 +65,8 @@ class Criterion:
         needs: What the outputs must provide ("kernel" is always there); see `problem.PROVIDES`.
         additive: The number of a union is the number of K_0 plus what each module adds, so the best set is the best
             modules.
+        bound: Of what a change of the set can give, where one is proved; see `gain_bounds`.
+        monotone: A module that is added never makes it worse.
     """
 
     name: str
@@ -67,6 +76,13 @@ class Criterion:
     higher_is_better: bool
     needs: str = "kernel"
     additive: bool = False
+    bound: BoundFunction | None = None
+    monotone: bool = False
+
+    @property
+    def branches(self) -> bool:
+        """Whether an exhaustive search can leave branches out."""
+        return self.monotone and self.bound is not None
 
     def __call__(self, gram: Tensor, problem: Problem) -> float:
         return self.function(gram, problem)
@@ -79,18 +95,16 @@ class Criterion:
 _REGISTRY: dict[str, Criterion] = {}
 
 
-def _criterion(
-    label: str, formula: str, *, higher_is_better: bool, needs: str = "kernel", additive: bool = False
-) -> Callable[[CriterionFunction], CriterionFunction]:
+def _criterion(label: str, formula: str, **properties: Any) -> Callable[[CriterionFunction], CriterionFunction]:
     def register(function: CriterionFunction) -> CriterionFunction:
         name = function.__name__
-        _REGISTRY[name] = Criterion(name, function, label, formula, higher_is_better, needs, additive)
+        _REGISTRY[name] = Criterion(name, function, label, formula, **properties)
         return function
 
     return register
 
 
-@_criterion("condition number", "(λ1 + λ)/(λn + λ)", higher_is_better=False)
+@_criterion("condition number", "(λ1 + λ)/(λn + λ)", higher_is_better=False, bound=condition_number_bound)
 def condition_number(gram: Tensor, problem: Problem) -> float:
     """`(λ1 + λ)/(λn + λ)`, the paper's predictor (arXiv 2602.08239, section 4); lower is better. O(n³).
 
@@ -100,19 +114,25 @@ def condition_number(gram: Tensor, problem: Problem) -> float:
     return Spectrum.from_gram(gram).condition_number(problem.ridge)
 
 
-@_criterion("trace", "Σ λi", higher_is_better=True, additive=True)
+@_criterion("trace", "Σ λi", higher_is_better=True, additive=True, monotone=True)
 def trace(gram: Tensor, problem: Problem) -> float:
     """`tr K = Σ λi = ‖J‖_F²`: how far all outputs move for a unit step in all parameters; higher is better. O(n)."""
     return float(gram.trace())
 
 
-@_criterion("gradient energy", "eᵀ K e", higher_is_better=True, needs="error", additive=True)
+@_criterion("gradient energy", "eᵀ K e", higher_is_better=True, needs="error", additive=True, monotone=True)
 def gradient_energy(gram: Tensor, problem: Problem) -> float:
     """`eᵀ K e = ‖Jᵀ e‖²`, the squared norm of the loss gradient in the trained parameters; higher is better. O(n²)."""
     return float(problem.error @ gram @ problem.error)
 
 
-@_criterion("effective dimension", "Σ λi/(λi + λ)", higher_is_better=True)
+@_criterion(
+    "effective dimension",
+    "Σ λi/(λi + λ)",
+    higher_is_better=True,
+    bound=effective_dimension_bound,
+    monotone=True,
+)
 def effective_dimension(gram: Tensor, problem: Problem) -> float:
     """`Σ λi/(λi + λ) = n − λ·tr (K + λI)⁻¹`: directions that ridge regression can fit; higher is better. O(n³)."""
     return Spectrum.from_gram(gram).effective_dimension(problem.ridge)
@@ -143,7 +163,14 @@ def leave_one_out(gram: Tensor, problem: Problem) -> float:
     return float(errors.square().sum()) / problem.num_examples
 
 
-@_criterion("risk reduction", "1 − λ r0ᵀ(K + λI)⁻¹r0/‖r0‖²", higher_is_better=True, needs="residual")
+@_criterion(
+    "risk reduction",
+    "1 − λ r0ᵀ(K + λI)⁻¹r0/‖r0‖²",
+    higher_is_better=True,
+    needs="residual",
+    bound=risk_reduction_bound,
+    monotone=True,
+)
 def risk_reduction(gram: Tensor, problem: Problem) -> float:
     """`1 − λ·Q_K/‖r0‖²` with `Q_K = r0ᵀ(K + λI)⁻¹r0`; in [0, 1), higher is better. O(n³).
 
@@ -198,3 +225,8 @@ def resolve_criterion(name: str, problem: Problem) -> Criterion:
 def score_modules(kernels: ModuleKernels, criterion: Criterion, problem: Problem) -> dict[str, float]:
     """The score of every candidate alone, `K_S = K_0 + K_m`."""
     return {name: criterion(kernels.base + kernels[name], problem) for name in kernels.names}
+
+
+def rank_by_score(scores: dict[str, float], criterion: Criterion) -> tuple[str, ...]:
+    """Names, best first; equal scores stay in model order."""
+    return tuple(sorted(scores, key=lambda name: -criterion.utility(scores[name])))

@@ -21,14 +21,15 @@ from ..functional.spectrum import Spectrum
 from ..kernels.module_kernels import ModuleKernels
 from .baselines import equal_parameter_rank
 from .budget import Budget
-from .criteria import Criterion
+from .criteria import Criterion, rank_by_score
 from .problem import Problem
 from .reliability import Reliability
-from .search import SearchResult, rank_by_score
+from .search_result import Change, SearchResult
 
 
 FEW_EXAMPLES = 32
 BARELY_DIFFERENT = 0.01  # range of the candidates' scores, relative to the largest
+FORCED = ", which is worse, but the best that fits the budget"
 WIDE_SPREAD = 0.3  # relative deviation of a module's kernel between draws of A
 
 
@@ -43,6 +44,9 @@ def explain(
     """A sentence for every candidate."""
     ranks = {name: rank for rank, name in enumerate(rank_by_score(dict(singles), criterion), start=1)}
     left = (budget.parameters or 0) - sum(num_parameters[name] for name in result.order)
+    scored = {**result.last_round, **result.last_limits}
+    left_by = {change.out: change for change in result.changes}
+    came_for = {change.into: change.out for change in result.changes}
     reasons = {}
     for name, score in singles.items():
         alone = f"alone {score:.4g}, rank {ranks[name]} of {len(singles)}"
@@ -50,14 +54,21 @@ def explain(
             place = result.order.index(name)
             before = result.path[place - 1] if place else result.start
             change = _change(criterion, before, result.path[place])
-            reasons[name] = f"pick {place + 1} of {len(result.order)}: {change}; {alone}"
-        elif budget.parameters is not None and num_parameters[name] > left and name not in result.last_round:
+            exchange = f"; came in for {came_for[name]}" if name in came_for else ""
+            reasons[name] = f"pick {place + 1} of {len(result.order)}: {change}{exchange}; {alone}"
+        elif name in left_by:
+            reasons[name] = f"not chosen: {_left(criterion, left_by[name])}; {alone}"
+        elif budget.parameters is not None and num_parameters[name] > left and name not in scored:
             reasons[name] = (
                 f"not chosen: its {num_parameters[name]:,} parameters do not fit beside the choice, {left:,} are "
                 f"left; {alone}"
             )
         elif name in result.last_round:
             reasons[name] = f"not chosen: {_instead(criterion, result.last_round[name], result.path[-1])}; {alone}"
+        elif name in result.last_limits:
+            reasons[name] = f"not chosen: {_at_best(criterion, result.last_limits[name], result.path[-1])}; {alone}"
+        elif strategy == "swap" and not criterion.additive:
+            reasons[name] = f"not chosen: in place of no chosen module does it improve the set; {alone}"
         elif strategy == "exhaustive":
             reasons[name] = (
                 f"not chosen: not in the best set, whose {criterion.label} is {result.path[-1]:.4g}; {alone}"
@@ -137,15 +148,31 @@ def notes_on(
     return tuple(notes)
 
 
-def _change(criterion: Criterion, before: float, after: float) -> str:
+def _change(criterion: Criterion, before: float, after: float, if_worse: str = FORCED) -> str:
     verb = "leaves" if after == before else "lowers" if after < before else "raises"
-    judgement = ""
-    if criterion.utility(after) < criterion.utility(before):
-        judgement = ", which is worse, but the best that fits the budget"
+    judgement = if_worse if criterion.utility(after) < criterion.utility(before) else ""
     change = (
         f"by {abs(after - before):.2g} (from {before:.4g} to {after:.4g})" if after != before else f"at {after:.4g}"
     )
     return f"{verb} the {criterion.label} {change}{judgement}"
+
+
+def _left(criterion: Criterion, change: Change) -> str:
+    if change.into is None:
+        effect = _change(criterion, change.before, change.after, if_worse="")
+        return f"removed {_ordinal(change.round)}, as the one missed least: that {effect}"
+    return f"exchanged for {change.into}, which {_change(criterion, change.before, change.after)}"
+
+
+def _ordinal(number: int) -> str:
+    suffix = "th" if number % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
+    return f"{number}{suffix}"
+
+
+def _at_best(criterion: Criterion, limit: float, taken: float) -> str:
+    """Of a module that was not scored, for a bound rules it out."""
+    judgement = "less for its parameters" if criterion.utility(limit) > criterion.utility(taken) else "worse"
+    return f"in place of the last pick it would give {criterion.label} {limit:.4g} at best, which is {judgement}"
 
 
 def _instead(criterion: Criterion, score: float, taken: float) -> str:

@@ -99,7 +99,8 @@ def recommend(
             parameters, "1.5M", "200k".
         criterion: A name of `CRITERIA`, or "default-by-evidence".
         ridge: λ > 0 of the ridge regression, in the unit of the kernel's eigenvalues; default: `default_ridge`.
-        strategy: "greedy" (forward selection), "top" (best on their own) or "exhaustive"; see `search`.
+        strategy: "greedy" (forward selection, also called "forward"), "backward" (elimination), "swap" (greedy, then
+            exchanges of one module until none improves), "top" (best on their own) or "exhaustive"; see `search`.
         seed: Of the cross-validation folds.
         learning_rate: Of simulated training (gradient descent on the mean cross-entropy). Default: the largest that
             cannot diverge with all candidates, `2N/λ1(K)`; the same for every subset.
@@ -107,20 +108,21 @@ def recommend(
         folds: Of its cross-validation over examples.
 
     Raises:
-        BudgetError: the budget selects nothing, more than there is, or cannot be read.
+        BudgetError: the budget selects nothing, more than there is, or cannot be read; or it leaves too many sets for
+            an exhaustive search.
         CriterionError: an unknown criterion or strategy.
         OutputError: the outputs do not provide what the criterion needs.
         KernelError: ridge ≤ 0, or a kernel that is zero or not finite.
     """
     limit = parse_budget(budget, kernels.num_parameters)
-    check_strategy(strategy, len(kernels), limit)
+    asked_for = resolve_criterion(criterion, Problem.of(kernels, ridge=1.0))
+    strategy = check_strategy(strategy, len(kernels), limit, asked_for)
     check_ridge(ridge)
     if steps < 1 or folds < 2 or (learning_rate is not None and not 0 < learning_rate < math.inf):
         raise PeftLinearError(
             f"simulated training needs steps ≥ 1, folds ≥ 2 and a finite learning rate > 0, got steps={steps}, "
             f"folds={folds}, learning_rate={learning_rate}"
         )
-    resolve_criterion(criterion, Problem.of(kernels, ridge=1.0))
     ridge = default_ridge(kernels) if ridge is None else float(ridge)
     everything = kernels.spectrum()
     if learning_rate is None:
@@ -188,6 +190,7 @@ def _settings(
         "higher_is_better": criterion.higher_is_better,
         "strategy": strategy,
         "evaluations": result.evaluations,
+        "skipped": result.skipped,
         "start_score": result.start,
         "set_score": result.path[-1],
         "candidates": list(kernels.names),

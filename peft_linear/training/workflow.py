@@ -62,14 +62,14 @@ def check_request(
     check_ridge(ridge)
     kind = ntk.get("outputs") or default_outputs(model)
     labelled = Problem(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long), kind, ridge=1.0)
-    resolve_criterion(criterion, labelled)
+    resolved = resolve_criterion(criterion, labelled)
     head = resolve_always_trained(model, ntk.get("always_trained"))
     modules = resolve_targets(model, ntk.get("targets", "all-linear"), reserved=head)
     space, rank, alpha = ntk.get("space", "lora"), ntk.get("rank", 8), ntk.get("lora_alpha", 16.0)
     check_adapter_arguments(space, rank, alpha, ntk.get("draws", 1))
     sizes = {name: module_terms(name, module, space, rank, alpha, 1, 0)[1] for name, module in modules.items()}
     limit = parse_budget(budget, sizes)
-    check_strategy(strategy, len(modules), limit)
+    check_strategy(strategy, len(modules), limit, resolved)
     return tuple(modules)
 
 
