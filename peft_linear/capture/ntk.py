@@ -122,8 +122,9 @@ def compute_ntk(
             are kept and used where `outputs` needs them.
         targets: "all-linear", a regular expression for full names, or a list of names and suffixes; peft's own rules.
         space: which parameters of a module count: "lora" (a fresh adapter, B = 0; a layer that carries an active LoRA
-            adapter counts with its own A, B and scaling), "weight" (the full matrix), "rows" or "columns" (the first
-            `rank` of them), "bias".
+            adapter counts with its own A, B and scaling), "weight" (the full matrix, which says where an
+            adapter belongs whatever its A; `num_parameters` are still those of LoRA at `rank`), "rows" or "columns"
+            (the first `rank` of them), "bias".
         rank, lora_alpha: of the adapter under consideration; its scaling is lora_alpha / rank. Several ranks, such as
             rank=(4, 8, 16), share the passes and the products of the largest (space="lora" only), for A of a lower
             rank is the first rows of A of a higher one.

@@ -67,6 +67,8 @@ def module_terms(
 ) -> tuple[list[Term], int]:
     """The terms of one module and the number of parameters an adapter of this kind trains in it.
 
+    The kernel of the whole weight says where a LoRA adapter belongs whatever its random A: its count is LoRA's.
+
     A LoRA layer with an active adapter brings its own A, B and scaling to space="lora" (both factors count where
     B ≠ 0); `rank`, `lora_alpha`, `draws` and `seed` then do not apply to it.
     """
@@ -85,7 +87,7 @@ def module_terms(
         term = Term(_same, _same, features=rank * draws, channels=d_out, draws=draws, matrix=a, nested=True)
         return [term], rank * (d_in + d_out)
     if space == "weight":
-        return [Term(_same, _same, features=d_in, channels=d_out)], d_in * d_out
+        return [Term(_same, _same, features=d_in, channels=d_out)], rank * (d_in + d_out)
     if space == "rows":
         count = _at_most(rank, d_out, name, "rows")
         return [Term(_same, lambda x: x[..., :count], features=d_in, channels=count)], count * d_in

@@ -88,6 +88,11 @@ def test_lora_kernels_are_exact(case, b_scale):
         assert fresh.num_parameters[name] == carried.num_parameters[name] == sum(p.numel() for p in parameters)
 
 
+def test_weight_kernels_count_the_parameters_of_the_lora_adapter_that_is_considered():
+    model, batches = small.seeded(small.bert), small.text_batches()
+    assert ntk(model, batches, space="weight", rank=5).num_parameters == ntk(model, batches, rank=5).num_parameters
+
+
 @pytest.mark.parametrize("space", ["rows", "columns", "bias"])
 def test_other_spaces_are_slices_of_the_weight_and_bias_jacobians(space):
     model, batches = small.seeded(small.bert), small.text_batches()
