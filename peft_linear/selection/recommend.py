@@ -89,9 +89,10 @@ def recommend(
     The budget is used up: as many modules are taken as fit, also where the criterion no longer improves (a note says
     so). Whether the examples tell the candidates apart at all is asked of random halves of them
     (`Recommendation.signal`); where they do not, a note says so and names the alternative, all candidates at a lower
-    rank. Cost: one criterion evaluation for each candidate and round of the search (O(n³) for most, O(n²) for additive
-    ones), twenty on n/2 rows and one eigendecomposition for each candidate, whose condition number is always shown.
-    8 of 37 candidates by leave-one-out error with n = 512 rows take about 10 s on one CPU core, and it grows as n³.
+    rank. Cost: one criterion evaluation for each candidate and round of the search that no bound rules out (O(n³) for
+    most; additive criteria need one for each candidate, O(n²)), twenty on n/2 rows and one eigendecomposition for each
+    candidate, whose condition number is always shown. 8 of 37 candidates with n = 512 rows take about 2 s on one CPU
+    core by an additive criterion, 6 s by leave-one-out error and 12 s by predicted loss; it grows as n³.
 
     Args:
         kernels: Of the candidates, from `compute_ntk`.
