@@ -31,8 +31,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..capture.batches import Batch, evaluate, read_batches
+from ..capture.ntk import compute_ntk
 from ..capture.outputs import OutputFunction, label_shift
 from ..capture.parameters import differentiable
+from ..capture.passes import no_gradient
 from ..capture.recorder import recording
 from ..capture.targets import Targets, base_model, linear_shape, resolve_always_trained, resolve_targets
 from ..errors import CriterionError, TargetError
@@ -66,6 +68,8 @@ class Look:
         with differentiable(self.model, list(weights.values())):
             for number, batch in enumerate(self.batches):
                 loss = evaluate(self.model, batch.to(device), function, number).sum() / count
+                if not loss.requires_grad:
+                    raise no_gradient(self.modules, "loss")
                 gradients = torch.autograd.grad(
                     loss, list(weights.values()), allow_unused=True, materialize_grads=True
                 )
@@ -123,15 +127,36 @@ def gora(look: Look) -> dict[str, float]:
 
 
 def fisher(look: Look) -> dict[str, float]:
-    """`Σ g²` over examples and weights: the trace of the empirical Fisher information of the weights, times N."""
-    single = [
-        Look(look.model, look.modules, [_example(batch, i)]) for batch in look.batches for i in range(batch.size)
-    ]
+    """`Σ g²` over examples and weights: the trace of the empirical Fisher information of the weights, times N.
+
+    The squared norms of the examples' gradients are the diagonal of the kernel of the loss in all weights, so one
+    forward and one backward pass a batch give them.
+    """
     total = dict.fromkeys(look.modules, 0.0)
-    for one in single:
-        for name, gradient in one.gradients().items():
-            total[name] += float(gradient.square().sum())
+    for batch in look.batches:
+        for name, part in _squared_gradients(look, batch).items():
+            total[name] += part
     return total
+
+
+def _squared_gradients(look: Look, batch: Batch) -> dict[str, float]:
+    """`Σ g²` of each module over the examples of a batch."""
+    try:
+        kernels = compute_ntk(
+            look.model,
+            [{**batch.inputs, "labels": batch.labels}],
+            targets=list(look.modules),
+            space="weight",
+            outputs="loss",
+            always_trained=(),
+            progress=False,
+            product_dtype=torch.float64,
+            distributed=False,
+        )
+        return {name: float(kernels[name].trace()) for name in look.modules}
+    except TargetError:  # the model mixes the examples of a batch
+        single = [Look(look.model, look.modules, [_example(batch, i)]).gradients() for i in range(batch.size)]
+        return {name: sum(float(one[name].square().sum()) for one in single) for name in look.modules}
 
 
 def plop(look: Look) -> dict[str, float]:
@@ -236,7 +261,8 @@ def model_scores(
 
     Raises:
         CriterionError: an unknown name.
-        TargetError: targets that are unusable, or whose weights are no matrix of numbers (quantised ones).
+        TargetError: targets that are unusable, or whose weights are no matrix of numbers (quantised ones), or of
+            which none takes a gradient.
         OutputError: labels are needed and missing.
     """
     if name not in MODEL_BASELINES:

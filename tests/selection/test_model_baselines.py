@@ -73,6 +73,48 @@ def test_those_of_the_gradient(case):
             assert score == pytest.approx(float(formula(module)), rel=1e-9), (name, module)
 
 
+def test_fisher_takes_one_pass_a_batch_and_its_examples_need_not_be_equally_long(case):
+    model, batches = case
+    calls = []
+    handle = model.register_forward_hook(lambda *_: calls.append(1))
+    found = scores("fisher", case)
+    handle.remove()
+    assert len(calls) == len(batches) < sum(len(batch["labels"]) for batch in batches)
+    gradients = slow_gradients(*case)
+    assert {name: float(gradients[name].square().sum()) for name in NAMES} == pytest.approx(found, rel=1e-9)
+
+
+class Mixing(nn.Module):
+    """Examples of a batch are mixed, and nothing goes back through `cut`."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.cut, self.last = (nn.Linear(3, 3).double() for _ in range(3))
+
+    def forward(self, x):
+        h = self.first(x)
+        return {"logits": self.last(h + 0.5 * h.sum(0)) + self.cut(x).detach()}
+
+
+def test_fisher_of_a_model_that_mixes_the_examples_of_a_batch_and_of_a_module_without_a_gradient():
+    model, names = Mixing(), ["first", "cut", "last"]
+    x, labels = torch.randn(3, 3, dtype=torch.float64), torch.tensor([0, 1, 1])
+    expected = dict.fromkeys(names, 0.0)
+    for i in range(3):
+        loss = nn.functional.cross_entropy(model(x[i : i + 1])["logits"], labels[i : i + 1])
+        weights = [model.get_submodule(name).weight for name in names]
+        gradients = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
+        for name, gradient in zip(names, gradients, strict=True):
+            expected[name] += float(gradient.square().sum())
+    found = model_scores("fisher", model, [{"x": x, "labels": labels}], targets=names)
+    assert found == pytest.approx(expected, rel=1e-9)
+    assert found["cut"] == 0 < found["first"]
+    for name in ("fisher", "gora"):
+        with pytest.raises(TargetError, match="no target takes a gradient from outputs='loss': cut"):
+            model_scores(name, model, [{"x": x, "labels": labels}], targets=["cut"])
+
+
 def test_page_is_the_expected_gradient_of_lora(case):
     gradients = {name: g.mean(0) for name, g in slow_gradients(*case).items()}
     generator = torch.Generator().manual_seed(0)
