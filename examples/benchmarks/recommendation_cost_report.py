@@ -1,0 +1,97 @@
+# Copyright 2026 The peft-linear authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The table of `recommendation_cost.py`, and its goals."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from peft_linear.report.markdown import markdown_table
+from peft_linear.selection.criteria import DEFAULT_NAME
+
+
+CRITERIA = (DEFAULT_NAME, "leave_one_out")  # the goals are for the first
+BUDGET = 8
+
+
+def missed(results: Mapping[str, Any]) -> list[str]:
+    """What takes longer than its goal, in words. The goals are for the default criterion."""
+    return [
+        f"{case}: {row['in_steps'][CRITERIA[0]]['median']:.1f} training steps, at most {row['goal_steps']} wanted"
+        for case, row in results["cases"].items()
+        if row["in_steps"][CRITERIA[0]]["median"] > row["goal_steps"]
+    ]
+
+
+def report(results: Mapping[str, Any]) -> str:
+    """The measurement in Markdown."""
+    rows = []
+    for case, row in results["cases"].items():
+        seconds, peaks = row["seconds"], row.get("peak_mebibytes", {})
+        shape = f"{case}: {row['candidates']} candidates, {row['examples']} examples of {row['outputs']} outputs"
+        for name in CRITERIA:
+            steps, clock = row["in_steps"][name], row["in_steps_by_the_clock"][name]
+            goal = name == CRITERIA[0]
+            rows.append(
+                (
+                    shape,
+                    name,
+                    f"{seconds['kernels']:.1f} + {seconds[name]:.1f} s",
+                    f"{steps['median']:.1f} ({steps['low']:.1f} to {steps['high']:.1f})",
+                    f"{clock['median']:.1f}",
+                    f"{row['goal_steps']}" if goal else "none",
+                    ("yes" if steps["median"] <= row["goal_steps"] else "no") if goal else "",
+                    f"{peaks[name]:.0f} / {peaks['step']:.0f}" if name in peaks else "",
+                )
+            )
+    header = (
+        "case",
+        "criterion",
+        "kernels + choice",
+        "training steps (over rounds)",
+        "by the clock",
+        "goal",
+        "reached",
+        "peak MiB / of a step",
+    )
+    rounds = ", ".join(f"{case} {row['rounds']}" for case, row in results["cases"].items())
+    taken = ", ".join(f"{case} {row['seconds']['step']:.2f} s" for case, row in results["cases"].items())
+    versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
+    commands = ", ".join(f"`{row['command']}`" for row in results["cases"].values())
+    paragraphs = [
+        "# Cost of a recommendation",
+        f"`compute_ntk` and `recommend(kernels, {BUDGET})` in training steps of LoRA (all linear modules, AdamW, "
+        f"batches of 32; a step takes {taken}). Medians over rounds ({rounds}), in each of which both took turns in one "
+        "process; times are of the processor, with those by the clock beside them. Peak memory is what a call adds, in "
+        "a process of its own.",
+        "Kernels are computed once, whatever is asked of them afterwards: another criterion, budget or strategy costs "
+        'the second number only. A language model has one output an example (`outputs="log_likelihood"`).',
+        markdown_table(header, rows, right=range(2, 8)),
+        *([results["note"]] if results.get("note") else []),
+        f"{commands}, {results['date']}, {results['machine']}, {versions}.",
+    ]
+    return "\n\n".join(paragraphs) + "\n"
+
+
+def write(results: dict[str, Any], folder: Path) -> None:
+    """Writes results.json and README.md; cases of an earlier run stay where this one did not measure them again."""
+    file = folder / "results.json"
+    earlier = json.loads(file.read_text(encoding="utf-8"))["cases"] if file.exists() else {}
+    results = {**results, "cases": {**earlier, **results["cases"]}}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(report(results), encoding="utf-8")

@@ -1,0 +1,100 @@
+# Copyright 2026 The peft-linear authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def script(load_script):
+    return load_script("benchmarks/recommendation_cost.py")
+
+
+def test_it_measures_both_in_turns_and_writes_a_table(script, tmp_path, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(script, "peak_megabytes", lambda *what: asked.append(what) or 7.0 + len(asked))
+    options = ["--cases", "tiny", "--rounds", "2", "--rank", "2", "--note", "A busy machine."]
+    assert script.main([*options, "--output", str(tmp_path)]) == 0
+    row = json.loads((tmp_path / "results.json").read_text())["cases"]["tiny"]
+    assert (row["candidates"], row["examples"], row["outputs"], row["goal_steps"]) == (31, 10, 2, 10_000)
+    for name in script.CRITERIA:
+        assert 0 < row["in_steps"][name]["low"] <= row["in_steps"][name]["median"] <= row["in_steps"][name]["high"]
+        assert row["in_steps_by_the_clock"][name]["median"] > 0
+        assert row["seconds"][name] > 0
+    assert asked == [("tiny", "step", 2, "cpu"), ("tiny", "default-by-evidence", 2, "cpu")]
+    table = (tmp_path / "README.md").read_text()
+    assert table == capsys.readouterr().out.rstrip("\n") + "\n"
+    assert "tiny: 31 candidates, 10 examples of 2 outputs" in table and "| 10000 | yes | 9 / 8 |" in table
+    assert "A busy machine." in table and "--rank 2" in table
+
+
+@pytest.mark.parametrize("what", ["step", "default-by-evidence"])
+def test_peak_memory_is_of_a_process_that_does_one_thing(script, what, monkeypatch, capsys):
+    ran = []
+
+    def run(command, **_):
+        ran.append(command)
+        assert script.main(command[2:]) == 0
+        return SimpleNamespace(stdout=capsys.readouterr().out)
+
+    monkeypatch.setattr(script.subprocess, "run", run)
+    monkeypatch.setattr(script, "peak_bytes", iter([2**20, 5 * 2**20]).__next__)
+    assert script.peak_megabytes("tiny", what, 2, "cpu") == 4.0
+    assert ran[0][1].endswith("recommendation_cost.py")
+
+
+def fake(case, steps, goal):
+    spread = {"median": steps, "low": steps, "high": steps}
+    return {
+        **{"candidates": 3, "examples": 4, "outputs": 1, "goal_steps": goal, "rounds": 1, "command": f"run {case}"},
+        "seconds": {"step": 1.0, "kernels": 2.0, "default-by-evidence": 0.5, "leave_one_out": 0.7},
+        "in_steps": dict.fromkeys(("default-by-evidence", "leave_one_out"), spread),
+        "in_steps_by_the_clock": dict.fromkeys(("default-by-evidence", "leave_one_out"), spread),
+    }
+
+
+def test_a_missed_goal_is_said_and_an_earlier_case_is_kept(script, tmp_path, monkeypatch, capsys):
+    results = {"note": "", "date": "today", "machine": "here", "versions": {"torch": "2"}}
+    script.write({**results, "cases": {"slow": fake("slow", 31.0, 30), "good": fake("good", 2.0, 30)}}, tmp_path)
+    script.write({**results, "cases": {"good": fake("again", 3.0, 30)}}, tmp_path)
+    kept = json.loads((tmp_path / "results.json").read_text())["cases"]
+    assert kept["slow"]["in_steps"]["leave_one_out"]["median"] == 31.0
+    assert kept["good"]["command"] == "run again"
+    table = (tmp_path / "README.md").read_text()
+    assert "| 30 | no |" in table and "| 30 | yes |" in table and "`run slow`, `run again`" in table
+    monkeypatch.setattr(script, "measure", lambda *_: fake("slow", 31.0, 30))
+    assert script.main(["--cases", "tiny", "--measure", "time"]) == 1
+    assert "missed: tiny: 31.0 training steps, at most 30 wanted" in capsys.readouterr().err
+
+
+def test_a_round_is_compared_with_its_own_steps(script):
+    seen = {
+        "step": [(1.0, 2.0), (2.0, 8.0)],
+        "kernels": [(4.0, 8.0), (8.0, 8.0)],
+        "leave_one_out": [(2.0, 4.0), (4.0, 8.0)],
+    }
+    assert script.ratios(seen, "leave_one_out", clock=0) == {"median": 6.0, "low": 6.0, "high": 6.0}
+    assert script.ratios(seen, "leave_one_out", clock=1) == {"median": 4.0, "low": 2.0, "high": 6.0}
+
+
+def test_training_shares_the_weights_of_the_model_that_is_looked_at(script):
+    setting = script.build("tiny", "cpu")
+    training = script.Training(setting, 2, "cpu")
+    ours = {id(p) for p in setting.model.parameters()}
+    assert sum(id(p) in ours for p in training.model.parameters()) > 30
+    before = script.kernels_of(setting, 2).subset()
+    training.run(2)
+    assert (script.kernels_of(setting, 2).subset() == before).all()  # the base is frozen, only the adapters move
