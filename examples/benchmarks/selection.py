@@ -88,23 +88,15 @@ def picks_of(task: SelectionTask, sets: Sequence[Configuration], options: argpar
 
 
 def report(options: argparse.Namespace, output: Path) -> None:
-    """Tables and the figure of the tasks whose single modules and sets are all trained for the seeds."""
+    """Tables and the figure of the tasks whose single modules, at least, are trained."""
     all_measured, picks = [], {}
     for key in options.tasks:
         task = TASKS[key](options.sizes, Path(options.cache))
         truth, sets = truth_of(task, options, output), configurations(task, options.protocol.rank, options.random_sets)
-        seeds = max(
-            (
-                options.seeds[:n]
-                for n in range(len(options.seeds) + 1)
-                if n and all(truth.finished(c, options.seeds[:n]) for c in sets)
-            ),
-            key=len,
-            default=None,
-        )
+        seeds = most_seeds(truth, sets, options.seeds)
         records = score_records(task, options, output)
-        if seeds is None or not all((key, look, SCORE_SEED) in records for look in looks_of(task)):
-            print(f"{key}: not finished, left out", file=sys.stderr)
+        if not seeds or not all((key, look, SCORE_SEED) in records for look in looks_of(task)):
+            print(f"{key}: too little is finished, left out", file=sys.stderr)
             continue
         table, seconds = scored(task, sets, options, output)
         if (key, "picks", SCORE_SEED) in records:
@@ -131,6 +123,14 @@ def report(options: argparse.Namespace, output: Path) -> None:
     write_text(output / "README.md", "\n\n".join(text) + "\n")
     results = {**setting, "tasks": as_json(all_measured, picks, steps)}
     write_text(output / "results.json", json.dumps(results, indent=1) + "\n")
+
+
+def most_seeds(truth: Truth, sets: Sequence[Configuration], seeds: Sequence[int]) -> Sequence[int]:
+    """As many seeds as are finished for all sets; the first, if that is so for the single modules at least."""
+    for count in range(len(seeds), 0, -1):
+        if all(truth.finished(c, seeds[:count]) for c in sets):
+            return seeds[:count]
+    return seeds[:1] if all(truth.finished(c, seeds[:1]) for c in sets if c.single) else ()
 
 
 def hours(options: argparse.Namespace, output: Path) -> float:

@@ -42,6 +42,7 @@ class Measured:
     scores: Scores  # criterion -> configuration -> utility
     seconds: Mapping[str, float]  # look -> time
     rank: int
+    planned: int  # sets, finished or not
 
     def mean_loss(self, key: str, steps: int) -> float:
         return statistics.fmean(self.losses[key][steps])
@@ -54,9 +55,10 @@ def measured(
     truth: Truth, sets: Iterable[Configuration], seeds: Sequence[int], scores: Scores, seconds: Mapping[str, float]
 ) -> Measured:
     """What is finished for all `seeds`."""
+    sets = tuple(sets)
     losses = {c.key: found for c in sets if (found := truth.losses(c, seeds)) is not None}
     kept = tuple(c for c in sets if c.key in losses)
-    return Measured(truth.task, kept, losses, scores, seconds, truth.protocol.rank)
+    return Measured(truth.task, kept, losses, scores, seconds, truth.protocol.rank, len(sets))
 
 
 def correlations(of: Measured, group: str, steps: int) -> dict[str, Correlation]:

@@ -77,7 +77,7 @@ def _tasks(all_measured: Sequence[Measured], steps: Sequence[int]) -> str:
                 of.task.words,
                 of.task.family,
                 str(len(of.task.modules)),
-                f"{len(of.sets)}",
+                f"{len(of.sets)} of {of.planned}",
                 str(seeds),
                 _each(everything),
                 _each(best),

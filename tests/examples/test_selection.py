@@ -72,7 +72,7 @@ def planted(parts, losses, scores, task=None, rank=1):
     configurations = tuple(parts.truth.Configuration(f"single {name}", (name,)) for name in names)
     table = {c: {f"single {name}": value for name, value in values.items()} for c, values in scores.items()}
     found = {f"single {name}": {8: [loss, loss + 0.1]} for name, loss in losses.items()}
-    return parts.analysis.Measured(task, configurations, found, table, {}, rank)
+    return parts.analysis.Measured(task, configurations, found, table, {}, rank, len(names))
 
 
 def test_the_tasks_have_their_kinds_and_share_no_example_between_splits(script, parts, tmp_path):
