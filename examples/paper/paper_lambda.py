@@ -65,7 +65,9 @@ class Kind:
 KINDS = {
     "always": Kind("everything is pulled at every step (the paper's objective)", EVERYTHING, False),
     "everything": Kind("everything is pulled by the selective rule (the paper's eq. 8)", EVERYTHING, True),
-    "factors": Kind("the LoRA factors are pulled by that rule, the head is free (ProximalLoRA, selective)", FACTORS, True),
+    "factors": Kind(
+        "the LoRA factors are pulled by that rule, the head is free (ProximalLoRA, selective)", FACTORS, True
+    ),
 }
 
 
