@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import shlex
 import statistics
 import subprocess
 import sys
@@ -231,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     about = {
         "rounds": options.rounds,
         "rank": options.rank,
-        "command": " ".join(["python examples/benchmarks/recommendation_cost.py", *given]),
+        "command": shlex.join(["python", "examples/benchmarks/recommendation_cost.py", *given]),
     }
     results: dict[str, Any] = {
         "note": options.note,

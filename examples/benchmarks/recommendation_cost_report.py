@@ -42,7 +42,8 @@ def report(results: Mapping[str, Any]) -> str:
     rows = []
     for case, row in results["cases"].items():
         seconds, peaks = row["seconds"], row.get("peak_mebibytes", {})
-        shape = f"{case}: {row['candidates']} candidates, {row['examples']} examples of {row['outputs']} outputs"
+        shape = f"{case}: {row['candidates']} candidates, {row['examples']} examples of {row['outputs']} "
+        shape += "output" if row["outputs"] == 1 else "outputs"
         for name in CRITERIA:
             steps, clock = row["in_steps"][name], row["in_steps_by_the_clock"][name]
             goal = name == CRITERIA[0]
@@ -75,9 +76,9 @@ def report(results: Mapping[str, Any]) -> str:
     paragraphs = [
         "# Cost of a recommendation",
         f"`compute_ntk` and `recommend(kernels, {BUDGET})` in training steps of LoRA (all linear modules, AdamW, "
-        f"batches of 32; a step takes {taken}). Medians over rounds ({rounds}), in each of which both took turns in one "
-        "process; times are of the processor, with those by the clock beside them. Peak memory is what a call adds, in "
-        "a process of its own.",
+        f"batches of 32; a step takes {taken}). Medians over rounds ({rounds}), in each of which both took turns in "
+        "one process; times are of the processor, with those by the clock beside them. Peak memory is what a call "
+        "adds, in a process of its own.",
         "Kernels are computed once, whatever is asked of them afterwards: another criterion, budget or strategy costs "
         'the second number only. A language model has one output an example (`outputs="log_likelihood"`).',
         markdown_table(header, rows, right=range(2, 8)),
