@@ -19,8 +19,7 @@ candidates that it makes. The baselines that need no network are in `baselines`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -28,66 +27,15 @@ import torch
 from peft import EvaConfig, LoraConfig
 from peft.tuners.lora.eva import get_eva_state_dict
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from ..capture.batches import Batch, evaluate, read_batches
-from ..capture.ntk import compute_ntk
-from ..capture.outputs import OutputFunction, label_shift
-from ..capture.parameters import differentiable
-from ..capture.passes import no_gradient
+from ..capture.batches import read_batches
 from ..capture.recorder import recording
-from ..capture.targets import Targets, base_model, linear_shape, resolve_always_trained, resolve_targets
-from ..errors import CriterionError, TargetError
+from ..capture.targets import Targets, base_model, resolve_always_trained, resolve_targets
+from ..errors import CriterionError
+from .look import Look, weight_matrix, weight_parameter
 
 
 _IQR_OF_A_NORMAL = 1.3489795003921634  # width of the middle half of a standard normal distribution
-
-
-@dataclass(frozen=True)
-class Look:
-    """What a selector may look at: the candidates, the data, and the adapter it is asked about."""
-
-    model: nn.Module
-    modules: Mapping[str, nn.Module]
-    batches: Sequence[Batch]
-    rank: int = 8
-    lora_alpha: float = 16.0
-    seed: int = 0
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.model.parameters()).device
-
-    def gradients(self) -> dict[str, Tensor]:
-        """Ḡ (d_out, d_in) float64 of each module: the gradient of the mean loss of all examples."""
-        weights = {name: _parameter(name, module) for name, module in self.modules.items()}
-        function = OutputFunction("loss", shift=label_shift(base_model(self.model)))
-        totals = {name: torch.zeros(weight.shape, dtype=torch.float64) for name, weight in weights.items()}
-        count = sum(batch.size for batch in self.batches)
-        device = next(iter(weights.values())).device
-        with differentiable(self.model, list(weights.values())):
-            for number, batch in enumerate(self.batches):
-                loss = evaluate(self.model, batch.to(device), function, number).sum() / count
-                if not loss.requires_grad:
-                    raise no_gradient(self.modules, "loss")
-                gradients = torch.autograd.grad(
-                    loss, list(weights.values()), allow_unused=True, materialize_grads=True
-                )
-                for name, gradient in zip(weights, gradients, strict=True):
-                    totals[name] += gradient.cpu().double()
-        return {name: _as_matrix(total, self.modules[name]) for name, total in totals.items()}
-
-    def inputs(self) -> dict[str, list[Tensor]]:
-        """The inputs (positions, d_in) that each module saw, one tensor a call; padding counts too."""
-        device = self.device
-        seen: dict[str, list[Tensor]] = {name: [] for name in self.modules}
-        with recording(self.model, self.modules) as recorder, torch.no_grad():
-            for batch in self.batches:
-                recorder.clear()
-                self.model(**batch.to(device).inputs)
-                for name, calls in recorder.calls.items():
-                    seen[name] += [call.inputs.reshape(-1, call.inputs.shape[-1]) for call in calls]
-        return seen
 
 
 Score = Callable[[Look], dict[str, float]]
@@ -113,7 +61,7 @@ def page(look: Look) -> dict[str, float]:
 def relative_gradient_norm(look: Look) -> dict[str, float]:
     """`‖Ḡ‖_F / ‖W‖_F`."""
     return {
-        name: float(gradient.norm() / _weight(look.modules[name]).norm())
+        name: float(gradient.norm() / weight_matrix(look.modules[name]).norm())
         for name, gradient in look.gradients().items()
     }
 
@@ -121,7 +69,7 @@ def relative_gradient_norm(look: Look) -> dict[str, float]:
 def gora(look: Look) -> dict[str, float]:
     """`mean |W ⊙ Ḡ|`: the importance by which GoRA (arXiv 2502.12171) distributes ranks."""
     return {
-        name: float((_weight(look.modules[name]) * gradient).abs().mean())
+        name: float((weight_matrix(look.modules[name]) * gradient).abs().mean())
         for name, gradient in look.gradients().items()
     }
 
@@ -134,29 +82,9 @@ def fisher(look: Look) -> dict[str, float]:
     """
     total = dict.fromkeys(look.modules, 0.0)
     for batch in look.batches:
-        for name, part in _squared_gradients(look, batch).items():
+        for name, part in look.squared_gradients(batch).items():
             total[name] += part
     return total
-
-
-def _squared_gradients(look: Look, batch: Batch) -> dict[str, float]:
-    """`Σ g²` of each module over the examples of a batch."""
-    try:
-        kernels = compute_ntk(
-            look.model,
-            [{**batch.inputs, "labels": batch.labels}],
-            targets=list(look.modules),
-            space="weight",
-            outputs="loss",
-            always_trained=(),
-            progress=False,
-            product_dtype=torch.float64,
-            distributed=False,
-        )
-        return {name: float(kernels[name].trace()) for name in look.modules}
-    except TargetError:  # the model mixes the examples of a batch
-        single = [Look(look.model, look.modules, [_example(batch, i)]).gradients() for i in range(batch.size)]
-        return {name: sum(float(one[name].square().sum()) for one in single) for name in look.modules}
 
 
 def plop(look: Look) -> dict[str, float]:
@@ -168,7 +96,7 @@ def plop(look: Look) -> dict[str, float]:
     generator = torch.Generator().manual_seed(look.seed)
     scores = {}
     for name, seen in look.inputs().items():
-        weight = _weight(look.modules[name])
+        weight = weight_matrix(look.modules[name])
         features = torch.cat(seen).cpu().double() if seen else torch.zeros(1, weight.shape[1], dtype=torch.float64)
         features = nn.functional.normalize(features[features.norm(dim=1) > 0], dim=1)
         directions = torch.randn(256, weight.shape[1], generator=generator, dtype=torch.float64)
@@ -191,9 +119,9 @@ def signal_to_noise(look: Look) -> dict[str, float]:
     """
     scores = {}
     for name, module in look.modules.items():
-        values = torch.linalg.svdvals(_weight(module))
+        values = torch.linalg.svdvals(weight_matrix(module))
         low, high = torch.quantile(values, torch.tensor([0.25, 0.75], dtype=torch.float64))
-        shape = sorted(_weight(module).shape)
+        shape = sorted(weight_matrix(module).shape)
         threshold = float(high - low) / _IQR_OF_A_NORMAL * (1 + (shape[0] / shape[1]) ** 0.5)
         signal, noise = values[values > threshold].sum(), values[values <= threshold].sum()
         largest = float(values[0])
@@ -269,7 +197,7 @@ def model_scores(
         raise CriterionError(f"unknown selector {name!r}; there are: {', '.join(MODEL_BASELINES)}")
     modules = resolve_targets(model, targets, reserved=resolve_always_trained(model, None))
     for module_name, module in modules.items():
-        _parameter(module_name, module)
+        weight_parameter(module_name, module)
     needs_labels = name not in ("plop", "plop_low", "signal_to_noise", "eva")
     read = read_batches(batches, model, needs_labels, f"the selector {name!r}")
     return MODEL_BASELINES[name](Look(model, modules, read, rank, lora_alpha, seed))
@@ -287,31 +215,3 @@ def _unpadded(layer_input: Any, mask: Tensor | None, layer_name: str) -> Tensor:
     if mask is not None and mask.shape == inputs.shape[:-1]:
         return inputs[mask.bool()]
     return inputs.reshape(-1, inputs.shape[-1])
-
-
-def _example(batch: Batch, i: int) -> Batch:
-    """The batch of its example i alone."""
-
-    def one(value: Any) -> Any:
-        return value[i : i + 1] if isinstance(value, Tensor) and value.ndim and len(value) == batch.size else value
-
-    return Batch({key: one(value) for key, value in batch.inputs.items()}, one(batch.labels))
-
-
-def _parameter(name: str, module: nn.Module) -> nn.Parameter:
-    weight = getattr(module, "weight", None)
-    if linear_shape(module) is None or not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
-        raise TargetError(
-            f"{name} ({type(module).__name__}) has no weight matrix of floating-point numbers, which this selector "
-            "looks at; leave it out of `targets`, or load the model without quantisation"
-        )
-    return weight
-
-
-def _weight(module: nn.Module) -> Tensor:
-    """W (d_out, d_in), float64 on the CPU."""
-    return _as_matrix(module.weight.detach().cpu().double(), module)  # type: ignore[operator, union-attr]
-
-
-def _as_matrix(weight: Tensor, module: nn.Module) -> Tensor:
-    return weight.T if isinstance(module, Conv1D) else weight
