@@ -214,4 +214,4 @@ def _unpadded(layer_input: Any, mask: Tensor | None, layer_name: str) -> Tensor:
     inputs = layer_input[0] if isinstance(layer_input, (tuple, list)) else layer_input
     if mask is not None and mask.shape == inputs.shape[:-1]:
         return inputs[mask.bool()]
-    return inputs.reshape(-1, inputs.shape[-1])
+    return inputs.reshape(-1, inputs.shape[-1]).contiguous()  # peft views it as a vector

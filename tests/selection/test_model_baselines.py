@@ -223,3 +223,9 @@ def test_every_selector_scores_a_causal_language_model(name):
     model = small.seeded(small.llama, causal=True, dtype=torch.float32)
     found = model_scores(name, model, small.causal_batches(), rank=2)
     assert found and all(math.isfinite(score) for score in found.values())
+
+
+def test_eva_takes_the_pooler_whose_input_is_a_slice():
+    model = small.seeded(small.bert, dtype=torch.float32)
+    found = model_scores("eva", model, small.text_batches(sizes=(4, 4)), rank=2)
+    assert "bert.pooler.dense" in found and all(math.isfinite(score) for score in found.values())
