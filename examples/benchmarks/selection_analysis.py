@@ -48,7 +48,7 @@ class Measured:
         return statistics.fmean(self.losses[key][steps])
 
     def group(self, name: str) -> list[Configuration]:
-        return [c for c in self.sets if c.modules and c.single == (name == SINGLES)]
+        return [c for c in self.sets if c.modules and not c.picked and c.single == (name == SINGLES)]
 
 
 def measured(
@@ -94,7 +94,7 @@ def budgets(task: SelectionTask, rank: int) -> dict[str, tuple[int | None, float
 
 
 def within(of: Measured, limit: tuple[int | None, float | None]) -> list[Configuration]:
-    """The measured sets that fit into a budget."""
+    """The measured sets that fit into a budget, picks included."""
     modules, parameters = limit
     return [
         c
@@ -112,7 +112,7 @@ def regrets(of: Measured, steps: int) -> dict[str, dict[str, float]]:
     """
     found: dict[str, dict[str, float]] = {}
     for words, limit in budgets(of.task, of.rank).items():
-        pool = within(of, limit)
+        pool = [c for c in within(of, limit) if not c.picked]
         if not pool:
             continue
         best = min(of.mean_loss(c.key, steps) for c in pool)

@@ -24,7 +24,7 @@ from records import Records
 from selection_analysis import Measured, budgets, within
 from selection_scores import Scores, count_examples
 from selection_tasks import SelectionTask
-from selection_truth import FRACTIONS, SIZES, Configuration, Protocol
+from selection_truth import FRACTIONS, PICKED, SIZES, Configuration, Protocol
 
 from peft_linear import ModuleKernels, compute_ntk, recommend
 from peft_linear.errors import TargetError
@@ -112,7 +112,7 @@ def as_configurations(task: SelectionTask, picks: Picks, known: Sequence[Configu
 
 
 def key_of(modules: Sequence[str]) -> str:
-    return "pick " + hashlib.sha256(" ".join(modules).encode()).hexdigest()[:12]
+    return PICKED + hashlib.sha256(" ".join(modules).encode()).hexdigest()[:12]
 
 
 def pick_regrets(of: Measured, picks: Picks, steps: int) -> dict[str, dict[str, float]]:

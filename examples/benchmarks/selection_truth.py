@@ -38,6 +38,7 @@ from peft_linear.report.names import parse_name
 
 
 HEAD_ONLY, ALL_LINEAR = "head only", "all linear"
+PICKED = "pick "
 SIZES = (2, 4, 8)  # modules of a random subset
 FRACTIONS = (0.10, 0.25)  # of all-linear's parameters
 
@@ -65,6 +66,11 @@ class Configuration:
     @property
     def single(self) -> bool:
         return self.key.startswith("single ")
+
+    @property
+    def picked(self) -> bool:
+        """Whether a selector's choice made it, so that it belongs to no sample of sets."""
+        return self.key.startswith(PICKED)
 
 
 def configurations(task: SelectionTask, rank: int, random_sets: int = 6) -> list[Configuration]:
