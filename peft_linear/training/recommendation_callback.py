@@ -27,7 +27,8 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from ..errors import FileError, PeftLinearError, TargetError
-from ..report.writer import write_report
+from ..files import write_text
+from ..report.writer import HTML_NAME, write_report
 from ..selection.recommendation import JSON_NAME, Recommendation
 from .calibration import calibration_batches
 from .logs import know_handler, log_to_all
@@ -65,7 +66,8 @@ class NtkRecommendationCallback(TrainerCallback):
     `ntk_predicted_loss`, …) is logged as by `Trainer.log`: in the log history, and seen by every other callback of the
     Trainer, trackers (`report_to`) included. A resumed run has it in its log history already and does not repeat it.
 
-    **Report and model card.** recommendation.json, recommendation.md, report.html and a figure are written into
+    **Report and model card.** recommendation.json, recommendation.md, report.html (after training with what was
+    measured beside what was predicted, if losses were logged) and a figure are written into
     `args.output_dir`. Every model card written for a PeftModel from then on (`save_pretrained`, `push_to_hub`,
     `Trainer.create_model_card`, `Trainer.push_to_hub`) has a section with the choice and what was predicted for it.
 
@@ -166,6 +168,17 @@ class NtkRecommendationCallback(TrainerCallback):
                 self._require_checkpoint(model, checkpoint, adapter)
         if self.recommendation is not None and not any("ntk_modules" in entry for entry in state.log_history):
             log_to_all(self, args, state, control, summary(self.recommendation))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Puts what was measured beside what was predicted, in report.html."""
+        history = [
+            e for e in state.log_history if any(math.isfinite(e.get(k, math.nan)) for k in ("loss", "eval_loss"))
+        ]
+        if self.recommendation is not None and state.is_world_process_zero and history:
+            page = self.recommendation.to_html(history=history)
+            write_text(Path(args.output_dir or ".") / HTML_NAME, page)
 
     def _choose(self, args: TrainingArguments, state: TrainerState, model: torch.nn.Module, processing: Any) -> None:
         output = Path(args.output_dir or ".")

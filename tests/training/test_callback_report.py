@@ -45,6 +45,18 @@ def test_report_changes_nothing_and_writes_the_report(tmp_path, monkeypatch):
     assert len(lora_parameters(model)) == 2 * len(adapted_modules(model, "default"))
 
 
+def test_after_training_the_report_has_what_was_measured(tmp_path):
+    trainer = trainer_for(peft_bert(), tmp_path, [callback("report")], eval_strategy="no")
+    before = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "Measured by the Trainer" not in before and "measured by the Trainer" not in before
+    trainer.train()
+    after = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "measured by the Trainer" in after
+    silent = trainer_for(peft_bert(), tmp_path / "silent", [callback("report")], logging_strategy="no")
+    silent.train()  # without a loss in the history there is nothing to add
+    assert "measured by the Trainer" not in (tmp_path / "silent" / "report.html").read_text(encoding="utf-8")
+
+
 def test_report_on_a_model_without_adapters(tmp_path):
     ours = callback("report", budget=0.5)
     trainer_for(base_model(), tmp_path, [ours])
