@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from figure_style import INK, finish
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -29,7 +30,6 @@ from predicted_curves_report import comparisons
 from peft_linear.capture.gap import VERDICTS
 
 
-INK, GRID = "#22303c", "#e3e8eb"
 SERIES = (("#d1495b", "o"), ("#30638e", "s"), ("#66a182", "^"))
 
 
@@ -65,7 +65,7 @@ def draw_curves(axes: Axes, runs: list[dict], quantity: str, title: str) -> None
         axes.legend(handles=handles, frameon=False, fontsize=10, loc="lower left")
     axes.set_xlabel("step", color=INK)
     axes.set_ylabel("cross-entropy", color=INK)
-    _finish(axes, title)
+    finish(axes, title)
 
 
 def draw_ends(axes: Axes, runs: list[dict]) -> None:
@@ -82,7 +82,7 @@ def draw_ends(axes: Axes, runs: list[dict]) -> None:
     axes.set_ylim(0, None)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.legend(frameon=False, fontsize=10)
-    _finish(axes, "at the end of the training")
+    finish(axes, "at the end of the training")
 
 
 def draw_thresholds(record: Mapping[str, Any], path: Path) -> None:
@@ -104,14 +104,5 @@ def draw_thresholds(record: Mapping[str, Any], path: Path) -> None:
     axes.set_xlabel("gap relative to the movement (held-out examples)", color=INK)
     axes.set_ylabel("error of the predicted held-out loss", color=INK)
     axes.legend(frameon=False, fontsize=11, loc="lower right")
-    _finish(axes, "Does the gap tell whether the prediction holds?")
+    finish(axes, "Does the gap tell whether the prediction holds?")
     figure.savefig(path, dpi=140)
-
-
-def _finish(axes: Axes, title: str) -> None:
-    axes.set_title(title, loc="left", fontsize=12.5, color=INK, fontweight="bold", pad=10)
-    axes.grid(color=GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(length=0)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)

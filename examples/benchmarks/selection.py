@@ -109,8 +109,7 @@ def report(options: argparse.Namespace, output: Path) -> None:
     draw(all_measured, steps, output / "figure.png")
     command = " ".join(["python examples/benchmarks/selection.py", *options.command])
     setting = {
-        "protocol": asdict(options.protocol),
-        "sizes": asdict(options.sizes),
+        **setting_of(options),
         "hours of training": round(hours(options, output), 2),
         **circumstances(command, options.date),
     }

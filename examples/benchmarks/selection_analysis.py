@@ -18,6 +18,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,7 @@ RESAMPLES = 2000
 CHANCE = "random choice"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # hashed by identity: tables and figure ask for the same numbers
 class Measured:
     """One task with its ground truth and its scores."""
 
@@ -61,6 +62,7 @@ def measured(
     return Measured(truth.task, kept, losses, scores, seconds, truth.protocol.rank, len(sets))
 
 
+@cache
 def correlations(of: Measured, group: str, steps: int) -> dict[str, Correlation]:
     """{criterion: rank correlation of its utility with the mean loss, signed so that +1 is right}, best first."""
     members = of.group(group)
@@ -105,6 +107,7 @@ def within(of: Measured, limit: tuple[int | None, float | None]) -> list[Configu
     ]
 
 
+@cache
 def regrets(of: Measured, steps: int) -> dict[str, dict[str, float]]:
     """{criterion: {budget: loss of the best-scored measured set that fits, less the least loss of those that fit}}.
 
@@ -117,9 +120,8 @@ def regrets(of: Measured, steps: int) -> dict[str, dict[str, float]]:
             continue
         best = min(of.mean_loss(c.key, steps) for c in pool)
         for criterion, values in of.scores.items():
-            known = [c for c in pool if c.key in values]
-            if len(known) == len(pool):
-                pick = max(known, key=lambda c: values[c.key])
+            if all(c.key in values for c in pool):
+                pick = max(pool, key=lambda c: values[c.key])
                 found.setdefault(criterion, {})[words] = of.mean_loss(pick.key, steps) - best
         full = [c for c in pool if is_full(of, c, limit)]
         if full:
@@ -172,10 +174,8 @@ def summary(all_measured: Sequence[Measured], steps: Sequence[int]) -> dict[str,
             if all(criterion in table for tables in by_task for table in tables):
                 row[group] = mean_over_tasks([[table[criterion].mean for table in tables] for tables in by_task])
         if all(criterion in table for tables in regret for table in tables):
-            row["regret"] = mean_over_tasks(
-                [[value for table in tables for value in table[criterion].values()] for tables in regret]
-            )
             row["regrets"] = [[value for table in tables for value in table[criterion].values()] for tables in regret]
+            row["regret"] = mean_over_tasks(row["regrets"])
         if row:
             found[criterion] = row
     return dict(sorted(found.items(), key=lambda item: item[1]["regret"].mean if "regret" in item[1] else np.inf))

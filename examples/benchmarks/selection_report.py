@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from figure_style import INK, finish
 from matplotlib.figure import Figure
 from selection_analysis import (
     CHANCE,
@@ -38,7 +39,6 @@ from selection_picks import Picks, pick_regrets
 from peft_linear.report.markdown import markdown_table
 
 
-INK, GRID = "#22303c", "#e3e8eb"
 COLORS = {"validation": "#30638e", "test": "#d1495b"}
 SHOWN = 30  # rows of a table of criteria
 
@@ -185,16 +185,11 @@ def draw(all_measured: Sequence[Measured], steps: Sequence[int], path: Path, cou
             values = [_value(of, group, name, steps) for name in names]
             axes.plot(values, rows, "o", color=COLORS[of.task.family], alpha=0.6, markersize=6, linewidth=0)
         axes.plot([found[name][group].mean for name in names], rows, "|", color=INK, markersize=16, markeredgewidth=2)
-        axes.grid(color=GRID, linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.tick_params(length=0)
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
     panels[0].set_yticks(rows, [name.replace("_", " ") for name in names], fontsize=10, color=INK)
     panels[0].set_ylim(len(names) - 0.5, -0.5)
     titles = ("Rank correlation: single modules", "Rank correlation: sets", "Regret (nats)")
     for axes, title in zip(panels, titles, strict=True):
-        axes.set_title(title, loc="left", fontsize=12, color=INK, fontweight="bold")
+        finish(axes, title)
     for family, color in COLORS.items():
         if any(of.task.family == family for of in all_measured):
             panels[2].plot([], [], "o", color=color, label=f"a task of the family “{family}”")

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 from correlation import Correlation
-from criteria_figure import GRID, INK
+from figure_style import INK, finish
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import BoundaryNorm
@@ -87,7 +87,7 @@ def _panel(axes: Axes, runs: Runs, lines: Sequence[Line], ylabel: str, title: st
     axes.set_ylabel(ylabel, color=INK)
     axes.margins(y=0.16)
     axes.legend(frameon=False, fontsize=10, loc="lower left")
-    _finish(axes, title)
+    finish(axes, title)
 
 
 def draw_condition(
@@ -102,7 +102,7 @@ def draw_condition(
     for column, arm in enumerate(ARMS):
         axes = figure.add_subplot(cells[0, column])
         sizes = _draw_scatter(axes, [run for run in runs if (run["loss"], run["optimizer"]) == arm])
-        _finish(axes, f"{ARM_NAMES[arm]}: {tables['final training loss'][arm][PAPER].mean:+.2f}")
+        finish(axes, f"{ARM_NAMES[arm]}: {tables['final training loss'][arm][PAPER].mean:+.2f}")
         if column == 0:
             axes.set_ylabel("final training loss", color=INK)
     bar = figure.colorbar(sizes, ax=axes, pad=0.03, fraction=0.06)
@@ -112,7 +112,7 @@ def draw_condition(
     second = figure.add_subplot(cells[1, 2:], sharey=first)
     for axes, (outcome, arms) in zip((first, second), tables.items(), strict=True):
         _draw_correlations(axes, arms)
-        _finish(axes, f"Rank correlation with the {outcome}")
+        finish(axes, f"Rank correlation with the {outcome}")
         axes.grid(axis="y", visible=False)
     names = [name.replace("_", " ") for name in ordered(tables["final training loss"])]
     first.set_yticks(range(len(names)), names, fontsize=11, color=INK)
@@ -167,12 +167,3 @@ def _draw_correlations(axes: Axes, arms: Mapping[tuple[str, str], Mapping[str, C
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xlim(-1.03, 1.03)
     axes.set_xlabel("positive: what the predictor prefers trains better", color=INK)
-
-
-def _finish(axes: Axes, title: str) -> None:
-    axes.set_title(title, loc="left", fontsize=12.5, color=INK, fontweight="bold", pad=10)
-    axes.grid(color=GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(length=0)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)

@@ -16,7 +16,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -25,6 +24,7 @@ from pathlib import Path
 import pytest
 import small_models as small
 import torch
+from ports import free_port
 from torch.testing import assert_close
 
 from peft_linear.capture.ntk import compute_ntk
@@ -93,12 +93,6 @@ def die(*_):
 model.register_forward_pre_hook(die)
 compute_ntk(model, small.text_batches(SIZES), progress=False, folder=sys.argv[1])
 """.replace("SIZES", repr(SIZES))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,6 @@ from __future__ import annotations
 import gc
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +28,7 @@ import small_models as small
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ports import free_port
 from torch.testing import assert_close
 
 from peft_linear.capture import accumulate, run
@@ -372,9 +372,7 @@ assert all(kernels.provenance["processes"] == 2 for kernels in several.values())
 
 
 def test_two_processes_give_the_kernels_of_one(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     environment = os.environ | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     environment |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     command = [sys.executable, "-c", TOGETHER, str(tmp_path / "run")]

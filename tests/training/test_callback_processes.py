@@ -14,7 +14,6 @@
 """The callback under DDP: the main process chooses, all restrict to it, and train what one process trains."""
 
 import os
-import socket
 from pathlib import Path
 
 import pytest
@@ -28,6 +27,7 @@ from peft_linear.training.main_process import on_main_process
 from peft_linear.training.restrict import adapted_modules
 from peft_linear.tuners.proximal_lora import ProximalLoraConfig
 from tests.callback_runs import callback, trainer_for
+from tests.ports import free_port
 from tests.selection.planted import planted_kernels
 from tests.small_models import bert, seeded
 
@@ -89,9 +89,7 @@ def _process(rank, port, folder):
 @pytest.fixture(scope="module")
 def together(tmp_path_factory):
     folder: Path = tmp_path_factory.mktemp("together")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     torch.multiprocessing.spawn(_process, args=(port, folder), nprocs=2)
     return folder
 

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import socket
 from functools import partial
 from pathlib import Path
 
@@ -42,6 +41,7 @@ from peft_linear.training.callbacks import ProximalCallback
 from peft_linear.training.proximal import proximal_distance, proximal_firing_rate
 from peft_linear.tuners.proximal_lora import ProximalLoraConfig
 from peft_linear.tuners.proximal_lora.state import find_adapters
+from tests.ports import free_port
 
 
 pytestmark = pytest.mark.skipif(not distributed.is_gloo_available(), reason="this torch has no gloo")
@@ -192,9 +192,7 @@ def run(rank, port, folder, ways):
 @pytest.fixture(scope="module")
 def together(tmp_path_factory):
     folder: Path = tmp_path_factory.mktemp("together")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     ways = [way for way in PREPARE if "fsdp2" not in way or not FSDP2.args[0]]
     torch.multiprocessing.spawn(run, args=(port, folder, ways), nprocs=2)
     return folder
