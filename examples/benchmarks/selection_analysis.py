@@ -166,9 +166,9 @@ def summary(all_measured: Sequence[Measured], steps: Sequence[int]) -> dict[str,
         for group in (SINGLES, SETS)
     }
     regret = [[regrets(of, budget) for budget in steps] for of in all_measured]
-    shared = set.intersection(*(set(of.scores) for of in all_measured)) | {CHANCE}
+    shared = [name for name in all_measured[0].scores if all(name in of.scores for of in all_measured)]
     found: dict[str, dict[str, Any]] = {}
-    for criterion in shared:
+    for criterion in (*shared, CHANCE):  # in an order that does not change, which ties keep
         row: dict[str, Any] = {}
         for group, by_task in correlation.items():
             if all(criterion in table for tables in by_task for table in tables):
