@@ -247,6 +247,7 @@ def _kernels_of_rank(rank: int, result: Result, request: Request, prepared: Prep
             "ways": found.ways,
             **result.record,
         },
+        base_parameters=prepared.in_head,
     )
 
 

@@ -98,7 +98,8 @@ class Request:
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
         signed = self.kernel == "sign"
         job = Job(model, chosen, head_linear, head_other, terms, (), function, device, signed, self.product_dtype)
-        return Prepared(job, self._arguments(list(chosen), sorted(head)), num_parameters)
+        in_head = {id(p): p.numel() for module in head.values() for p in module.parameters()}  # a tied one counts once
+        return Prepared(job, self._arguments(list(chosen), sorted(head)), num_parameters, sum(in_head.values()))
 
     def _check_ranks(self) -> None:
         if not self.ranks:
@@ -134,6 +135,7 @@ class Prepared:
     job: Job
     arguments: dict[str, Any]
     largest: dict[str, int]  # adapter parameters of each candidate at the largest rank
+    in_head: int  # parameters that are trained whatever is chosen
 
     def num_parameters(self, rank: int, largest_rank: int) -> dict[str, int]:
         """Adapter parameters of each candidate at `rank`; an adapter that the model carries keeps its own."""

@@ -88,6 +88,10 @@ def _add_recommend(commands: argparse._SubParsersAction) -> None:
     choice.add_argument("--criterion", default="default-by-evidence", help=CRITERIA_HELP)
     choice.add_argument("--strategy", default="greedy", help="greedy, backward, swap, top or exhaustive")
     choice.add_argument("--ridge", type=float, help="λ in the unit of the kernel's eigenvalues; its mean if not given")
+    choice.add_argument(
+        "--optimizer", choices=("adamw", "sgd"), help="of the training; adamw for the default criterion if not given"
+    )
+    choice.add_argument("--train-batch-size", type=int, default=8, help="of the training; matters to adamw")
     choice.add_argument("--targets", nargs="+", default=["all-linear"], help="candidates: names or suffixes")
     choice.add_argument("--rank", type=int, default=8, help="rank of the adapter")
     choice.add_argument("--alpha", type=float, default=16.0, help="lora_alpha of the adapter")

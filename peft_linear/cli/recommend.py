@@ -87,6 +87,7 @@ def run_recommend(arguments: argparse.Namespace) -> None:
         arguments.criterion,
         arguments.ridge,
         arguments.strategy,
+        arguments.optimizer,
         outputs=outputs,
         targets=targets,
         rank=arguments.rank,
@@ -106,7 +107,14 @@ def run_recommend(arguments: argparse.Namespace) -> None:
         progress=not arguments.quiet,
     )
     recommendation = recommend(
-        kernels, budget, arguments.criterion, arguments.ridge, arguments.strategy, arguments.seed
+        kernels,
+        budget,
+        arguments.criterion,
+        arguments.ridge,
+        arguments.strategy,
+        arguments.seed,
+        optimizer=arguments.optimizer,
+        train_batch_size=arguments.train_batch_size,
     )
     config = recommendation.to_config(**adapter)
     kernels.save(output / KERNELS_NAME)

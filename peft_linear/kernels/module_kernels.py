@@ -65,6 +65,7 @@ class ModuleKernels:
     lora_alpha: float = 16.0
     spread: Mapping[str, float] = field(default_factory=dict)  # relative deviation between draws of A, per module
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    base_parameters: int = 0  # that `base` is of; 0 also where it is not known (older files)
 
     def __post_init__(self) -> None:
         n = self.outputs.numel()
@@ -244,6 +245,7 @@ class ModuleKernels:
             "lora_alpha": self.lora_alpha,
             "spread": dict(self.spread),
             "provenance": dict(self.provenance),
+            "base_parameters": self.base_parameters,
             **more,
         }
         return {"format": FORMAT, "record": json.dumps(record)}

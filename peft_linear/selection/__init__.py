@@ -17,6 +17,7 @@ from .baselines import BASELINES, baseline, equal_parameter_rank, kappa_order
 from .budget import Budget, parse_budget
 from .criteria import CRITERIA, DEFAULT_CRITERION, Criterion, applicable_criteria, score_modules
 from .model_baselines import MODEL_BASELINES, model_order, model_scores
+from .preconditioning import AdamScales, adam_preconditioned
 from .prediction import predict
 from .problem import Problem
 from .ranks import distribute_ranks, effective_dimensions
@@ -30,12 +31,14 @@ __all__ = [
     "CRITERIA",
     "DEFAULT_CRITERION",
     "MODEL_BASELINES",
+    "AdamScales",
     "Budget",
     "Criterion",
     "ModuleScore",
     "Problem",
     "Recommendation",
     "Reliability",
+    "adam_preconditioned",
     "applicable_criteria",
     "baseline",
     "default_ridge",

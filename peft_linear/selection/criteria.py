@@ -42,11 +42,10 @@ from .gain_bounds import (
 from .problem import PROVIDES, Problem
 
 
-# What `criterion="default-by-evidence"` means. The evidence is the measured rank correlation of each criterion with
-# the real test loss of fine-tuned modules: docs/measurements/criteria_minilm_topics.
-DEFAULT_CRITERION = "gradient_energy"
-# The best supported of those that see no labels, for outputs that have no loss.
-DEFAULT_CRITERION_WITHOUT_LABELS = "trace"
+# What `criterion="default-by-evidence"` means: the first of these that the outputs allow. The evidence is the rank
+# correlation of each criterion with the real test loss of fine-tuned modules and sets: docs/measurements/selection.
+DEFAULT_CRITERIA = ("predicted_loss", "leave_one_out", "trace")
+DEFAULT_CRITERION = DEFAULT_CRITERIA[0]
 DEFAULT_NAME = "default-by-evidence"
 
 CriterionFunction = Callable[[Tensor, Problem], float]
@@ -210,7 +209,7 @@ def resolve_criterion(name: str, problem: Problem) -> Criterion:
     """
     applicable = applicable_criteria(problem)
     if name == DEFAULT_NAME:
-        name = DEFAULT_CRITERION if DEFAULT_CRITERION in applicable else DEFAULT_CRITERION_WITHOUT_LABELS
+        name = next(name for name in DEFAULT_CRITERIA if name in applicable)
     if name not in CRITERIA:
         raise CriterionError(f"unknown criterion {name!r}; there are: {', '.join([DEFAULT_NAME, *CRITERIA])}")
     if name not in applicable:

@@ -27,8 +27,18 @@ from .cross_validation import cross_validate
 from .problem import Problem
 
 
-def predict(kernels: ModuleKernels, names: Iterable[str], problem: Problem) -> dict[str, float]:
+View = tuple[ModuleKernels, Problem]
+
+
+def predict(
+    kernels: ModuleKernels, names: Iterable[str], problem: Problem, trained: View | None = None
+) -> dict[str, float]:
     """Predictions of linearised fine-tuning for `names` (and the always-trained parameters).
+
+    Args:
+        kernels, names, problem: What is regressed with, the set, and the ridge.
+        trained: Kernels as the optimizer sees them, and the problem with the learning rate of the simulated training;
+            default: the same kernels and problem.
 
     Returns:
         `parameters`: adapter parameters. With a target to regress to (kernel ridge regression with λ from θ0, the
@@ -40,19 +50,21 @@ def predict(kernels: ModuleKernels, names: Iterable[str], problem: Problem) -> d
         `training_accuracy` (trained on all examples).
     """
     names = tuple(names)
-    gram = kernels.subset(names)
     predicted: dict[str, float] = {"parameters": float(sum(kernels.num_parameters[name] for name in names))}
     if "logits" in problem.provides:
         assert problem.labels is not None
+        seen, training = trained or (kernels, problem)
+        gram = seen.subset(names)
         if problem.num_examples > 1:
-            held_out = cross_validate(gram, problem)
+            held_out = cross_validate(gram, training)
             predicted |= {"loss": held_out.loss, "accuracy": held_out.accuracy}
         curve = simulate_training(
-            gram, problem.outputs, problem.labels, learning_rate=problem.learning_rate, steps=problem.steps
+            gram, problem.outputs, problem.labels, learning_rate=training.learning_rate, steps=training.steps
         )
         predicted["training_loss"] = float(curve.train_loss[-1])
         predicted["training_accuracy"] = float(curve.train_accuracy[-1])
     if "residual" in problem.provides:
+        gram = kernels.subset(names)
         alpha = solve_ridge(gram, problem.residual, problem.ridge)
         left_out = leave_one_out_residuals(gram, problem.residual, problem.ridge, block_size=problem.num_outputs)
         predicted |= {

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import torch
 
@@ -27,6 +28,7 @@ from ..functional.spectrum import Spectrum
 from ..kernels.module_kernels import ModuleKernels
 from .budget import Budget, parse_budget
 from .criteria import DEFAULT_NAME, Criterion, resolve_criterion, score_modules
+from .preconditioning import BATCH_SIZE, adam_preconditioned, check_optimizer
 from .prediction import before_training, predict
 from .problem import Problem
 from .ranks import rank_basis
@@ -80,8 +82,10 @@ def recommend(
     strategy: str = "greedy",
     seed: int = 0,
     *,
+    optimizer: str | None = None,
+    train_batch_size: int = BATCH_SIZE,
     learning_rate: float | None = None,
-    steps: int = 100,
+    steps: int = 50,
     folds: int = 4,
 ) -> Recommendation:
     """The best set of modules within the budget by one criterion on `K_S = K_0 + Σ_{m∈S} K_m`, with its evidence.
@@ -99,11 +103,18 @@ def recommend(
         budget: int: number of modules; float in (0, 1]: fraction of all candidates' adapter parameters; str: adapter
             parameters, "1.5M", "200k".
         criterion: A name of `CRITERIA`, or "default-by-evidence".
-        ridge: λ > 0 of the ridge regression, in the unit of the kernel's eigenvalues; default: `default_ridge`.
+        ridge: λ > 0 of the ridge regression, in the unit of the kernel's eigenvalues; default: `default_ridge`. With
+            optimizer="adamw" the criterion's is in the same proportion to the default of the kernels that it sees.
         strategy: "greedy" (forward selection, also called "forward"), "backward" (elimination), "swap" (greedy, then
             exchanges of one module until none improves), "top" (best on their own) or "exhaustive"; see `search`.
         seed: Of the cross-validation folds.
-        learning_rate: Of simulated training (gradient descent on the mean cross-entropy). Default: the largest that
+        optimizer: What the modules are to be trained with: "adamw" (Adam too) divides the kernel of every module by
+            the size of its gradient, as Adam does its steps (`adam_preconditioned`); "sgd" takes kernels as they are,
+            as the formulas of `CRITERIA` do. Default: "adamw" for "default-by-evidence", where the outputs determine
+            a loss, and "sgd" for a criterion by name. What the criterion says and the simulated training follow it;
+            spectra, condition numbers, distances and ranks do not.
+        train_batch_size: Of that training; read with optimizer="adamw" only.
+        learning_rate: Of simulated training on the mean cross-entropy, by that optimizer. Default: the largest that
             cannot diverge with all candidates, `2N/λ1(K)`; the same for every subset.
         steps: Of simulated training.
         folds: Of its cross-validation over examples.
@@ -119,25 +130,30 @@ def recommend(
     asked_for = resolve_criterion(criterion, Problem.of(kernels, ridge=1.0))
     strategy = check_strategy(strategy, len(kernels), limit, asked_for)
     check_ridge(ridge)
+    optimizer = check_optimizer(optimizer, criterion, Problem.of(kernels, ridge=1.0))
     if steps < 1 or folds < 2 or (learning_rate is not None and not 0 < learning_rate < math.inf):
         raise PeftLinearError(
             f"simulated training needs steps ≥ 1, folds ≥ 2 and a finite learning rate > 0, got steps={steps}, "
             f"folds={folds}, learning_rate={learning_rate}"
         )
-    ridge = default_ridge(kernels) if ridge is None else float(ridge)
+    seen = adam_preconditioned(kernels, train_batch_size) if optimizer == "adamw" else kernels
+    usual = default_ridge(kernels)
+    plain = Problem.of(kernels, usual if ridge is None else float(ridge), seed=seed)
     everything = kernels.spectrum()
     if learning_rate is None:
-        curvature = SMOOTHNESS["cross_entropy"] * float(everything.eigenvalues[0]) / kernels.num_examples
+        largest = float((everything if seen is kernels else seen.spectrum()).eigenvalues[0])
+        curvature = SMOOTHNESS["cross_entropy"] * largest / kernels.num_examples
         learning_rate = 1.0 / curvature if curvature > 0 else 1.0
-    problem = Problem.of(kernels, ridge, learning_rate=learning_rate, steps=steps, folds=folds, seed=seed)
+    seen_ridge = plain.ridge if seen is kernels else default_ridge(seen) * plain.ridge / usual
+    problem = replace(plain, ridge=seen_ridge, learning_rate=learning_rate, steps=steps, folds=folds)
     chosen_criterion = resolve_criterion(criterion, problem)
 
-    singles = score_modules(kernels, chosen_criterion, problem)
-    result = search(SubsetScorer(kernels, chosen_criterion, problem, singles), limit, strategy)
+    singles = score_modules(seen, chosen_criterion, problem)
+    result = search(SubsetScorer(seen, chosen_criterion, problem, singles), limit, strategy)
     shown = singles
-    if chosen_criterion.name != "condition_number":
-        shown = {name: kernels.spectrum([name]).condition_number(ridge) for name in kernels.names}
-    reliability = split_half_reliability(kernels, chosen_criterion, problem)
+    if chosen_criterion.name != "condition_number" or seen is not kernels:
+        shown = {name: kernels.spectrum([name]).condition_number(plain.ridge) for name in kernels.names}
+    reliability = split_half_reliability(seen, chosen_criterion, problem)
     reasons = explain(result, singles, chosen_criterion, limit, kernels.num_parameters, strategy)
     scores = tuple(
         ModuleScore(
@@ -152,13 +168,14 @@ def recommend(
         for rank, name in enumerate(rank_by_score(singles, chosen_criterion), start=1)
     )
     spectra = {"chosen": kernels.spectrum(result.order), "all": everything}
-    predicted: dict[str, object] = dict(predict(kernels, result.order, problem))
-    predicted["all_candidates"] = predict(kernels, kernels.names, problem)
+    trained = (seen, problem)
+    predicted: dict[str, object] = dict(predict(kernels, result.order, plain, trained))
+    predicted["all_candidates"] = predict(kernels, kernels.names, plain, trained)
     if bool(kernels.base.any()):
         spectra["always trained"] = kernels.spectrum([])
         spectra["chosen, adapters"] = Spectrum.from_gram(kernels.subset(result.order) - kernels.base)
         spectra["all, adapters"] = Spectrum.from_gram(kernels.subset() - kernels.base)
-        predicted["always_trained_only"] = predict(kernels, [], problem)
+        predicted["always_trained_only"] = predict(kernels, [], plain, trained)
     predicted["before_training"] = before_training(problem)
     return Recommendation(
         modules=result.order,
@@ -166,12 +183,20 @@ def recommend(
         predicted=predicted,
         criterion=chosen_criterion.name,
         budget=budget,
-        ridge=ridge,
-        settings=_settings(kernels, problem, chosen_criterion, limit, strategy, criterion, result, reliability)
-        | rank_basis(kernels, result.order, ridge),
+        ridge=plain.ridge,
+        settings=_settings(seen, problem, chosen_criterion, limit, strategy, criterion, result, reliability)
+        | _of_optimizer(optimizer, train_batch_size, chosen_criterion)
+        | rank_basis(kernels, result.order, plain.ridge),
         notes=notes_on(kernels, result, singles, chosen_criterion, problem, spectra["chosen"], reliability),
         spectra=spectra,
     )
+
+
+def _of_optimizer(optimizer: str, train_batch_size: int, criterion: Criterion) -> dict[str, object]:
+    if optimizer == "sgd":
+        return {"optimizer": optimizer}
+    formula = f"{criterion.formula}, with K_m/s_m as AdamW sees it"
+    return {"optimizer": optimizer, "train_batch_size": train_batch_size, "formula": formula}
 
 
 def _settings(
@@ -201,6 +226,7 @@ def _settings(
         "learning_rate": problem.learning_rate,
         "steps": problem.steps,
         "folds": problem.folds,
+        "criterion_ridge": problem.ridge,
         "examples": kernels.num_examples,
         "outputs": kernels.num_outputs,
         "output_kind": kernels.output_kind,

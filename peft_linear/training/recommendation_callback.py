@@ -29,6 +29,7 @@ from transformers.utils import logging
 from ..errors import FileError, PeftLinearError, TargetError
 from ..files import write_text
 from ..report.writer import HTML_NAME, write_report
+from ..selection.criteria import DEFAULT_NAME
 from ..selection.recommendation import JSON_NAME, Recommendation
 from .calibration import calibration_batches
 from .logs import know_handler, log_to_all
@@ -192,7 +193,8 @@ class NtkRecommendationCallback(TrainerCallback):
             if earlier is not None:
                 return earlier
             batches = calibration_batches(self.data, model, processing_class=processing, **self._sampling)
-            found = recommend_modules(model, batches, self.budget, **{**candidates, **self._choosing})
+            options = {**candidates, **_of_training(args, self._choosing["criterion"]), **self._choosing}
+            found = recommend_modules(model, batches, self.budget, **options)
             write_report(found, output)
             return found, found.modules
 
@@ -272,6 +274,14 @@ def _candidates(model: PeftModel, adapter: str) -> dict[str, Any]:
     # compute_ntk scales by lora_alpha/r, an adapter with use_rslora by lora_alpha/sqrt(r)
     alpha = config.lora_alpha * (math.sqrt(config.r) if getattr(config, "use_rslora", False) else 1)
     return {"targets": modules, "rank": config.r, "lora_alpha": alpha}
+
+
+def _of_training(args: TrainingArguments, criterion: str) -> dict[str, Any]:
+    """How the run will train, as far as the choice depends on it; every optimizer but SGD normalises as Adam does."""
+    found: dict[str, Any] = {"train_batch_size": args.train_batch_size * args.gradient_accumulation_steps}
+    if criterion == DEFAULT_NAME and str(getattr(args.optim, "value", args.optim)).startswith("sgd"):
+        found["optimizer"] = "sgd"
+    return found
 
 
 know_handler(NtkRecommendationCallback)

@@ -28,6 +28,7 @@ from ..capture.terms import check_adapter_arguments, module_terms
 from ..errors import PeftLinearError
 from ..selection.budget import parse_budget
 from ..selection.criteria import DEFAULT_NAME, resolve_criterion
+from ..selection.preconditioning import BATCH_SIZE, check_optimizer
 from ..selection.problem import Problem
 from ..selection.recommend import check_ridge, recommend
 from ..selection.recommendation import Recommendation
@@ -46,6 +47,7 @@ def check_request(
     criterion: str = DEFAULT_NAME,
     ridge: float | None = None,
     strategy: str = "greedy",
+    optimizer: str | None = None,
     **ntk: Any,
 ) -> tuple[str, ...]:
     """Refuses a recommendation that cannot be made, before any pass through the model; returns the candidates' names.
@@ -63,6 +65,7 @@ def check_request(
     kind = ntk.get("outputs") or default_outputs(model)
     labelled = Problem(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long), kind, ridge=1.0)
     resolved = resolve_criterion(criterion, labelled)
+    check_optimizer(optimizer, criterion, labelled)
     head = resolve_always_trained(model, ntk.get("always_trained"))
     modules = resolve_targets(model, ntk.get("targets", "all-linear"), reserved=head)
     space, rank, alpha = ntk.get("space", "lora"), ntk.get("rank", 8), ntk.get("lora_alpha", 16.0)
@@ -82,8 +85,10 @@ def recommend_modules(
     strategy: str = "greedy",
     *,
     seed: int = 0,
+    optimizer: str | None = None,
+    train_batch_size: int = BATCH_SIZE,
     learning_rate: float | None = None,
-    steps: int = 100,
+    steps: int = 50,
     folds: int = 4,
     **ntk: Any,
 ) -> Recommendation:
@@ -91,7 +96,8 @@ def recommend_modules(
 
     Args:
         model, batches: As for `compute_ntk`; the model is left as it was found.
-        budget, criterion, ridge, strategy, learning_rate, steps, folds: As for `recommend`.
+        budget, criterion, ridge, strategy: As for `recommend`.
+        optimizer, train_batch_size, learning_rate, steps, folds: As for `recommend`.
         seed: Of LoRA's random A and of the cross-validation folds.
         **ntk: Other arguments of `compute_ntk` (`targets`, `space`, `rank`, `lora_alpha`, `draws`, `outputs`, …).
             `outputs` defaults to "log_likelihood" for language models and "logits" otherwise.
@@ -99,7 +105,7 @@ def recommend_modules(
     Raises:
         PeftLinearError: or one of its kin, as `compute_ntk` and `recommend`.
     """
-    check_request(model, budget, criterion, ridge, strategy, **ntk)
+    check_request(model, budget, criterion, ridge, strategy, optimizer, **ntk)
     ntk.setdefault("outputs", default_outputs(model))
     kernels = compute_ntk(model, batches, seed=seed, **ntk)
     return recommend(
@@ -109,6 +115,8 @@ def recommend_modules(
         ridge,
         strategy,
         seed,
+        optimizer=optimizer,
+        train_batch_size=train_batch_size,
         learning_rate=learning_rate,
         steps=steps,
         folds=folds,

@@ -25,7 +25,6 @@ from peft_linear.functional.simulation import simulate_training
 from peft_linear.selection.criteria import (
     CRITERIA,
     DEFAULT_CRITERION,
-    DEFAULT_CRITERION_WITHOUT_LABELS,
     DEFAULT_NAME,
     applicable_criteria,
     resolve_criterion,
@@ -261,11 +260,11 @@ def test_resolving_names(kernels):
     problem = Problem.of(kernels, RIDGE)
     assert resolve_criterion(DEFAULT_NAME, problem).name == DEFAULT_CRITERION
     likelihood = Problem.of(planted_kernels(output_kind="log_likelihood"), RIDGE)
-    assert resolve_criterion(DEFAULT_NAME, likelihood).name == DEFAULT_CRITERION
+    assert resolve_criterion(DEFAULT_NAME, likelihood).name == "leave_one_out"
     with pytest.raises(CriterionError, match="unknown criterion 'kappa'; there are: default-by-evidence, condition_n"):
         resolve_criterion("kappa", problem)
     unlabelled = Problem.of(replace(kernels, labels=None), RIDGE)
-    assert resolve_criterion(DEFAULT_NAME, unlabelled).name == DEFAULT_CRITERION_WITHOUT_LABELS
+    assert resolve_criterion(DEFAULT_NAME, unlabelled).name == "trace"
     with pytest.raises(
         OutputError, match="'leave_one_out' cannot be computed from logits without labels.* allow: cond"
     ):

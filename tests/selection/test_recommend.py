@@ -26,7 +26,7 @@ from torch import nn
 
 from peft_linear.errors import BudgetError, CriterionError, FileError, KernelError, OutputError, PeftLinearError
 from peft_linear.functional.regression import leave_one_out_residuals
-from peft_linear.selection import CRITERIA, Recommendation, default_ridge, recommend
+from peft_linear.selection import CRITERIA, Recommendation, adam_preconditioned, default_ridge, recommend
 from peft_linear.selection.criteria import DEFAULT_CRITERION
 from peft_linear.selection.prediction import before_training, predict
 from peft_linear.selection.problem import Problem
@@ -134,11 +134,15 @@ def test_reasons_tell_what_did_not_fit():
 
 
 def test_predictions_are_of_the_choice_and_of_the_rest(kernels, rec):
-    problem = Problem.of(kernels, rec.ridge, learning_rate=rec.settings["learning_rate"], steps=rec.settings["steps"])
-    for key, value in predict(kernels, rec.modules, problem).items():
+    problem = Problem.of(kernels, rec.ridge)
+    training = {"learning_rate": rec.settings["learning_rate"], "steps": rec.settings["steps"]}
+    seen = adam_preconditioned(kernels)
+    trained = seen, Problem.of(seen, rec.settings["criterion_ridge"], **training)
+    for key, value in predict(kernels, rec.modules, problem, trained).items():
         assert rec.predicted[key] == value
-    assert rec.predicted["all_candidates"] == predict(kernels, kernels.names, problem)
-    assert rec.predicted["always_trained_only"] == predict(kernels, [], problem)
+    assert rec.predicted["loss"] == rec.settings["set_score"]
+    assert rec.predicted["all_candidates"] == predict(kernels, kernels.names, problem, trained)
+    assert rec.predicted["always_trained_only"] == predict(kernels, [], problem, trained)
     assert rec.predicted["before_training"] == before_training(problem)
     assert rec.predicted["parameters"] == 2000
     assert rec.predicted["adapter_distance"] < rec.predicted["distance"]
@@ -162,7 +166,7 @@ def test_predicted_distance_loss_and_accuracy_by_other_means(kernels, rec):
 def test_log_likelihoods():
     kernels = planted_kernels(output_kind="log_likelihood")
     rec = recommend(kernels, 2)
-    assert rec.criterion == "gradient_energy"
+    assert rec.criterion == "leave_one_out"
     assert "loss" not in rec.predicted
     assert rec.predicted["before_training"]["loss"] == pytest.approx(-float(kernels.outputs.mean()))
     assert rec.predicted["distance"] > 0
@@ -205,9 +209,10 @@ def test_the_default_ridge_minimises_the_leave_one_out_error_and_follows_the_sca
 def test_same_seed_same_answer_and_order_of_examples_does_not_matter(kernels, rec):
     assert recommend(kernels, 2) == rec
     shuffled = kernels.select_examples(torch.randperm(36, generator=torch.Generator().manual_seed(1)))
-    again = recommend(shuffled, 2)
-    assert again.modules == rec.modules
-    for ours, theirs in zip(rec.scores, again.scores, strict=True):
+    assert recommend(shuffled, 2).modules == rec.modules  # by other folds, with other scores
+    one, other = (recommend(of, 2, "leave_one_out", optimizer="adamw") for of in (kernels, shuffled))
+    assert one.modules == other.modules
+    for ours, theirs in zip(one.scores, other.scores, strict=True):
         assert ours.score == pytest.approx(theirs.score, rel=1e-8)
 
 

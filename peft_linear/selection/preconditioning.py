@@ -1,0 +1,142 @@
+# Copyright 2026 The peft-linear authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Kernels as an optimizer sees them: Adam gives every module its own step size."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..errors import CriterionError, KernelError, OutputError, PeftLinearError
+from ..kernels.module_kernels import ModuleKernels
+from ..kernels.tensor_files import LazyBlocks
+from .criteria import DEFAULT_NAME
+from .problem import Problem
+
+
+OPTIMIZERS = ("sgd", "adamw")
+BATCH_SIZE = 8
+
+
+def check_optimizer(optimizer: str | None, criterion: str, problem: Problem) -> str:
+    """One of `OPTIMIZERS`; None is "adamw" for the default criterion where the outputs determine a loss, else "sgd".
+
+    Raises:
+        CriterionError: there is no such optimizer.
+        OutputError: the outputs do not determine the loss whose gradient Adam divides by.
+    """
+    if optimizer is None:
+        return "adamw" if criterion == DEFAULT_NAME and "error" in problem.provides else "sgd"
+    if optimizer not in OPTIMIZERS:
+        raise CriterionError(f"unknown optimizer {optimizer!r}; there are: {', '.join(OPTIMIZERS)}")
+    if optimizer == "adamw" and "error" not in problem.provides:
+        raise OutputError(
+            f"optimizer='adamw' cannot be computed from {problem.what}, which determine no loss; compute kernels of "
+            "labelled logits, or pass optimizer='sgd'"
+        )
+    return optimizer
+
+
+@dataclass(frozen=True)
+class AdamScales:
+    """`s_m`, the root mean square of the loss gradient in one parameter of a module, which Adam divides its steps by.
+
+    `s_m = sqrt(E‖g_m‖²/P_m)`, with g_m the gradient of the mean loss of a random batch of B examples (drawn without
+    replacement) in the P_m parameters of module m at θ0. With `e_i` the loss gradient of example i alone and `K_ij` a
+    block of K_m, `E‖g_m‖² = (1/B)·mean_i e_iᵀK_ii e_i + (1 − 1/B)·mean_{i≠j} e_iᵀK_ij e_j`.
+    """
+
+    modules: Mapping[str, float]
+    base: float
+
+    @classmethod
+    def of(cls, kernels: ModuleKernels, batch_size: int = BATCH_SIZE) -> AdamScales:
+        """O(n²) a module.
+
+        P_m counts all adapter parameters of the module (`kernels.num_parameters`). A zero block has the scale 1.
+
+        Raises:
+            OutputError: the outputs do not determine a loss.
+            KernelError: a block has no nonnegative energy, as a sign kernel may.
+            PeftLinearError: batch_size < 1.
+        """
+        if batch_size < 1:
+            raise PeftLinearError(f"batch_size must be at least 1, got {batch_size}")
+        problem = Problem.of(kernels, ridge=1.0)
+        error = problem.error.view(problem.outputs.shape) * problem.num_examples
+        sizes = kernels.num_parameters
+        in_base = kernels.base_parameters or sum(sizes.values()) / len(sizes)
+        modules = {name: _scale(name, kernels[name], error, batch_size, sizes[name]) for name in kernels.names}
+        return cls(modules, _scale("base", kernels.base, error, batch_size, in_base))
+
+
+def _scale(name: str, gram: Tensor, error: Tensor, batch_size: int, parameters: float) -> float:
+    count, outputs = error.shape
+    flat = error.reshape(-1)
+    blocks = gram.view(count, outputs, count, outputs).diagonal(dim1=0, dim2=2)  # (C, C, N)
+    alone = float(torch.einsum("ia,abi,ib->", error, blocks, error))
+    together = float(flat @ gram @ flat) - alone
+    size = min(batch_size, count)
+    energy = alone / count
+    if count > 1:
+        energy = energy / size + (1 - 1 / size) * together / (count * (count - 1))
+    if not math.isfinite(energy) or energy < -1e-12 * abs(alone):
+        raise KernelError(
+            f"the kernel of {name} has gradient energy {energy:.3g}, so it is no product J Jᵀ; optimizer='adamw' "
+            "needs kernels that compute_ntk made with kernel='gradient'"
+        )
+    return math.sqrt(energy / parameters) if energy > 0 else 1.0
+
+
+def adam_preconditioned(kernels: ModuleKernels, batch_size: int = BATCH_SIZE) -> ModuleKernels:
+    """`K_m/s_m` for every module and the base: the kernels of training with Adam or AdamW.
+
+    Adam divides a parameter's step by the root mean square of its gradient. With one such number for each module, a
+    step of learning rate η changes the outputs by `−η Σ_m K_m e/s_m`: gradient descent with the kernel
+    `Σ_m K_m/s_m`, at the learning rate that Adam is given. Sets still have the sum of their modules' kernels.
+
+    Args:
+        kernels: Of outputs that determine a loss. Lazy kernels stay lazy.
+        batch_size: Of the training that is meant: small batches have larger gradients, which Adam divides by.
+
+    Raises:
+        OutputError, KernelError, PeftLinearError: as `AdamScales.of`.
+    """
+    scales = AdamScales.of(kernels, batch_size)
+    blocks: Mapping[str, Tensor]
+    if isinstance(kernels.blocks, LazyBlocks):
+        blocks = ScaledBlocks(kernels.blocks, scales.modules)
+    else:
+        blocks = {name: block / scales.modules[name] for name, block in kernels.blocks.items()}
+    return replace(
+        kernels,
+        blocks=blocks,
+        base=kernels.base / scales.base,
+        provenance={**kernels.provenance, "optimizer": "adamw", "batch_size": batch_size},
+    )
+
+
+class ScaledBlocks(LazyBlocks):
+    """Other lazy blocks, each divided by its scale."""
+
+    def __init__(self, blocks: LazyBlocks, scales: Mapping[str, float]) -> None:
+        super().__init__(dict.fromkeys(blocks), blocks.shape)
+        self._blocks, self._scales = blocks, scales
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._blocks[name] / self._scales[name]
