@@ -41,19 +41,20 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # examples/common.py, from wherever this is started
 
 from records import Records, circumstances, read_lines
-from selection_analysis import measured
+from selection_analysis import Measured, measured
 from selection_picks import Picks, as_configurations, choose
 from selection_report import as_json, draw, sections
 from selection_scores import Scores, looks_of, measure_scores, table_of
 from selection_tasks import TASKS, SelectionTask, Sizes
-from selection_truth import Configuration, Protocol, Truth, configurations, measure
+from selection_truth import ONE_RATE, Configuration, Protocol, Truth, configurations, measure, measure_at_one_rate
 
 from peft_linear.files import write_text
 from peft_linear.report.markdown import markdown_table
 
 
 SCORE_SEED = 0  # head, A and calibration examples of what is scored
-STAGES = ("truth", "scores", "picks", "report")
+STAGES = ("truth", "one_rate", "scores", "picks", "report")
+VIEWS = {"one_rate": ONE_RATE, "tuned": None}  # learning rates; None: each set's own
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,10 +66,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         sets = configurations(task, options.protocol.rank, options.random_sets)
         if "truth" in options.stages:
             measure(truth, sets, options.seeds)
+        if "one_rate" in options.stages:
+            measure_at_one_rate(truth, sets, options.seeds)
         if "scores" in options.stages:
             scored(task, sets, options, output)
         if "picks" in options.stages:
-            measure(truth, as_configurations(task, picks_of(task, sets, options, output), sets), options.seeds)
+            picked = as_configurations(task, picks_of(task, sets, options, output), sets)
+            measure(truth, picked, options.seeds)
+            measure_at_one_rate(truth, picked, options.seeds)
     if "report" in options.stages:
         report(options, output)
     return 0
@@ -89,47 +94,55 @@ def picks_of(task: SelectionTask, sets: Sequence[Configuration], options: argpar
 
 def report(options: argparse.Namespace, output: Path) -> None:
     """Tables and the figure of the tasks whose single modules, at least, are trained."""
-    all_measured, picks = [], {}
+    found: dict[str, list[Measured]] = {view: [] for view in VIEWS}
+    picks: dict[str, Picks] = {}
     for key in options.tasks:
         task = TASKS[key](options.sizes, Path(options.cache))
         truth, sets = truth_of(task, options, output), configurations(task, options.protocol.rank, options.random_sets)
-        seeds = most_seeds(truth, sets, options.seeds)
         records = score_records(task, options, output)
-        if not seeds or not all((key, look, SCORE_SEED) in records for look in looks_of(task)):
-            print(f"{key}: too little is finished, left out", file=sys.stderr)
+        if not all((key, look, SCORE_SEED) in records for look in looks_of(task)):
+            print(f"{key}: not scored, left out", file=sys.stderr)
             continue
         table, seconds = scored(task, sets, options, output)
         if (key, "picks", SCORE_SEED) in records:
             picks[key] = choose(task, table, SCORE_SEED, options.protocol, records)
-            sets = [*sets, *as_configurations(task, picks[key], sets)]
-        all_measured.append(measured(truth, sets, seeds, table, seconds))
-    if not all_measured:
+        for view, rate in VIEWS.items():
+            seeds = most_seeds(truth, sets, options.seeds, rate)
+            if not seeds:
+                print(f"{key}: too little is trained, left out of “{view}”", file=sys.stderr)
+                continue
+            picked = as_configurations(task, picks[key], sets) if key in picks else []
+            found[view].append(measured(truth, [*sets, *picked], seeds, table, seconds, rate))
+    if not any(found.values()):
         raise SystemExit("nothing is finished, so there is nothing to report")
     steps = options.protocol.steps
-    draw(all_measured, steps, output / "figure.png")
     command = " ".join(["python examples/benchmarks/selection.py", *options.command])
     setting = {
         **setting_of(options),
+        "one learning rate": ONE_RATE,
         "hours of training": round(hours(options, output), 2),
         **circumstances(command, options.date),
     }
-    text = [
-        "# Ways to choose modules against what training reaches",
-        *sections(all_measured, picks, steps),
+    text = ["# Ways to choose modules against what training reaches"]
+    for view, of_view in found.items():
+        if of_view:
+            text += sections(of_view, picks, steps, view)
+            draw(of_view, steps, output / f"{view}.png")
+    text += [
         "## Setting",
         markdown_table(("", ""), [(name, str(value)) for name, value in setting.items()]),
     ]
     write_text(output / "README.md", "\n\n".join(text) + "\n")
-    results = {**setting, "tasks": as_json(all_measured, picks, steps)}
+    results = {**setting, **{view: as_json(of_view, picks, steps) for view, of_view in found.items()}}
     write_text(output / "results.json", json.dumps(results, indent=1) + "\n")
 
 
-def most_seeds(truth: Truth, sets: Sequence[Configuration], seeds: Sequence[int]) -> Sequence[int]:
+def most_seeds(truth: Truth, sets: Sequence[Configuration], seeds: Sequence[int], rate: float | None) -> Sequence[int]:
     """As many seeds as are finished for all sets; the first, if that is so for the single modules at least."""
     for count in range(len(seeds), 0, -1):
-        if all(truth.finished(c, seeds[:count]) for c in sets):
+        if all(truth.finished(c, seeds[:count], rate) for c in sets):
             return seeds[:count]
-    return seeds[:1] if all(truth.finished(c, seeds[:1]) for c in sets if c.single) else ()
+    return seeds[:1] if all(truth.finished(c, seeds[:1], rate) for c in sets if c.single) else ()
 
 
 def hours(options: argparse.Namespace, output: Path) -> float:

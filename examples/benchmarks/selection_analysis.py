@@ -53,11 +53,16 @@ class Measured:
 
 
 def measured(
-    truth: Truth, sets: Iterable[Configuration], seeds: Sequence[int], scores: Scores, seconds: Mapping[str, float]
+    truth: Truth,
+    sets: Iterable[Configuration],
+    seeds: Sequence[int],
+    scores: Scores,
+    seconds: Mapping[str, float],
+    rate: float | None = None,
 ) -> Measured:
-    """What is finished for all `seeds`."""
+    """What is finished for all `seeds`, at this learning rate, or the tuned ones."""
     sets = tuple(sets)
-    losses = {c.key: found for c in sets if (found := truth.losses(c, seeds)) is not None}
+    losses = {c.key: found for c in sets if (found := truth.losses(c, seeds, rate=rate)) is not None}
     kept = tuple(c for c in sets if c.key in losses)
     return Measured(truth.task, kept, losses, scores, seconds, truth.protocol.rank, len(sets))
 

@@ -22,7 +22,7 @@ from contextlib import suppress
 
 from records import Records
 from selection_analysis import Measured, budgets, within
-from selection_scores import Scores, count_examples
+from selection_scores import BY_ADAM, Scores, count_examples
 from selection_tasks import SelectionTask
 from selection_truth import FRACTIONS, PICKED, SIZES, Configuration, Protocol
 
@@ -34,13 +34,8 @@ from peft_linear.selection.criteria import applicable_criteria
 from peft_linear.selection.problem import Problem
 
 
-SEARCHED = {  # criterion: strategy; a greedy search by simulated training would take hours
-    "gradient_energy": "greedy",
-    "trace": "greedy",
-    "leave_one_out": "greedy",
-    "predicted_loss": "top",
-    "condition_number": "greedy",
-}
+SEARCHED = ("gradient_energy", "trace", "leave_one_out", "predicted_loss", "condition_number")
+BY_ADAM_TOO = ("gradient_energy", "leave_one_out", "predicted_loss")
 RULES = tuple(name for name in BASELINES if name not in ("all_linear", "gradient_norm", "random"))
 RANDOM_DRAWS = 3
 RANDOM = "random"
@@ -70,10 +65,12 @@ def _choose(task: SelectionTask, table: Scores, seed: int, protocol: Protocol) -
     for space, of_space in kernels.items():
         allowed = applicable_criteria(Problem.of(of_space, ridge=1.0))
         for criterion in (name for name in SEARCHED if name in allowed):
-            picks[f"{criterion} ({space})"] = {
-                words: recommend(of_space, amount, criterion, strategy=SEARCHED[criterion]).modules
-                for words, amount in limits.items()
-            }
+            for optimizer in ("sgd", "adamw") if criterion in BY_ADAM_TOO else ("sgd",):
+                suffix = BY_ADAM if optimizer == "adamw" else ""
+                picks[f"{criterion}{suffix} ({space})"] = {
+                    words: recommend(of_space, amount, criterion, optimizer=optimizer).modules
+                    for words, amount in limits.items()
+                }
     for criterion, values in table.items():
         if criterion not in picks and _of_modules(criterion):
             order = sorted(task.modules, key=lambda name: -values[f"single {name}"])

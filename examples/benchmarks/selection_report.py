@@ -43,21 +43,30 @@ COLORS = {"validation": "#30638e", "test": "#d1495b"}
 SHOWN = 30  # rows of a table of criteria
 
 
-def sections(all_measured: Sequence[Measured], picks: Mapping[str, Picks], steps: Sequence[int]) -> list[str]:
-    """Markdown, the families apart."""
-    parts = ["![rank correlation and regret of every criterion](figure.png)", _tasks(all_measured, steps)]
+HEADINGS = {
+    "one_rate": "One learning rate for all sets",
+    "tuned": "The learning rate tuned for every set, on validation data",
+}
+
+
+def sections(
+    all_measured: Sequence[Measured], picks: Mapping[str, Picks], steps: Sequence[int], view: str
+) -> list[str]:
+    """Markdown of one view of the learning rates, the families apart."""
+    parts = [f"## {HEADINGS[view]}", f"![rank correlation and regret of every criterion]({view}.png)"]
+    parts.append(_tasks(all_measured, steps))
     for family in ("validation", "test"):
         members = [of for of in all_measured if of.task.family == family]
         if not members:
-            parts.append(f"## Tasks of the family “{family}”\n\nNone has been measured yet.")
+            parts.append(f"### Tasks of the family “{family}”\n\nNone has been measured yet.")
             continue
         names = ", ".join(of.task.key for of in members)
-        parts.append(f"## Tasks of the family “{family}”: {names}")
+        parts.append(f"### Tasks of the family “{family}”: {names}")
         parts.append(_over_tasks(members, steps))
         trained = [of for of in members if of.task.key in picks]
         if trained:
             parts.append(_of_picks(trained, picks, steps))
-    parts.append("## Task by task")
+    parts.append("### Task by task")
     parts += [_of_task(of, steps) for of in all_measured]
     return parts
 
@@ -132,7 +141,7 @@ def _of_picks(members: Sequence[Measured], picks: Mapping[str, Picks], steps: Se
 
 
 def _of_task(of: Measured, steps: Sequence[int]) -> str:
-    parts = [f"### {of.task.key}: {of.task.words}"]
+    parts = [f"#### {of.task.key}: {of.task.words}"]
     tables = {(group, budget): correlations(of, group, budget) for group in (SINGLES, SETS) for budget in steps}
     names = sorted(
         of.scores, key=lambda name: -statistics.fmean(t[name].mean if name in t else -1.0 for t in tables.values())

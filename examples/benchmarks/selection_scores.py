@@ -39,6 +39,7 @@ from peft_linear.kernels.jacobian_features import JacobianFeatures
 from peft_linear.selection.baselines import kappa_order
 from peft_linear.selection.criteria import CRITERIA, applicable_criteria
 from peft_linear.selection.model_baselines import MODEL_BASELINES, model_scores
+from peft_linear.selection.preconditioning import adam_preconditioned
 from peft_linear.selection.problem import Problem
 from peft_linear.selection.recommend import default_ridge
 
@@ -47,6 +48,7 @@ EXAMPLES, MAX_ROWS = 64, 640  # calibration examples, and rows of a kernel, whic
 PROBE_STEPS, PROBE_RATE = 20, 3e-3
 SIMULATED_RATES = (1e-3, 3e-3, 1e-2)
 PARAMETERS = "number of parameters"
+BY_ADAM = ", AdamW"
 
 Scores = dict[str, dict[str, float]]  # criterion -> configuration -> utility
 
@@ -75,7 +77,7 @@ def start_model(task: SelectionTask, seed: int, probed: bool) -> nn.Module:
 
 
 def kernel_look(space: str, draws: int, probed: bool) -> Callable[..., Scores]:
-    """All criteria on kernels of one space."""
+    """All criteria on kernels of one space, as they are and as AdamW sees them."""
 
     def look(task: SelectionTask, sets: Sequence[Configuration], seed: int, protocol: Protocol) -> Scores:
         model = start_model(task, seed, probed)
@@ -96,14 +98,18 @@ def kernel_look(space: str, draws: int, probed: bool) -> Callable[..., Scores]:
 
 
 def criteria_of(kernels: ModuleKernels, sets: Sequence[Configuration]) -> Scores:
+    return _criteria_of(kernels, sets, "") | _criteria_of(adam_preconditioned(kernels), sets, BY_ADAM)
+
+
+def _criteria_of(kernels: ModuleKernels, sets: Sequence[Configuration], suffix: str) -> Scores:
     rate = kernels.num_examples / SMOOTHNESS["cross_entropy"] / float(kernels.spectrum().eigenvalues[0])
     problem = Problem.of(kernels, default_ridge(kernels), learning_rate=rate)
     names = applicable_criteria(problem)
-    scores: Scores = {name: {} for name in names}
+    scores: Scores = {name + suffix: {} for name in names}
     for configuration in sets:
         gram = kernels.subset(configuration.modules)
         for name in names:
-            scores[name][configuration.key] = CRITERIA[name].utility(CRITERIA[name](gram, problem))
+            scores[name + suffix][configuration.key] = CRITERIA[name].utility(CRITERIA[name](gram, problem))
     return scores
 
 

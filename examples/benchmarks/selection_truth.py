@@ -41,6 +41,7 @@ HEAD_ONLY, ALL_LINEAR = "head only", "all linear"
 PICKED = "pick "
 SIZES = (2, 4, 8)  # modules of a random subset
 FRACTIONS = (0.10, 0.25)  # of all-linear's parameters
+ONE_RATE = 3e-3  # for all sets alike: what tuning finds for all-linear and the short budget, in the tasks looked at
 
 
 @dataclass(frozen=True)
@@ -224,17 +225,21 @@ class Truth:
             for rate in sorted(rates):
                 self.run(configuration, rate, seed)
 
-    def finished(self, configuration: Configuration, seeds: Sequence[int]) -> bool:
+    def finished(self, configuration: Configuration, seeds: Sequence[int], rate: float | None = None) -> bool:
         """Whether nothing is missing, found out without training."""
-        return self.losses(configuration, seeds) is not None
+        return self.losses(configuration, seeds, rate=rate) is not None
 
     def losses(
-        self, configuration: Configuration, seeds: Sequence[int], measure: str = "test_loss"
+        self,
+        configuration: Configuration,
+        seeds: Sequence[int],
+        measure: str = "test_loss",
+        rate: float | None = None,
     ) -> dict[int, list[float]] | None:
-        """{budget: the number of each seed at its tuned learning rate}; None where runs are missing."""
+        """{budget: the number of each seed}, at this learning rate, or the tuned ones; None where runs are missing."""
         reader = _Reading(self.task, self.protocol, self.records)
         try:
-            rates = reader.tune(configuration, seeds[0])
+            rates = dict.fromkeys(self.protocol.steps, rate) if rate else reader.tune(configuration, seeds[0])
             return {
                 budget: [reader.run(configuration, rates[budget], s)["budgets"][str(budget)][measure] for s in seeds]
                 for budget in self.protocol.steps
@@ -257,3 +262,12 @@ def measure(truth: Truth, configurations: Iterable[Configuration], seeds: Sequen
         missing = [c for c in configurations if not truth.finished(c, seeds[:last])]
         for configuration in tqdm(missing, desc=f"{truth.task.key}, seed {seeds[last - 1]}"):
             truth.measure(configuration, seeds[:last])
+
+
+def measure_at_one_rate(truth: Truth, configurations: Iterable[Configuration], seeds: Sequence[int]) -> None:
+    """What `measure` has not trained with `ONE_RATE` already."""
+    configurations = list(configurations)
+    for seed in seeds:
+        missing = [c for c in configurations if not truth.finished(c, [seed], ONE_RATE)]
+        for configuration in tqdm(missing, desc=f"{truth.task.key}, seed {seed}, one rate"):
+            truth.run(configuration, ONE_RATE, seed)

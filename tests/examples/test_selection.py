@@ -241,8 +241,11 @@ def test_the_whole_benchmark_runs_resumes_and_reports(script, options, capsys):
     text = (folder / "README.md").read_text(encoding="utf-8")
     assert "gradient_energy (weight)" in text and "`kappa_tune`" in text and "regret" in text
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    assert results["tasks"]["digits"]["pick_regrets"]["2"]["random"]
-    assert (folder / "figure.png").stat().st_size > 10_000
+    for view in ("one_rate", "tuned"):
+        assert results[view]["digits"]["pick_regrets"]["2"]["random"]
+        assert (folder / f"{view}.png").stat().st_size > 10_000
+        assert f"({view}.png)" in text
+    assert "predicted_loss, AdamW (weight)" in text
     before = {path.name: path.read_text(encoding="utf-8") for path in folder.glob("*.jsonl")}
     assert script.main(arguments) == 0  # nothing is trained or scored again
     assert {path.name: path.read_text(encoding="utf-8") for path in folder.glob("*.jsonl")} == before

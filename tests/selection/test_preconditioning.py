@@ -29,6 +29,7 @@ from tests.small_models import bert, seeded, text_batches
 
 
 EXAMPLES, CLASSES, SIZES = 6, 3, {"a": 7, "b": 20}
+SHAPES = {"a": (1, 7), "b": (4, 5)}
 
 
 def jacobians(seed=0):
@@ -49,7 +50,7 @@ def kernels_of(rows, seed=0, kind="logits", base_parameters=4):
         outputs=outputs,
         labels=torch.randint(CLASSES, (EXAMPLES,), generator=generator),
         num_parameters=SIZES,
-        shapes=dict.fromkeys(SIZES, (2, 2)),
+        shapes=SHAPES,
         output_kind=kind,
         base_parameters=base_parameters,
     )
