@@ -17,12 +17,14 @@ from __future__ import annotations
 
 import argparse
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
 from ..capture.ntk import compute_ntk
+from ..capture.warm_head import warmed_head
 from ..errors import BudgetError, FileError
 from ..report.writer import write_report
 from ..selection.recommend import recommend
@@ -88,24 +90,28 @@ def run_recommend(arguments: argparse.Namespace) -> None:
         arguments.ridge,
         arguments.strategy,
         arguments.optimizer,
+        arguments.head_steps,
         outputs=outputs,
         targets=targets,
         rank=arguments.rank,
         space=arguments.space,
     )
     features = tokenize(data, rows, tokenizer, arguments.max_length)
-    kernels = compute_ntk(
-        model,
-        batches_of(features, collator(data, tokenizer), arguments.batch_size),
-        targets=targets,
-        space=arguments.space,
-        rank=arguments.rank,
-        lora_alpha=arguments.alpha,
-        draws=arguments.draws,
-        outputs=outputs,
-        seed=arguments.seed,
-        progress=not arguments.quiet,
-    )
+    batches = list(batches_of(features, collator(data, tokenizer), arguments.batch_size))
+    steps = arguments.head_steps
+    with warmed_head(model, batches, steps) if steps else nullcontext():
+        kernels = compute_ntk(
+            model,
+            batches,
+            targets=targets,
+            space=arguments.space,
+            rank=arguments.rank,
+            lora_alpha=arguments.alpha,
+            draws=arguments.draws,
+            outputs=outputs,
+            seed=arguments.seed,
+            progress=not arguments.quiet,
+        )
     recommendation = recommend(
         kernels,
         budget,

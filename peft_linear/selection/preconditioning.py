@@ -57,8 +57,8 @@ class AdamScales:
     """`s_m`, the root mean square of the loss gradient in one parameter of a module, which Adam divides its steps by.
 
     `s_m = sqrt(E‖g_m‖²/P_m)`, with g_m the gradient of the mean loss of a random batch of B examples (drawn without
-    replacement) in the parameters of module m at θ0, and P_m their number. With `e_i` the loss gradient of example i alone and `K_ij` a
-    block of K_m, `E‖g_m‖² = (1/B)·mean_i e_iᵀK_ii e_i + (1 − 1/B)·mean_{i≠j} e_iᵀK_ij e_j`.
+    replacement) in the parameters of module m at θ0, and P_m their number. With `e_i` the loss gradient of example i
+    alone and `K_ij` a block of K_m, `E‖g_m‖² = (1/B)·mean_i e_iᵀK_ii e_i + (1 − 1/B)·mean_{i≠j} e_iᵀK_ij e_j`.
     """
 
     modules: Mapping[str, float]
@@ -68,10 +68,10 @@ class AdamScales:
     def of(cls, kernels: ModuleKernels, batch_size: int = BATCH_SIZE) -> AdamScales:
         """O(n²) a module.
 
-        P_m counts the entries of the module's weight, d_in·d_out, and those of the head. LoRA has fewer parameters, but
-        its A is not fixed: its entries start at about 1/sqrt(3·d_in), and Adam moves each by η a step, so a module
-        with many inputs soon moves further than the kernel at B = 0 says. That count agrees better with measured
-        training than LoRA's own (docs/decisions/0009). A zero block has the scale 1.
+        P_m counts the entries of the module's weight, d_in·d_out, and those of the head. LoRA has fewer parameters,
+        but its A is not fixed: its entries start at about 1/sqrt(3·d_in), and Adam moves each by η a step, so a
+        module with many inputs soon moves further than the kernel at B = 0 says. That count agrees better with
+        measured training than LoRA's own (docs/decisions/0009). A zero block has the scale 1.
 
         Raises:
             OutputError: the outputs do not determine a loss.

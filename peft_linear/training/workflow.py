@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,7 +26,8 @@ from torch import nn
 from ..capture.ntk import compute_ntk
 from ..capture.targets import base_model, resolve_always_trained, resolve_targets
 from ..capture.terms import check_adapter_arguments, module_terms
-from ..errors import PeftLinearError
+from ..capture.warm_head import warmed_head
+from ..errors import PeftLinearError, TargetError
 from ..selection.budget import parse_budget
 from ..selection.criteria import DEFAULT_NAME, resolve_criterion
 from ..selection.preconditioning import BATCH_SIZE, check_optimizer
@@ -48,6 +50,7 @@ def check_request(
     ridge: float | None = None,
     strategy: str = "greedy",
     optimizer: str | None = None,
+    head_steps: int = 0,
     **ntk: Any,
 ) -> tuple[str, ...]:
     """Refuses a recommendation that cannot be made, before any pass through the model; returns the candidates' names.
@@ -67,6 +70,11 @@ def check_request(
     resolved = resolve_criterion(criterion, labelled)
     check_optimizer(optimizer, criterion, labelled)
     head = resolve_always_trained(model, ntk.get("always_trained"))
+    if head_steps and not head:
+        raise TargetError(
+            f"head_steps={head_steps}, but {type(base_model(model)).__name__} has no task head, which is trained "
+            "whatever is chosen; leave head_steps at 0, or name the head in `always_trained`"
+        )
     modules = resolve_targets(model, ntk.get("targets", "all-linear"), reserved=head)
     space, rank, alpha = ntk.get("space", "lora"), ntk.get("rank", 8), ntk.get("lora_alpha", 16.0)
     check_adapter_arguments(space, rank, alpha, ntk.get("draws", 1))
@@ -85,6 +93,7 @@ def recommend_modules(
     strategy: str = "greedy",
     *,
     seed: int = 0,
+    head_steps: int = 0,
     optimizer: str | None = None,
     train_batch_size: int = BATCH_SIZE,
     learning_rate: float | None = None,
@@ -98,6 +107,9 @@ def recommend_modules(
         model, batches: As for `compute_ntk`; the model is left as it was found.
         budget, criterion, ridge, strategy: As for `recommend`.
         optimizer, train_batch_size, learning_rate, steps, folds: As for `recommend`.
+        head_steps: Steps that a new head is trained for, alone and for the moment (`warmed_head`), before the kernels
+            are computed: 5 makes the choice for training that soon fits the head (large or tuned learning rates), 0
+            for training that begins with the head as it is (small ones); see the guide on choosing modules.
         seed: Of LoRA's random A and of the cross-validation folds.
         **ntk: Other arguments of `compute_ntk` (`targets`, `space`, `rank`, `lora_alpha`, `draws`, `outputs`, …).
             `outputs` defaults to "log_likelihood" for language models and "logits" otherwise.
@@ -105,9 +117,15 @@ def recommend_modules(
     Raises:
         PeftLinearError: or one of its kin, as `compute_ntk` and `recommend`.
     """
-    check_request(model, budget, criterion, ridge, strategy, optimizer, **ntk)
+    check_request(model, budget, criterion, ridge, strategy, optimizer, head_steps, **ntk)
     ntk.setdefault("outputs", default_outputs(model))
-    kernels = compute_ntk(model, batches, seed=seed, **ntk)
+    if head_steps:
+        batches = [batches] if isinstance(batches, Mapping) else list(batches)
+        with warmed_head(model, batches, head_steps, always_trained=ntk.get("always_trained")):
+            kernels = compute_ntk(model, batches, seed=seed, **ntk)
+        kernels = replace(kernels, provenance={**kernels.provenance, "head_steps": head_steps})
+    else:
+        kernels = compute_ntk(model, batches, seed=seed, **ntk)
     return recommend(
         kernels,
         budget,

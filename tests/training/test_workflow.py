@@ -28,7 +28,7 @@ def test_recommend_modules_is_both_steps_and_knows_language_models():
     batches = causal_batches(sizes=(4, 3))
     rec = recommend_modules(model, batches, "300", progress=False, rank=2)
     assert rec.settings["output_kind"] == default_outputs(model) == "log_likelihood"
-    assert rec.criterion == "gradient_energy"
+    assert rec.criterion == "leave_one_out" and rec.settings["optimizer"] == "adamw"
     assert rec.parameters <= 300 and rec.settings["rank"] == 2
     classifier = recommend_modules(base_model(), BATCHES, 2, progress=False)
     assert classifier.settings["output_kind"] == "logits" and classifier.settings["always_trained"]

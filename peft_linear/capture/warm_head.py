@@ -1,0 +1,101 @@
+# Copyright 2026 The peft-linear authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""A new task head, trained for a moment, so that kernels see the model through a head that means something."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import PeftLinearError, TargetError
+from .batches import evaluate, read_batches
+from .outputs import OutputFunction, label_shift
+from .parameters import differentiable
+from .targets import base_model, resolve_always_trained
+
+
+STEPS, RATE = 5, 1e-2
+
+
+@contextmanager
+def warmed_head(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    steps: int = STEPS,
+    learning_rate: float = RATE,
+    always_trained: Sequence[str] | None = None,
+) -> Iterator[None]:
+    """Inside the block the task head is one that was trained for some steps; after it everything is as before.
+
+    A fresh head is random: gradients that reach the modules below it are projected by it, and say little of the task.
+    Training first moves the head, then, through it, the rest. Adam takes `steps` steps on the mean loss of all
+    examples, in the parameters that are trained whatever is chosen, without dropout and without random numbers:
+
+        with warmed_head(model, batches):
+            kernels = compute_ntk(model, batches)
+
+    Args:
+        model: With a task head, and a loss: classification, regression.
+        batches: With labels. A generator would be used up: pass a list.
+        steps: The more, the better the head fits these examples, and the less error is left that kernels are asked
+            to explain.
+        learning_rate: Of Adam.
+        always_trained: As for `compute_ntk`.
+
+    Raises:
+        PeftLinearError: steps < 1, a learning rate that is not above 0, no batches.
+        TargetError: the model has no head.
+        OutputError: labels are missing, or outputs are not finite.
+
+    Cost: `steps` forward passes of all examples, and backward passes through the head alone.
+    """
+    if steps < 1 or not (math.isfinite(learning_rate) and learning_rate > 0):
+        raise PeftLinearError(
+            f"warming the head needs steps ≥ 1 and a learning rate > 0, got steps={steps}, "
+            f"learning_rate={learning_rate}"
+        )
+    head = resolve_always_trained(model, always_trained)
+    found = {id(p): p for module in head.values() for p in module.parameters() if p.is_floating_point()}
+    parameters = list(found.values())
+    if not parameters:
+        raise TargetError(
+            f"{type(base_model(model)).__name__} has no task head to warm: nothing is trained whatever is chosen. "
+            "Leave head_steps at 0, or name the head in `always_trained`"
+        )
+    read = read_batches(batches, model, True, "warming the head")
+    before = [parameter.detach().clone() for parameter in parameters]
+    gradients = [parameter.grad for parameter in parameters]
+    function = OutputFunction("loss", shift=label_shift(base_model(model)))
+    count = sum(batch.size for batch in read)
+    try:
+        optimizer = torch.optim.Adam(parameters, lr=learning_rate)
+        with differentiable(model, parameters):
+            for _ in range(steps):
+                optimizer.zero_grad()
+                for number, batch in enumerate(read):
+                    (evaluate(model, batch.to(parameters[0].device), function, number).sum() / count).backward()
+                optimizer.step()
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, value, gradient in zip(parameters, before, gradients, strict=True):
+                parameter.copy_(value)
+                parameter.grad = gradient
