@@ -42,7 +42,7 @@ from transformers import (
 from peft_linear import compute_ntk, proximal_distance, recommend
 from peft_linear.kernels.training import predict_training
 from peft_linear.report import write_report
-from peft_linear.selection import baseline, equal_parameter_rank
+from peft_linear.selection import adam_preconditioned, baseline, equal_parameter_rank
 
 
 OUTPUT = Path("choose_target_modules")
@@ -79,7 +79,7 @@ print(f"\n{len(kernels)} candidates, {EXAMPLES} examples: {time.perf_counter() -
 # %% [markdown]
 # ## Is there anything to choose?
 #
-# Every candidate is scored on two random halves of the examples, ten times. If the halves disagree on the order, no
+# Every candidate is scored on two random halves of the examples, several times. If the halves disagree on the order, no
 # order is worth following, and adapting everything at a lower rank is the better use of the same parameters.
 
 # %%
@@ -93,7 +93,8 @@ else:
 # %% [markdown]
 # ## Against habits, still before training
 #
-# Fine-tuning simulated on the kernels: gradient descent on three quarters of the examples, loss on the others.
+# Fine-tuning simulated on the kernels, as AdamW sees them: three quarters of the examples are trained on, and the loss
+# is that of the others.
 
 # %%
 sets = {
@@ -104,9 +105,10 @@ sets = {
     "all candidates": kernels.names,
 }
 held_out = range(EXAMPLES * 3 // 4, EXAMPLES)
+seen = adam_preconditioned(kernels)
 rate = recommendation.settings["learning_rate"]
 for words, names in sets.items():
-    curve = predict_training(kernels, names, held_out=held_out, learning_rate=rate, steps=100)
+    curve = predict_training(seen, names, held_out=held_out, learning_rate=rate, steps=50)
     parameters = sum(kernels.num_parameters[name] for name in names)
     print(
         f"{words:16} {len(names):3} modules {parameters:8,} parameters   held-out loss {curve.held_out_loss[-1]:.4f}"

@@ -103,10 +103,11 @@ def publish(record: dict, output: Path) -> int:
 
 
 def recommended(task: Task, seed: int, examples: int) -> tuple[str, ...]:
-    """What the demo recommends: as many parameters as query and value take."""
+    """What the demo recommended when this was first measured: as many parameters as query and value take."""
     kernels = compute_ntk(task.new_model(seed), task.calibration(examples), progress=False)
     rivals = [name for name in kernels.names if name in query_value(kernels)]
-    return recommend(kernels, budget=str(sum(kernels.num_parameters[name] for name in rivals))).modules
+    budget = str(sum(kernels.num_parameters[name] for name in rivals))
+    return recommend(kernels, budget, criterion="gradient_energy").modules
 
 
 def make_methods(options: argparse.Namespace, protocol: Protocol) -> list[Method]:

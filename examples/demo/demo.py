@@ -48,6 +48,7 @@ from tqdm.auto import tqdm
 from peft_linear import ModuleKernels, Recommendation, compute_ntk, export_lora, recommend
 from peft_linear.cli.recommend import parse_budget_argument
 from peft_linear.selection.baselines import query_value
+from peft_linear.selection.preconditioning import adam_preconditioned
 from peft_linear.selection.prediction import predict
 from peft_linear.selection.problem import Problem
 
@@ -71,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     step(3, "The recommendation")
     rivals = tuple(name for name in kernels.names if name in query_value(kernels))
     budget = options.budget or str(sum(kernels.num_parameters[name] for name in rivals))
-    recommendation = recommend(kernels, budget=budget, criterion=options.criterion)
+    recommendation = recommend(kernels, budget, options.criterion, train_batch_size=options.batch_size)
     print(recommendation)
     recommendation.plot(output / "recommendation.png")
     recommendation.save(output / "recommendation")
@@ -98,9 +99,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def predict_arms(kernels: ModuleKernels, recommendation: Recommendation, arms: Sequence[Arm]) -> dict[str, dict]:
     """What the linear theory says of each arm, from the kernels alone."""
-    settings = {key: recommendation.settings[key] for key in ("learning_rate", "steps", "folds", "seed")}
-    problem = Problem.of(kernels, recommendation.ridge, **settings)
-    return {arm.key: predict(kernels, arm.modules, problem) for arm in arms}
+    settings = recommendation.settings
+    problem = Problem.of(kernels, recommendation.ridge)
+    seen = adam_preconditioned(kernels, settings["train_batch_size"]) if settings["optimizer"] == "adamw" else kernels
+    training = {key: settings[key] for key in ("learning_rate", "steps", "folds", "seed")}
+    trained = seen, Problem.of(seen, settings["criterion_ridge"], **training)
+    return {arm.key: predict(kernels, arm.modules, problem, trained) for arm in arms}
 
 
 def train_arms(
