@@ -79,8 +79,8 @@ print(f"\n{len(kernels)} candidates, {EXAMPLES} examples: {time.perf_counter() -
 # %% [markdown]
 # ## Is there anything to choose?
 #
-# Every candidate is scored on two random halves of the examples, several times. If the halves disagree on the order, no
-# order is worth following, and adapting everything at a lower rank is the better use of the same parameters.
+# Every candidate is scored on two random halves of the examples, several times. If the halves disagree on the order,
+# no order is worth following, and adapting everything at a lower rank is the better use of the same parameters.
 
 # %%
 if recommendation.signal is False:
@@ -108,7 +108,7 @@ held_out = range(EXAMPLES * 3 // 4, EXAMPLES)
 seen = adam_preconditioned(kernels)
 rate = recommendation.settings["learning_rate"]
 for words, names in sets.items():
-    curve = predict_training(seen, names, held_out=held_out, learning_rate=rate, steps=50)
+    curve = predict_training(seen, names, held_out=held_out, learning_rate=rate, steps=40)
     parameters = sum(kernels.num_parameters[name] for name in names)
     print(
         f"{words:16} {len(names):3} modules {parameters:8,} parameters   held-out loss {curve.held_out_loss[-1]:.4f}"

@@ -62,7 +62,7 @@ class Problem:
     output_kind: str
     ridge: float
     learning_rate: float = 1.0
-    steps: int = 50
+    steps: int = 40
     folds: int = 4
     seed: int = 0
 

@@ -85,7 +85,7 @@ def recommend(
     optimizer: str | None = None,
     train_batch_size: int = BATCH_SIZE,
     learning_rate: float | None = None,
-    steps: int = 50,
+    steps: int = 40,
     folds: int = 4,
 ) -> Recommendation:
     """The best set of modules within the budget by one criterion on `K_S = K_0 + Σ_{m∈S} K_m`, with its evidence.
