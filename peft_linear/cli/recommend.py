@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import re
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,7 @@ def run_recommend(arguments: argparse.Namespace) -> None:
         arguments.strategy,
         arguments.optimizer,
         arguments.head_steps,
+        arguments.train_batch_size,
         outputs=outputs,
         targets=targets,
         rank=arguments.rank,
@@ -112,6 +114,7 @@ def run_recommend(arguments: argparse.Namespace) -> None:
             seed=arguments.seed,
             progress=not arguments.quiet,
         )
+    kernels = replace(kernels, provenance={**kernels.provenance, "head_steps": steps})
     recommendation = recommend(
         kernels,
         budget,

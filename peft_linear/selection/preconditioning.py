@@ -33,13 +33,18 @@ OPTIMIZERS = ("sgd", "adamw")
 BATCH_SIZE = 8
 
 
-def check_optimizer(optimizer: str | None, criterion: str, problem: Problem) -> str:
+def check_optimizer(
+    optimizer: str | None, criterion: str, problem: Problem, train_batch_size: int = BATCH_SIZE
+) -> str:
     """One of `OPTIMIZERS`; None is "adamw" for the default criterion where the outputs determine a loss, else "sgd".
 
     Raises:
         CriterionError: there is no such optimizer.
         OutputError: the outputs do not determine the loss whose gradient Adam divides by.
+        PeftLinearError: train_batch_size < 1.
     """
+    if train_batch_size < 1:
+        raise PeftLinearError(f"train_batch_size must be at least 1, got {train_batch_size}")
     if optimizer is None:
         return "adamw" if criterion == DEFAULT_NAME and "error" in problem.provides else "sgd"
     if optimizer not in OPTIMIZERS:

@@ -130,7 +130,7 @@ def recommend(
     asked_for = resolve_criterion(criterion, Problem.of(kernels, ridge=1.0))
     strategy = check_strategy(strategy, len(kernels), limit, asked_for)
     check_ridge(ridge)
-    optimizer = check_optimizer(optimizer, criterion, Problem.of(kernels, ridge=1.0))
+    optimizer = check_optimizer(optimizer, criterion, Problem.of(kernels, ridge=1.0), train_batch_size)
     if steps < 1 or folds < 2 or (learning_rate is not None and not 0 < learning_rate < math.inf):
         raise PeftLinearError(
             f"simulated training needs steps ≥ 1, folds ≥ 2 and a finite learning rate > 0, got steps={steps}, "

@@ -51,6 +51,7 @@ def check_request(
     strategy: str = "greedy",
     optimizer: str | None = None,
     head_steps: int = 0,
+    train_batch_size: int = BATCH_SIZE,
     **ntk: Any,
 ) -> tuple[str, ...]:
     """Refuses a recommendation that cannot be made, before any pass through the model; returns the candidates' names.
@@ -68,8 +69,10 @@ def check_request(
     kind = ntk.get("outputs") or default_outputs(model)
     labelled = Problem(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long), kind, ridge=1.0)
     resolved = resolve_criterion(criterion, labelled)
-    check_optimizer(optimizer, criterion, labelled)
+    check_optimizer(optimizer, criterion, labelled, train_batch_size)
     head = resolve_always_trained(model, ntk.get("always_trained"))
+    if head_steps < 0:
+        raise PeftLinearError(f"head_steps must be at least 0, got {head_steps}")
     if head_steps and not head:
         raise TargetError(
             f"head_steps={head_steps}, but {type(base_model(model)).__name__} has no task head, which is trained "
@@ -117,7 +120,7 @@ def recommend_modules(
     Raises:
         PeftLinearError: or one of its kin, as `compute_ntk` and `recommend`.
     """
-    check_request(model, budget, criterion, ridge, strategy, optimizer, head_steps, **ntk)
+    check_request(model, budget, criterion, ridge, strategy, optimizer, head_steps, train_batch_size, **ntk)
     ntk.setdefault("outputs", default_outputs(model))
     if head_steps:
         batches = [batches] if isinstance(batches, Mapping) else list(batches)

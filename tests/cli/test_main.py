@@ -83,6 +83,15 @@ def test_recommend_writes_everything_and_it_fits_together(place, tmp_path, capsy
     assert set(adapted.base_model.targeted_module_names) == set(rec.modules)
 
 
+def test_the_training_that_is_planned(place, tmp_path):
+    options = {"optimizer": "adamw", "train_batch_size": 4, "head_steps": 2, "criterion": "gradient_energy"}
+    assert main([*arguments(place, output=tmp_path, **options), "--quiet"]) == 0
+    rec = Recommendation.load(tmp_path)
+    assert rec.settings["optimizer"] == "adamw" and rec.settings["train_batch_size"] == 4
+    assert rec.settings["kernels"]["head_steps"] == 2
+    assert ModuleKernels.load(tmp_path / "kernels.safetensors").provenance["head_steps"] == 2
+
+
 def test_recommend_for_a_language_model(place, tmp_path, capsys):
     out = tmp_path / "out"
     given = arguments(place, model=place / "gpt2", task="causal-lm", budget="25%", output=out)
@@ -109,6 +118,8 @@ def test_the_same_seed_gives_the_same_files(place, tmp_path):
         ({"budget": "lots"}, "cannot read the budget 'lots'"),
         ({"budget": "9M"}, "a budget of 9,000,000 parameters"),
         ({"criterion": "best"}, "unknown criterion 'best'"),
+        ({"head_steps": -1}, "head_steps must be at least 0, got -1"),
+        ({"train_batch_size": 0}, "train_batch_size must be at least 1, got 0"),
         ({"strategy": "best"}, "unknown strategy 'best'"),
         ({"dataset": "missing.jsonl"}, "there is no file or folder 'missing.jsonl'"),
         ({"model": "./missing"}, "cannot load a classification model './missing'"),

@@ -57,6 +57,23 @@ def test_after_training_the_report_has_what_was_measured(tmp_path):
     assert "measured by the Trainer" not in (tmp_path / "silent" / "report.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "asked", "expected"),
+    [
+        ({}, {}, ("adamw", 8)),
+        ({"optim": "sgd"}, {}, ("sgd", None)),
+        ({"optim": "adafactor"}, {"optimizer": "sgd"}, ("sgd", None)),
+        ({}, {"train_batch_size": 3}, ("adamw", 3)),
+        ({"optim": "sgd"}, {"criterion": "leave_one_out", "optimizer": "adamw"}, ("adamw", 8)),
+    ],
+)
+def test_the_default_criterion_sees_how_the_trainer_trains(tmp_path, arguments, asked, expected):
+    ours = callback("report", **{"criterion": "default-by-evidence", **asked})
+    trainer_for(peft_bert(), tmp_path, [ours], gradient_accumulation_steps=2, **arguments)
+    settings = ours.recommendation.settings
+    assert (settings["optimizer"], settings.get("train_batch_size")) == expected
+
+
 def test_report_on_a_model_without_adapters(tmp_path):
     ours = callback("report", budget=0.5)
     trainer_for(base_model(), tmp_path, [ours])
