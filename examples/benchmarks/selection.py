@@ -41,10 +41,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # examples/common.py, from wherever this is started
 
 from records import Records, circumstances, read_lines
-from selection_analysis import Measured, measured
+from selection_analysis import Measured, by_rate, measured
 from selection_picks import Picks, as_configurations, choose
-from selection_report import as_json, draw, sections
-from selection_scores import Scores, looks_of, measure_scores, table_of
+from selection_report import as_json, draw, rates_section, sections
+from selection_scores import PARAMETERS, Scores, looks_of, measure_scores, table_of
 from selection_tasks import TASKS, SelectionTask, Sizes
 from selection_truth import ONE_RATE, Configuration, Protocol, Truth, configurations, measure, measure_at_one_rate
 
@@ -54,6 +54,14 @@ from peft_linear.report.markdown import markdown_table
 
 SCORE_SEED = 0  # head, A and calibration examples of what is scored
 STAGES = ("truth", "one_rate", "scores", "picks", "report")
+SHOWN_BY_RATE = (
+    "predicted_loss, AdamW (lora, 8 draws)",
+    "predicted_loss, AdamW (lora, 8 draws, probed head)",
+    "leave_one_out, AdamW (lora, 8 draws)",
+    "gradient_energy (lora, 8 draws)",
+    "condition_number (lora, 8 draws)",
+    PARAMETERS,
+)
 VIEWS = {"one_rate": ONE_RATE, "tuned": None}  # learning rates; None: each set's own
 
 
@@ -96,6 +104,7 @@ def report(options: argparse.Namespace, output: Path) -> None:
     """Tables and the figure of the tasks whose single modules, at least, are trained."""
     found: dict[str, list[Measured]] = {view: [] for view in VIEWS}
     picks: dict[str, Picks] = {}
+    rates: dict[str, Any] = {}
     for key in options.tasks:
         task = TASKS[key](options.sizes, Path(options.cache))
         truth, sets = truth_of(task, options, output), configurations(task, options.protocol.rank, options.random_sets)
@@ -106,6 +115,7 @@ def report(options: argparse.Namespace, output: Path) -> None:
         table, seconds = scored(task, sets, options, output)
         if (key, "picks", SCORE_SEED) in records:
             picks[key] = choose(task, table, SCORE_SEED, options.protocol, records)
+        rates[key] = by_rate(truth, sets, table, SHOWN_BY_RATE, options.seeds[0])
         for view, rate in VIEWS.items():
             seeds = most_seeds(truth, sets, options.seeds, rate)
             if not seeds:
@@ -129,11 +139,16 @@ def report(options: argparse.Namespace, output: Path) -> None:
             text += sections(of_view, picks, steps, view)
             draw(of_view, steps, output / f"{view}.png")
     text += [
+        rates_section(rates),
         "## Setting",
         markdown_table(("", ""), [(name, str(value)) for name, value in setting.items()]),
     ]
     write_text(output / "README.md", "\n\n".join(text) + "\n")
-    results = {**setting, **{view: as_json(of_view, picks, steps) for view, of_view in found.items()}}
+    results = {
+        **setting,
+        "by_rate": rates,
+        **{view: as_json(of_view, picks, steps) for view, of_view in found.items()},
+    }
     write_text(output / "results.json", json.dumps(results, indent=1) + "\n")
 
 

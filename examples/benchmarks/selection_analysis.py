@@ -67,6 +67,29 @@ def measured(
     return Measured(truth.task, kept, losses, scores, seconds, truth.protocol.rank, len(sets))
 
 
+def by_rate(
+    truth: Truth, sets: Iterable[Configuration], scores: Scores, criteria: Sequence[str], seed: int
+) -> dict[float, tuple[int, dict[str, dict[int, float]]]]:
+    """{learning rate: (single modules trained with it, {criterion: {budget: rank correlation with their losses}})}.
+
+    Tuning trains most modules with several rates; those that fewer than half were trained with are left out.
+    """
+    singles = [c for c in sets if c.single]
+    names = [name for name in criteria if name in scores and all(c.key in scores[name] for c in singles)]
+    found = {}
+    for rate in truth.protocol.learning_rates:
+        runs = [(c, losses) for c in singles if (losses := truth.losses(c, [seed], rate=rate)) is not None]
+        if 2 * len(runs) < len(singles) or len(runs) < 3:
+            continue
+        table: dict[str, dict[int, float]] = {name: {} for name in names}
+        for steps in truth.protocol.steps:
+            quality = [[-losses[steps][0] for _, losses in runs]]
+            for name in names:
+                table[name][steps] = correlate([[scores[name][c.key] for c, _ in runs]], quality).mean
+        found[rate] = (len(runs), table)
+    return found
+
+
 @cache
 def correlations(of: Measured, group: str, steps: int) -> dict[str, Correlation]:
     """{criterion: rank correlation of its utility with the mean loss, signed so that +1 is right}, best first."""

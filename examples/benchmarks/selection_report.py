@@ -159,6 +159,24 @@ def _of_task(of: Measured, steps: Sequence[int]) -> str:
     return "\n\n".join(parts)
 
 
+def rates_section(tables: Mapping[str, Mapping[float, Any]]) -> str:
+    """Rank correlations of a few criteria, by task and by the learning rate that all modules are trained with."""
+    rows = []
+    for task, by_rate in tables.items():
+        for rate, (count, table) in by_rate.items():
+            rows += [
+                (task, f"{rate:g}", str(count), f"`{name}`", _each(list(of.values()), "+.2f"))
+                for name, of in table.items()
+            ]
+    text = (
+        "Rank correlation with the test losses of single modules that are all trained with the same learning rate, "
+        "for each budget of steps, first seed. Small rates are the regime that kernels describe; with large ones modules "
+        "become unstable one after the other, those that learn fastest first, and every correlation turns."
+    )
+    header = ("task", "learning rate", "modules", "criterion", "rank correlation")
+    return "\n\n".join(["## By learning rate", text, markdown_table(header, rows, right=(1, 2, 4))])
+
+
 def as_json(all_measured: Sequence[Measured], picks: Mapping[str, Picks], steps: Sequence[int]) -> dict[str, Any]:
     """Every number of the tables."""
     found: dict[str, Any] = {}
