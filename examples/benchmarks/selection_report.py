@@ -170,8 +170,8 @@ def rates_section(tables: Mapping[str, Mapping[float, Any]]) -> str:
             ]
     text = (
         "Rank correlation with the test losses of single modules that are all trained with the same learning rate, "
-        "for each budget of steps, first seed. Small rates are the regime that kernels describe; with large ones modules "
-        "become unstable one after the other, those that learn fastest first, and every correlation turns."
+        "for each budget of steps, first seed. Small rates are the regime that kernels describe; with large ones "
+        "modules become unstable one after the other, those that learn fastest first, and every correlation turns."
     )
     header = ("task", "learning rate", "modules", "criterion", "rank correlation")
     return "\n\n".join(["## By learning rate", text, markdown_table(header, rows, right=(1, 2, 4))])
