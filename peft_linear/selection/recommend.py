@@ -96,7 +96,7 @@ def recommend(
     rank. Cost: one criterion evaluation for each candidate and round of the search that no bound rules out (O(n³) for
     most; additive criteria need one for each candidate, O(n²)), twenty on n/2 rows and one eigendecomposition for each
     candidate, whose condition number is always shown. 8 of 37 candidates with n = 512 rows take about 2 s on one CPU
-    core by an additive criterion, 6 s by leave-one-out error and 12 s by predicted loss; it grows as n³.
+    core by an additive criterion, 5 s by leave-one-out error or predicted loss; it grows as n³ (predicted loss: n²).
 
     Args:
         kernels: Of the candidates, from `compute_ntk`.

@@ -25,7 +25,7 @@ from peft import PeftModel
 from torch import nn
 
 from ..capture.ntk import compute_ntk
-from ..capture.targets import base_model, resolve_always_trained, resolve_targets
+from ..capture.targets import base_model, linear_shape, resolve_always_trained, resolve_targets
 from ..capture.terms import Space, check_adapter_arguments, module_terms
 from ..capture.warm_head import warmed_head
 from ..errors import PeftLinearError, TargetError
@@ -48,9 +48,14 @@ def default_space(model: nn.Module, outputs: str) -> Space:
     """ "weight" for log-likelihoods, which have one row an example, so that full matrices are cheap; "lora" otherwise.
 
     Kernels of full matrices say where an adapter belongs whatever its A, and choose better for language models
-    (docs/decisions/0009). A model that carries adapters is judged by their own A.
+    (docs/decisions/0009). A model that carries adapters is judged by their own A, and quantised layers, which have no
+    matrix to take a gradient in, by LoRA's.
     """
-    return "weight" if outputs == "log_likelihood" and not isinstance(model, PeftModel) else "lora"
+    if outputs != "log_likelihood" or isinstance(model, PeftModel):
+        return "lora"
+    weights = [getattr(module, "weight", None) for module in model.modules() if linear_shape(module) is not None]
+    full = all(isinstance(weight, nn.Parameter) and weight.is_floating_point() for weight in weights)
+    return "weight" if full else "lora"
 
 
 def check_request(

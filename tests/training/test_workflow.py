@@ -14,6 +14,7 @@
 """`recommend_modules`: both steps in one line, refused before the model runs where it must be."""
 
 import pytest
+import torch
 from peft import LoraConfig, get_peft_model
 
 from peft_linear.errors import BudgetError, CriterionError, KernelError, OutputError, PeftLinearError, TargetError
@@ -73,3 +74,7 @@ def test_language_models_are_judged_by_full_matrices():
     assert recommend_modules(base_model(), BATCHES, 2, progress=False).settings["space"] == "lora"
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["c_fc"], fan_in_fan_out=True))
     assert default_space(adapted, "log_likelihood") == "lora"
+    quantised = seeded(gpt2, True)
+    block = quantised.transformer.h[0].mlp.c_fc
+    block.weight = torch.nn.Parameter(block.weight.detach().to(torch.int8), requires_grad=False)
+    assert default_space(quantised, "log_likelihood") == "lora"
