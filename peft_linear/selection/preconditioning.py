@@ -80,7 +80,7 @@ class AdamScales:
 
         Raises:
             OutputError: the outputs do not determine a loss.
-            KernelError: a block has no nonnegative energy, as a sign kernel may.
+            KernelError: a block is not finite, or has negative energy, as a sign kernel may.
             PeftLinearError: batch_size < 1.
         """
         if batch_size < 1:
@@ -103,7 +103,9 @@ def _scale(name: str, gram: Tensor, error: Tensor, batch_size: int, parameters: 
     energy = alone / count
     if count > 1:
         energy = energy / size + (1 - 1 / size) * together / (count * (count - 1))
-    if not math.isfinite(energy) or energy < -1e-12 * abs(alone):
+    if not math.isfinite(energy):
+        raise KernelError(f"the kernel of {name} is not finite; check the model's outputs for NaN or inf")
+    if energy < -1e-12 * abs(alone):
         raise KernelError(
             f"the kernel of {name} has gradient energy {energy:.3g}, so it is no product J Jᵀ; optimizer='adamw' "
             "needs kernels that compute_ntk made with kernel='gradient'"

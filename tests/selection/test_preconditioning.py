@@ -124,6 +124,9 @@ def test_refusals():
     negative = replace(kernels, blocks={**kernels.blocks, "a": -kernels["a"]})
     with pytest.raises(KernelError, match="the kernel of a has gradient energy .* kernel='gradient'"):
         adam_preconditioned(negative)
+    infinite = replace(kernels, blocks={**kernels.blocks, "b": kernels["b"] / 0.0})
+    with pytest.raises(KernelError, match="the kernel of b is not finite"):
+        adam_preconditioned(infinite)
     with pytest.raises(CriterionError, match="unknown optimizer 'lion'; there are: sgd, adamw"):
         recommend(kernels, 1, optimizer="lion")
     with pytest.raises(OutputError, match="optimizer='adamw' cannot be computed from logits without labels"):
