@@ -146,11 +146,17 @@ class ModuleKernels:
         about 10·eps in the rows are errors of about (10·eps)²·λ1 in the small eigenvalues of K = J Jᵀ. Products of
         rows in float32 add an error of about 4e-8·sqrt(K_ii·K_jj) to every entry.
         """
+        eps, entry_error = self.rounding
+        return Spectrum.from_gram(self.subset(names), eps=eps, entry_error=entry_error)
+
+    @property
+    def rounding(self) -> tuple[float, float]:
+        """`eps` and `entry_error` of `Spectrum.from_gram`, from the precisions that the provenance names."""
         dtype, product_dtype = (
             _FLOATS.get(str(self.provenance.get(key)), torch.float64) for key in ("dtype", "product_dtype")
         )
         eps = max(torch.finfo(torch.float64).eps, (10 * torch.finfo(dtype).eps) ** 2)
-        return Spectrum.from_gram(self.subset(names), eps=eps, entry_error=torch.finfo(product_dtype).eps / 3)
+        return eps, torch.finfo(product_dtype).eps / 3
 
     def select_examples(self, indices: Sequence[int] | Tensor) -> ModuleKernels:
         """The same kernels on the examples `indices`, in that order (repeats allowed, as a bootstrap needs)."""

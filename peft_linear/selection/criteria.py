@@ -30,7 +30,6 @@ from torch import Tensor
 
 from ..errors import CriterionError, OutputError
 from ..functional.regression import leave_one_out_residuals, solve_ridge
-from ..functional.spectrum import Spectrum
 from ..kernels.module_kernels import ModuleKernels
 from .cross_validation import cross_validate
 from .gain_bounds import (
@@ -110,7 +109,7 @@ def condition_number(gram: Tensor, problem: Problem) -> float:
     With more rows than the adapter has parameters λn is 0 and the number is `λ1/λ + 1`: a large kernel, which learns
     fast, looks bad.
     """
-    return Spectrum.from_gram(gram).condition_number(problem.ridge)
+    return problem.spectrum(gram).condition_number(problem.ridge)
 
 
 @_criterion("trace", "Σ λi", higher_is_better=True, additive=True, monotone=True)
@@ -134,7 +133,7 @@ def gradient_energy(gram: Tensor, problem: Problem) -> float:
 )
 def effective_dimension(gram: Tensor, problem: Problem) -> float:
     """`Σ λi/(λi + λ) = n − λ·tr (K + λI)⁻¹`: directions that ridge regression can fit; higher is better. O(n³)."""
-    return Spectrum.from_gram(gram).effective_dimension(problem.ridge)
+    return problem.spectrum(gram).effective_dimension(problem.ridge)
 
 
 @_criterion("effective rank", "(Σ λi)²/Σ λi²", higher_is_better=True)

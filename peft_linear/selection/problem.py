@@ -21,12 +21,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import OutputError
 from ..functional.simulation import one_hot_targets
+from ..functional.spectrum import Spectrum
 from ..kernels.module_kernels import ModuleKernels
 
 
@@ -55,6 +57,7 @@ class Problem:
         steps: Of that descent.
         folds: Of its cross-validation over examples.
         seed: Of the folds.
+        rounding: `eps` and `entry_error` of the kernels' spectra; see `Spectrum.from_gram`.
     """
 
     outputs: Tensor
@@ -65,11 +68,18 @@ class Problem:
     steps: int = 40
     folds: int = 4
     seed: int = 0
+    rounding: tuple[float | None, float] = (None, 0.0)
 
     @classmethod
     def of(cls, kernels: ModuleKernels, ridge: float, **settings: float | int) -> Problem:
         """The problem that `kernels` were computed on."""
-        return cls(kernels.outputs, kernels.labels, kernels.output_kind, ridge, **settings)  # type: ignore[arg-type]
+        given: dict[str, Any] = {"rounding": kernels.rounding, **settings}
+        return cls(kernels.outputs, kernels.labels, kernels.output_kind, ridge, **given)
+
+    def spectrum(self, gram: Tensor) -> Spectrum:
+        """Eigenvalues of a kernel of this problem; what its precision leaves below 0 counts as rounding. O(n³)."""
+        eps, entry_error = self.rounding
+        return Spectrum.from_gram(gram, eps=eps, entry_error=entry_error)
 
     @property
     def num_examples(self) -> int:

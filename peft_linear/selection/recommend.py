@@ -24,7 +24,6 @@ import torch
 from ..errors import KernelError, PeftLinearError
 from ..functional.regression import select_ridge
 from ..functional.simulation import SMOOTHNESS
-from ..functional.spectrum import Spectrum
 from ..kernels.module_kernels import ModuleKernels
 from .budget import Budget, parse_budget
 from .criteria import DEFAULT_NAME, Criterion, resolve_criterion, score_modules
@@ -173,8 +172,8 @@ def recommend(
     predicted["all_candidates"] = predict(kernels, kernels.names, plain, trained)
     if bool(kernels.base.any()):
         spectra["always trained"] = kernels.spectrum([])
-        spectra["chosen, adapters"] = Spectrum.from_gram(kernels.subset(result.order) - kernels.base)
-        spectra["all, adapters"] = Spectrum.from_gram(kernels.subset() - kernels.base)
+        spectra["chosen, adapters"] = plain.spectrum(kernels.subset(result.order) - kernels.base)
+        spectra["all, adapters"] = plain.spectrum(kernels.subset() - kernels.base)
         predicted["always_trained_only"] = predict(kernels, [], plain, trained)
     predicted["before_training"] = before_training(problem)
     return Recommendation(

@@ -368,3 +368,22 @@ def test_many_candidates_stay_quick():
     rec = recommend(kernels, 8, "leave_one_out", ridge=30.0)
     assert set(rec.modules) == set(BERT_NAMES[:8])
     assert rec.settings["evaluations"] == 1 + sum(range(29, 37))
+
+
+@pytest.mark.parametrize("criterion", ["condition_number", "effective_dimension", "default-by-evidence"])
+def test_products_in_float32_are_rounding_and_no_error(criterion):
+    """Low rank and rounded entries: eigenvalues that are 0 come out negative, by more than float64 would explain."""
+    kernels = planted_kernels(examples=60)
+
+    def rounded(gram, seed):
+        noise = torch.randn(gram.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        return gram + 1e-8 * float(gram.diagonal().max()) * (noise + noise.T)
+
+    blocks = {name: rounded(block, seed) for seed, (name, block) in enumerate(kernels.blocks.items())}
+    provenance = {"dtype": "torch.float32", "product_dtype": "torch.float32"}
+    noisy = replace(kernels, blocks=blocks, base=rounded(kernels.base, 99), provenance=provenance)
+    assert torch.linalg.eigvalsh(noisy.subset([BERT_NAMES[0]]))[0] < -1e-9
+    rec = recommend(noisy, 2, criterion)
+    assert rec.modules == recommend(kernels, 2, criterion).modules
+    with pytest.raises(KernelError, match="not positive semidefinite"):
+        recommend(replace(noisy, provenance={}), 2, criterion)
