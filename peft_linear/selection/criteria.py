@@ -41,10 +41,10 @@ from .gain_bounds import (
 from .problem import PROVIDES, Problem
 
 
-# What `criterion="default-by-evidence"` means: the first of these that the outputs allow. The evidence is the rank
-# correlation of each criterion with the real test loss of fine-tuned modules and sets: docs/measurements/selection.
-DEFAULT_CRITERIA = ("predicted_loss", "leave_one_out", "trace")
-DEFAULT_CRITERION = DEFAULT_CRITERIA[0]
+# What `criterion="default-by-evidence"` means: the first of these whose need the outputs provide. The evidence is the
+# rank correlation of each criterion with the real test loss of fine-tuned modules and sets: docs/measurements/selection.
+DEFAULTS_BY_NEED = {"logits": "gradient_energy", "residual": "leave_one_out", "kernel": "trace"}
+DEFAULT_CRITERION = DEFAULTS_BY_NEED["logits"]
 DEFAULT_NAME = "default-by-evidence"
 
 CriterionFunction = Callable[[Tensor, Problem], float]
@@ -208,7 +208,8 @@ def resolve_criterion(name: str, problem: Problem) -> Criterion:
     """
     applicable = applicable_criteria(problem)
     if name == DEFAULT_NAME:
-        name = next(name for name in DEFAULT_CRITERIA if name in applicable)
+        provided = problem.provides | {"kernel"}
+        name = next(name for need, name in DEFAULTS_BY_NEED.items() if need in provided)
     if name not in CRITERIA:
         raise CriterionError(f"unknown criterion {name!r}; there are: {', '.join([DEFAULT_NAME, *CRITERIA])}")
     if name not in applicable:
