@@ -41,8 +41,8 @@ from .gain_bounds import (
 from .problem import PROVIDES, Problem
 
 
-# What `criterion="default-by-evidence"` means: the first of these whose need the outputs provide. The evidence is the
-# rank correlation of each criterion with the real test loss of fine-tuned modules and sets: docs/measurements/selection.
+# What `criterion="default-by-evidence"` means: the first of these whose need the outputs provide. The evidence is rank
+# correlations with the real test loss of fine-tuned modules and sets: docs/measurements/selection.
 DEFAULTS_BY_NEED = {"logits": "gradient_energy", "residual": "leave_one_out", "kernel": "trace"}
 DEFAULT_CRITERION = DEFAULTS_BY_NEED["logits"]
 DEFAULT_NAME = "default-by-evidence"
