@@ -54,7 +54,6 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from peft_linear import compute_ntk, recommend
 from peft_linear.kernels import ModuleKernels
-from peft_linear.training.workflow import default_space
 
 
 BATCH = 32
@@ -127,7 +126,6 @@ def kernels_of(setting: Setting, rank: int) -> ModuleKernels:
     return compute_ntk(
         setting.model,
         setting.examples,
-        space=default_space(setting.model, setting.outputs),
         rank=rank,
         lora_alpha=2 * rank,
         outputs=setting.outputs,

@@ -103,7 +103,7 @@ def picks_of(task: SelectionTask, sets: Sequence[Configuration], options: argpar
 def report(options: argparse.Namespace, output: Path) -> None:
     """Tables and the figure of the tasks whose single modules, at least, are trained."""
     found: dict[str, list[Measured]] = {view: [] for view in VIEWS}
-    picks: dict[str, Picks] = {}
+    picks: dict[str, dict[str, Picks]] = {view: {} for view in VIEWS}  # where all of them are trained
     rates: dict[str, Any] = {}
     for key in options.tasks:
         task = TASKS[key](options.sizes, Path(options.cache))
@@ -113,15 +113,18 @@ def report(options: argparse.Namespace, output: Path) -> None:
             print(f"{key}: not scored, left out", file=sys.stderr)
             continue
         table, seconds = scored(task, sets, options, output)
+        chosen = None
         if (key, "picks", SCORE_SEED) in records:
-            picks[key] = choose(task, table, SCORE_SEED, options.protocol, records)
+            chosen = choose(task, table, SCORE_SEED, options.protocol, records)
         rates[key] = by_rate(truth, sets, table, SHOWN_BY_RATE, options.seeds[0])
         for view, rate in VIEWS.items():
             seeds = most_seeds(truth, sets, options.seeds, rate)
             if not seeds:
                 print(f"{key}: too little is trained, left out of “{view}”", file=sys.stderr)
                 continue
-            picked = as_configurations(task, picks[key], sets) if key in picks else []
+            picked = [] if chosen is None else as_configurations(task, chosen, sets)
+            if chosen is not None and all(truth.finished(c, seeds, rate) for c in picked):
+                picks[view][key] = chosen
             found[view].append(measured(truth, [*sets, *picked], seeds, table, seconds, rate))
     if not any(found.values()):
         raise SystemExit("nothing is finished, so there is nothing to report")
@@ -136,7 +139,7 @@ def report(options: argparse.Namespace, output: Path) -> None:
     text = ["# Ways to choose modules against what training reaches"]
     for view, of_view in found.items():
         if of_view:
-            text += sections(of_view, picks, steps, view)
+            text += sections(of_view, picks[view], steps, view)
             draw(of_view, steps, output / f"{view}.png")
     text += [
         rates_section(rates),
@@ -147,7 +150,7 @@ def report(options: argparse.Namespace, output: Path) -> None:
     results = {
         **setting,
         "by_rate": rates,
-        **{view: as_json(of_view, picks, steps) for view, of_view in found.items()},
+        **{view: as_json(of_view, picks[view], steps) for view, of_view in found.items()},
     }
     write_text(output / "results.json", json.dumps(results, indent=1) + "\n")
 

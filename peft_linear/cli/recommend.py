@@ -29,7 +29,7 @@ from ..capture.warm_head import warmed_head
 from ..errors import BudgetError, FileError
 from ..report.writer import write_report
 from ..selection.recommend import recommend
-from ..training.workflow import check_request, default_space
+from ..training.workflow import check_request
 from ..tuners.proximal_lora import ProximalLoraConfig
 from .data import batches_of, collator, load_text_data, sample_rows, tokenize
 from .models import load_model
@@ -83,7 +83,6 @@ def run_recommend(arguments: argparse.Namespace) -> None:
     rows = sample_rows(data, arguments.examples, arguments.split, arguments.seed)
     model, tokenizer = load_model(arguments.model, arguments.task, data.label_names, arguments.seed, arguments.device)
     outputs: Any = "log_likelihood" if arguments.task == "causal-lm" else "logits"
-    space = arguments.space or ("lora" if arguments.draws > 1 else default_space(model, outputs))
     targets = arguments.targets[0] if arguments.targets == ["all-linear"] else arguments.targets
     check_request(
         model,
@@ -97,7 +96,7 @@ def run_recommend(arguments: argparse.Namespace) -> None:
         outputs=outputs,
         targets=targets,
         rank=arguments.rank,
-        space=space,
+        space=arguments.space,
     )
     features = tokenize(data, rows, tokenizer, arguments.max_length)
     batches = list(batches_of(features, collator(data, tokenizer), arguments.batch_size))
@@ -107,7 +106,7 @@ def run_recommend(arguments: argparse.Namespace) -> None:
             model,
             batches,
             targets=targets,
-            space=space,
+            space=arguments.space,
             rank=arguments.rank,
             lora_alpha=arguments.alpha,
             draws=arguments.draws,

@@ -21,12 +21,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import nn
 
 from ..capture.ntk import compute_ntk
-from ..capture.targets import base_model, linear_shape, resolve_always_trained, resolve_targets
-from ..capture.terms import Space, check_adapter_arguments, module_terms
+from ..capture.targets import base_model, resolve_always_trained, resolve_targets
+from ..capture.terms import check_adapter_arguments, module_terms
 from ..capture.warm_head import warmed_head
 from ..errors import PeftLinearError, TargetError
 from ..selection.budget import parse_budget
@@ -42,20 +41,6 @@ def default_outputs(model: nn.Module) -> str:
     """ "log_likelihood" for a model with output embeddings (a language model), "logits" for any other."""
     embeddings = getattr(base_model(model), "get_output_embeddings", lambda: None)()
     return "logits" if embeddings is None else "log_likelihood"
-
-
-def default_space(model: nn.Module, outputs: str) -> Space:
-    """ "weight" for log-likelihoods, which have one row an example, so that full matrices are cheap; "lora" otherwise.
-
-    Kernels of full matrices say where an adapter belongs whatever its A, and choose better for language models
-    (docs/decisions/0009). A model that carries adapters is judged by their own A, and quantised layers, which have no
-    matrix to take a gradient in, by LoRA's.
-    """
-    if outputs != "log_likelihood" or isinstance(model, PeftModel):
-        return "lora"
-    weights = [getattr(module, "weight", None) for module in model.modules() if linear_shape(module) is not None]
-    full = all(isinstance(weight, nn.Parameter) and weight.is_floating_point() for weight in weights)
-    return "weight" if full else "lora"
 
 
 def check_request(
@@ -82,7 +67,6 @@ def check_request(
         raise PeftLinearError(f"unknown arguments {', '.join(unknown)}; compute_ntk takes: {', '.join(accepted)}")
     check_ridge(ridge)
     kind = ntk.get("outputs") or default_outputs(model)
-    ntk.setdefault("space", _space_for(model, kind, ntk))
     labelled = Problem(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long), kind, ridge=1.0)
     resolved = resolve_criterion(criterion, labelled)
     check_optimizer(optimizer, criterion, labelled, train_batch_size)
@@ -95,16 +79,12 @@ def check_request(
             "whatever is chosen; leave head_steps at 0, or name the head in `always_trained`"
         )
     modules = resolve_targets(model, ntk.get("targets", "all-linear"), reserved=head)
-    space, rank, alpha = ntk["space"], ntk.get("rank", 8), ntk.get("lora_alpha", 16.0)
+    space, rank, alpha = ntk.get("space", "lora"), ntk.get("rank", 8), ntk.get("lora_alpha", 16.0)
     check_adapter_arguments(space, rank, alpha, ntk.get("draws", 1))
     sizes = {name: module_terms(name, module, space, rank, alpha, 1, 0)[1] for name, module in modules.items()}
     limit = parse_budget(budget, sizes)
     check_strategy(strategy, len(modules), limit, resolved)
     return tuple(modules)
-
-
-def _space_for(model: nn.Module, outputs: str, ntk: Mapping[str, Any]) -> Space:
-    return "lora" if "draws" in ntk or ntk.get("kernel") == "sign" else default_space(model, outputs)
 
 
 def recommend_modules(
@@ -135,15 +115,14 @@ def recommend_modules(
             for training that begins with the head as it is (small ones); see the guide on choosing modules.
         seed: Of LoRA's random A and of the cross-validation folds.
         **ntk: Other arguments of `compute_ntk` (`targets`, `space`, `rank`, `lora_alpha`, `draws`, `outputs`, …).
-            `outputs` defaults to "log_likelihood" for language models and "logits" otherwise, `space` to "weight" and
-            "lora" (also where `draws` are asked for, which are LoRA's).
+            `outputs` defaults to "log_likelihood" for language models and "logits" otherwise. For a language model
+            that fits, space="weight" chooses better than the default (docs/decisions/0009).
 
     Raises:
         PeftLinearError: or one of its kin, as `compute_ntk` and `recommend`.
     """
     check_request(model, budget, criterion, ridge, strategy, optimizer, head_steps, train_batch_size, **ntk)
     ntk.setdefault("outputs", default_outputs(model))
-    ntk.setdefault("space", _space_for(model, ntk["outputs"], ntk))
     if head_steps:
         batches = [batches] if isinstance(batches, Mapping) else list(batches)
         with warmed_head(model, batches, head_steps, always_trained=ntk.get("always_trained")):

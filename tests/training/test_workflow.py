@@ -14,12 +14,11 @@
 """`recommend_modules`: both steps in one line, refused before the model runs where it must be."""
 
 import pytest
-import torch
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 
 from peft_linear.errors import BudgetError, CriterionError, KernelError, OutputError, PeftLinearError, TargetError
 from peft_linear.training.restrict import adapted_modules
-from peft_linear.training.workflow import check_request, default_outputs, default_space, recommend_modules
+from peft_linear.training.workflow import check_request, default_outputs, recommend_modules
 from tests.callback_runs import BATCHES, base_model
 from tests.small_models import causal_batches, gpt2, seeded
 
@@ -59,22 +58,3 @@ def test_requests_are_checked_before_the_model_runs(arguments, error, message, m
     else:
         with pytest.raises(error, match=message):
             recommend_modules(model, BATCHES, **arguments)
-
-
-def test_language_models_are_judged_by_full_matrices():
-    model, batches = seeded(gpt2, True), causal_batches(sizes=(4, 3))
-    spaces = {
-        "weight": {},
-        "lora": {"space": "lora"},
-        "rows": {"space": "rows", "rank": 2},
-    }
-    for space, given in spaces.items():
-        assert recommend_modules(model, batches, 2, progress=False, **given).settings["space"] == space
-    assert recommend_modules(model, batches, 2, progress=False, draws=2).settings["space"] == "lora"
-    assert recommend_modules(base_model(), BATCHES, 2, progress=False).settings["space"] == "lora"
-    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["c_fc"], fan_in_fan_out=True))
-    assert default_space(adapted, "log_likelihood") == "lora"
-    quantised = seeded(gpt2, True)
-    block = quantised.transformer.h[0].mlp.c_fc
-    block.weight = torch.nn.Parameter(block.weight.detach().to(torch.int8), requires_grad=False)
-    assert default_space(quantised, "log_likelihood") == "lora"
