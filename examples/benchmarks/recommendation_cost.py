@@ -124,12 +124,7 @@ class Training:
 
 def kernels_of(setting: Setting, rank: int) -> ModuleKernels:
     return compute_ntk(
-        setting.model,
-        setting.examples,
-        rank=rank,
-        lora_alpha=2 * rank,
-        outputs=setting.outputs,
-        progress=False,
+        setting.model, setting.examples, rank=rank, lora_alpha=2 * rank, outputs=setting.outputs, progress=False
     )
 
 
