@@ -108,7 +108,7 @@ held_out = range(EXAMPLES * 3 // 4, EXAMPLES)
 seen = adam_preconditioned(kernels)
 rate = recommendation.settings["learning_rate"]
 for words, names in sets.items():
-    curve = predict_training(seen, names, held_out=held_out, learning_rate=rate, steps=40)
+    curve = predict_training(seen, names, held_out=held_out, learning_rate=rate, steps=100)
     parameters = sum(kernels.num_parameters[name] for name in names)
     print(
         f"{words:16} {len(names):3} modules {parameters:8,} parameters   held-out loss {curve.held_out_loss[-1]:.4f}"

@@ -43,7 +43,7 @@ from .problem import PROVIDES, Problem
 
 # What `criterion="default-by-evidence"` means: the first of these whose need the outputs provide. The evidence is rank
 # correlations with the real test loss of fine-tuned modules and sets: docs/measurements/selection.
-DEFAULTS_BY_NEED = {"logits": "predicted_loss", "residual": "leave_one_out", "kernel": "trace"}
+DEFAULTS_BY_NEED = {"logits": "gradient_energy", "residual": "leave_one_out", "kernel": "trace"}
 DEFAULT_CRITERION = DEFAULTS_BY_NEED["logits"]
 DEFAULT_NAME = "default-by-evidence"
 

@@ -65,7 +65,7 @@ class Problem:
     output_kind: str
     ridge: float
     learning_rate: float = 1.0
-    steps: int = 40
+    steps: int = 100
     folds: int = 4
     seed: int = 0
     rounding: tuple[float | None, float] = (None, 0.0)

@@ -29,7 +29,7 @@ from .problem import Problem
 
 
 LEAST_EXAMPLES = 8
-SPLITS, FEW_SPLITS = 10, 4  # of the examples; the fewer for criteria that cost more than additive ones
+SPLITS, FEW_SPLITS = 10, 3  # of the examples; the fewer for criteria that cost more than additive ones
 ONE_SIDED = 1.645  # standard deviations of a normal distribution that 5 % lie above
 
 
@@ -82,7 +82,7 @@ def split_half_reliability(
 ) -> Reliability | None:
     """Scores every candidate on both halves of `splits` random splits (by `problem.seed`) of the examples.
 
-    By default 10 splits for additive criteria and 4 for others. Cost: 2·splits evaluations of the criterion a
+    By default 10 splits for additive criteria and 3 for others. Cost: 2·splits evaluations of the criterion a
     candidate, on n/2 rows each. None for kernels of fewer than 8 examples or 3 candidates, where halves say nothing,
     and for lazy kernels, which would be read from their files as often.
     """

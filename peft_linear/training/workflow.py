@@ -100,7 +100,7 @@ def recommend_modules(
     optimizer: str | None = None,
     train_batch_size: int = BATCH_SIZE,
     learning_rate: float | None = None,
-    steps: int = 40,
+    steps: int = 100,
     folds: int = 4,
     **ntk: Any,
 ) -> Recommendation:

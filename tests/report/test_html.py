@@ -126,7 +126,7 @@ def test_the_heat_map_reads_as_a_table(rec, parsed):
             assert f"rank {by_name[name].rank}" in found
             pick = f"pick {rec.modules.index(name) + 1}" if name in rec.modules else ""
             assert found.endswith(pick) and ("pick" in found) == bool(pick)
-            gain = rec.settings["start_score"] - by_name[name].score  # of a loss
+            gain = by_name[name].score - rec.settings["start_score"]
             shown = float(re.match(r"[−\d.e]+", found)[0].split("rank")[0].replace("−", "-"))
             assert shown == pytest.approx(gain, rel=0.06)
 
