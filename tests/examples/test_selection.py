@@ -149,6 +149,28 @@ def test_the_learning_rate_is_found_uphill_for_each_budget(parts, best, monkeypa
     assert truth.finished(configuration, (0, 1)) and not truth.finished(configuration, (0, 1, 2))
 
 
+def test_one_learning_rate_for_all_is_trained_where_it_is_missing_and_read_apart(parts, monkeypatch):
+    def losses(task, names, rate, seed, protocol):
+        number = int(names[0][1:])
+        turned = -number if rate > parts.truth.ONE_RATE else number  # large rates turn the order around
+        return {"1": {"validation_loss": abs(math.log(rate / 1e-2)), "test_loss": float(turned)}}
+
+    monkeypatch.setattr(parts.truth, "train", losses)
+    protocol = parts.truth.Protocol(steps=(1,))
+    truth = parts.truth.Truth(SimpleNamespace(key="t"), protocol, Dictionary())
+    configurations = [parts.truth.Configuration(f"single m{i}", (f"m{i}",)) for i in range(5)]
+    parts.truth.measure(truth, configurations, (0,))
+    assert truth.losses(configurations[3], (0,)) == {1: [-3.0]}
+    trained = len(truth.records)
+    parts.truth.measure_at_one_rate(truth, configurations, (0, 1))
+    assert truth.losses(configurations[3], (0, 1), rate=parts.truth.ONE_RATE) == {1: [3.0, 3.0]}
+    assert len(truth.records) == trained + 5, "the first seed was trained with it on the way to its best"
+    scores = {"low": {f"single m{i}": -float(i) for i in range(5)}, "partial": {"single m0": 1.0}}
+    table = parts.analysis.by_rate(truth, configurations, scores, ("low", "partial", "absent"), 0)
+    assert {rate: of[1]["low"][1] for rate, of in table.items()} == pytest.approx({3e-3: 1.0, 1e-2: -1.0, 3e-2: -1.0})
+    assert all(set(of[1]) == {"low"} and of[0] == 5 for of in table.values())
+
+
 def test_simulated_adamw_is_the_loop_written_by_hand(parts, digits, options):
     features = parts.scores.jacobian_features(digits.make_model(0), digits.calibration(12, 0), rank=2, progress=False)
     single, protocol = features.subset([features.names[3]]), options.protocol
