@@ -116,11 +116,19 @@ def agreement_of_seeds(of: Measured, group: str, steps: int) -> float | None:
     return statistics.fmean(correlate([table[i]], [table[j]]).mean for i, j in pairs)
 
 
+def amounts(task: SelectionTask) -> dict[str, int | float]:
+    """{words: a number of modules, or a fraction of the parameters}: budgets as `recommend` takes them."""
+    by_count = {f"{size} modules": size for size in SIZES if size < len(task.modules)}
+    return by_count | {f"{part:.0%} of the parameters": part for part in FRACTIONS}
+
+
 def budgets(task: SelectionTask, rank: int) -> dict[str, tuple[int | None, float | None]]:
     """{words: (most modules, most parameters)}."""
     everything = task.parameters(list(task.modules), rank)
-    by_count = {f"{size} modules": (size, None) for size in SIZES if size < len(task.modules)}
-    return by_count | {f"{part:.0%} of the parameters": (None, part * everything) for part in FRACTIONS}
+    return {
+        words: (amount, None) if isinstance(amount, int) else (None, amount * everything)
+        for words, amount in amounts(task).items()
+    }
 
 
 def within(of: Measured, limit: tuple[int | None, float | None]) -> list[Configuration]:

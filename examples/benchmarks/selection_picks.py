@@ -21,10 +21,10 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
 from records import Records
-from selection_analysis import Measured, budgets, within
+from selection_analysis import Measured, amounts, budgets, within
 from selection_scores import BY_ADAM, Scores, count_examples
 from selection_tasks import SelectionTask
-from selection_truth import FRACTIONS, PICKED, SIZES, Configuration, Protocol
+from selection_truth import PICKED, Configuration, Protocol
 
 from peft_linear import ModuleKernels, compute_ntk, recommend
 from peft_linear.errors import TargetError
@@ -56,7 +56,7 @@ def _choose(task: SelectionTask, table: Scores, seed: int, protocol: Protocol) -
     model = task.make_model(seed)
     batches = task.calibration(count_examples(task, model), seed)
     shared = {"rank": protocol.rank, "lora_alpha": protocol.lora_alpha, "outputs": task.outputs, "progress": False}
-    limits = dict(zip(budgets(task, protocol.rank), _amounts(task), strict=True))
+    limits = amounts(task)
     kernels = {
         "lora, 8 draws": compute_ntk(model, batches, space="lora", draws=8, seed=seed, **shared),
         "weight": compute_ntk(model, batches, space="weight", seed=seed, **shared),
@@ -80,10 +80,6 @@ def _choose(task: SelectionTask, table: Scores, seed: int, protocol: Protocol) -
         with suppress(TargetError):  # a model without modules of that kind
             picks[label] = {w: baseline(rule, kernels["weight"], amount, seed=draw) for w, amount in limits.items()}
     return picks
-
-
-def _amounts(task: SelectionTask) -> list[int | float]:
-    return [*(size for size in SIZES if size < len(task.modules)), *FRACTIONS]
 
 
 def _of_modules(criterion: str) -> bool:
