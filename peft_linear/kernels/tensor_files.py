@@ -77,6 +77,17 @@ class BlocksOfRows(LazyBlocks):
         return self._blocks[name][self._rows][:, self._rows]
 
 
+class ScaledBlocks(LazyBlocks):
+    """Other lazy blocks, each divided by its scale."""
+
+    def __init__(self, blocks: LazyBlocks, scales: Mapping[str, float]) -> None:
+        super().__init__(dict.fromkeys(blocks), blocks.shape)
+        self._blocks, self._scales = blocks, scales
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._blocks[name] / self._scales[name]
+
+
 def open_file(path: str | os.PathLike, device: str = "cpu") -> Any:
     """`safetensors.safe_open`.
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..errors import CriterionError, KernelError, OutputError, PeftLinearError
 from ..kernels.module_kernels import ModuleKernels
-from ..kernels.tensor_files import LazyBlocks
+from ..kernels.tensor_files import LazyBlocks, ScaledBlocks
 from .criteria import DEFAULT_NAME
 from .problem import Problem
 
@@ -139,14 +139,3 @@ def adam_preconditioned(kernels: ModuleKernels, batch_size: int = BATCH_SIZE) ->
         base=kernels.base / scales.base,
         provenance={**kernels.provenance, "optimizer": "adamw", "batch_size": batch_size},
     )
-
-
-class ScaledBlocks(LazyBlocks):
-    """Other lazy blocks, each divided by its scale."""
-
-    def __init__(self, blocks: LazyBlocks, scales: Mapping[str, float]) -> None:
-        super().__init__(dict.fromkeys(blocks), blocks.shape)
-        self._blocks, self._scales = blocks, scales
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._blocks[name] / self._scales[name]

@@ -126,26 +126,25 @@ def recommend(
         KernelError: ridge ≤ 0, or a kernel that is zero or not finite.
     """
     limit = parse_budget(budget, kernels.num_parameters)
-    asked_for = resolve_criterion(criterion, Problem.of(kernels, ridge=1.0))
-    strategy = check_strategy(strategy, len(kernels), limit, asked_for)
+    as_it_is = Problem.of(kernels, ridge=1.0)
+    chosen_criterion = resolve_criterion(criterion, as_it_is)
+    strategy = check_strategy(strategy, len(kernels), limit, chosen_criterion)
     check_ridge(ridge)
-    optimizer = check_optimizer(optimizer, criterion, Problem.of(kernels, ridge=1.0), train_batch_size)
+    optimizer = check_optimizer(optimizer, criterion, as_it_is, train_batch_size)
     if steps < 1 or folds < 2 or (learning_rate is not None and not 0 < learning_rate < math.inf):
         raise PeftLinearError(
             f"simulated training needs steps ≥ 1, folds ≥ 2 and a finite learning rate > 0, got steps={steps}, "
             f"folds={folds}, learning_rate={learning_rate}"
         )
     seen = adam_preconditioned(kernels, train_batch_size) if optimizer == "adamw" else kernels
-    usual = default_ridge(kernels)
-    plain = Problem.of(kernels, usual if ridge is None else float(ridge), seed=seed)
+    plain = Problem.of(kernels, default_ridge(kernels) if ridge is None else float(ridge), seed=seed)
     everything = kernels.spectrum()
     if learning_rate is None:
         largest = float((everything if seen is kernels else seen.spectrum()).eigenvalues[0])
         curvature = SMOOTHNESS["cross_entropy"] * largest / kernels.num_examples
         learning_rate = 1.0 / curvature if curvature > 0 else 1.0
-    seen_ridge = plain.ridge if seen is kernels else default_ridge(seen) * plain.ridge / usual
+    seen_ridge = _seen_ridge(seen, kernels, ridge, plain.ridge)
     problem = replace(plain, ridge=seen_ridge, learning_rate=learning_rate, steps=steps, folds=folds)
-    chosen_criterion = resolve_criterion(criterion, problem)
 
     singles = score_modules(seen, chosen_criterion, problem)
     result = search(SubsetScorer(seen, chosen_criterion, problem, singles), limit, strategy)
@@ -189,6 +188,13 @@ def recommend(
         notes=notes_on(kernels, result, singles, chosen_criterion, problem, spectra["chosen"], reliability),
         spectra=spectra,
     )
+
+
+def _seen_ridge(seen: ModuleKernels, kernels: ModuleKernels, asked_for: float | None, plain: float) -> float:
+    """λ for the kernels that the optimizer sees: what `plain` is to the default of `kernels`, to their own default."""
+    if seen is kernels:
+        return plain
+    return default_ridge(seen) * (1.0 if asked_for is None else asked_for / default_ridge(kernels))
 
 
 def _of_optimizer(optimizer: str, train_batch_size: int, criterion: Criterion) -> dict[str, object]:
