@@ -25,6 +25,12 @@ from .recorder import recording
 from .targets import linear_shape
 
 
+def head_parameters(head: Mapping[str, nn.Module]) -> list[nn.Parameter]:
+    """The floating-point parameters of `head`, a tied one once."""
+    found = {id(p): p for module in head.values() for p in module.parameters() if p.is_floating_point()}
+    return list(found.values())
+
+
 def split_parameters(head: Mapping[str, nn.Module]) -> tuple[dict[str, nn.Module], list[nn.Parameter]]:
     """The linear maps of `head` by name, and every floating-point parameter that is not the weight or bias of one."""
     linear: dict[str, nn.Module] = {}
@@ -34,13 +40,7 @@ def split_parameters(head: Mapping[str, nn.Module]) -> tuple[dict[str, nn.Module
             if linear_shape(inner) is not None and isinstance(weight, nn.Parameter) and weight.is_floating_point():
                 linear[name] = inner
     covered = {id(parameter) for module in linear.values() for parameter in module.parameters(recurse=False)}
-    other = {
-        id(parameter): parameter
-        for module in head.values()
-        for parameter in module.parameters()
-        if parameter.is_floating_point() and id(parameter) not in covered
-    }
-    return linear, list(other.values())
+    return linear, [parameter for parameter in head_parameters(head) if id(parameter) not in covered]
 
 
 @contextmanager

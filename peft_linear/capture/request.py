@@ -24,7 +24,7 @@ from torch import nn
 
 from ..errors import PeftLinearError
 from .outputs import OutputFunction, OutputKind, label_shift
-from .parameters import split_parameters
+from .parameters import head_parameters, split_parameters
 from .passes import Job
 from .targets import Targets, base_model, resolve_always_trained, resolve_targets
 from .terms import Space, check_adapter_arguments, linear_parameter_terms, module_terms
@@ -98,8 +98,8 @@ class Request:
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
         signed = self.kernel == "sign"
         job = Job(model, chosen, head_linear, head_other, terms, (), function, device, signed, self.product_dtype)
-        in_head = {id(p): p.numel() for module in head.values() for p in module.parameters()}  # a tied one counts once
-        return Prepared(job, self._arguments(list(chosen), sorted(head)), num_parameters, sum(in_head.values()))
+        in_head = sum(parameter.numel() for parameter in head_parameters(head))
+        return Prepared(job, self._arguments(list(chosen), sorted(head)), num_parameters, in_head)
 
     def _check_ranks(self) -> None:
         if not self.ranks:

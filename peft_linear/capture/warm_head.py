@@ -26,7 +26,7 @@ from torch import nn
 from ..errors import PeftLinearError, TargetError
 from .batches import evaluate, read_batches
 from .outputs import OutputFunction, label_shift
-from .parameters import differentiable
+from .parameters import differentiable, head_parameters
 from .targets import base_model, resolve_always_trained
 
 
@@ -71,8 +71,7 @@ def warmed_head(
             f"learning_rate={learning_rate}"
         )
     head = resolve_always_trained(model, always_trained)
-    found = {id(p): p for module in head.values() for p in module.parameters() if p.is_floating_point()}
-    parameters = list(found.values())
+    parameters = head_parameters(head)
     if not parameters:
         raise TargetError(
             f"{type(base_model(model)).__name__} has no task head to warm: nothing is trained whatever is chosen. "

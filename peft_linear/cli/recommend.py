@@ -17,19 +17,15 @@ from __future__ import annotations
 
 import argparse
 import re
-from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
-from ..capture.ntk import compute_ntk
-from ..capture.warm_head import warmed_head
 from ..errors import BudgetError, FileError
 from ..report.writer import write_report
 from ..selection.recommend import recommend
-from ..training.workflow import check_request
+from ..training.workflow import check_request, look
 from ..tuners.proximal_lora import ProximalLoraConfig
 from .data import batches_of, collator, load_text_data, sample_rows, tokenize
 from .models import load_model
@@ -99,22 +95,19 @@ def run_recommend(arguments: argparse.Namespace) -> None:
         space=arguments.space,
     )
     features = tokenize(data, rows, tokenizer, arguments.max_length)
-    batches = list(batches_of(features, collator(data, tokenizer), arguments.batch_size))
-    steps = arguments.head_steps
-    with warmed_head(model, batches, steps) if steps else nullcontext():
-        kernels = compute_ntk(
-            model,
-            batches,
-            targets=targets,
-            space=arguments.space,
-            rank=arguments.rank,
-            lora_alpha=arguments.alpha,
-            draws=arguments.draws,
-            outputs=outputs,
-            seed=arguments.seed,
-            progress=not arguments.quiet,
-        )
-    kernels = replace(kernels, provenance={**kernels.provenance, "head_steps": steps})
+    kernels = look(
+        model,
+        batches_of(features, collator(data, tokenizer), arguments.batch_size),
+        arguments.head_steps,
+        targets=targets,
+        space=arguments.space,
+        rank=arguments.rank,
+        lora_alpha=arguments.alpha,
+        draws=arguments.draws,
+        outputs=outputs,
+        seed=arguments.seed,
+        progress=not arguments.quiet,
+    )
     recommendation = recommend(
         kernels,
         budget,

@@ -28,6 +28,7 @@ from ..capture.targets import base_model, resolve_always_trained, resolve_target
 from ..capture.terms import check_adapter_arguments, module_terms
 from ..capture.warm_head import warmed_head
 from ..errors import PeftLinearError, TargetError
+from ..kernels.module_kernels import ModuleKernels
 from ..selection.budget import parse_budget
 from ..selection.criteria import DEFAULT_NAME, resolve_criterion
 from ..selection.preconditioning import BATCH_SIZE, check_optimizer
@@ -87,6 +88,19 @@ def check_request(
     return tuple(modules)
 
 
+def look(model: nn.Module, batches: Iterable[Mapping[str, Any]], head_steps: int = 0, **ntk: Any) -> ModuleKernels:
+    """`compute_ntk(model, batches, **ntk)`, through a head that was trained for `head_steps` (`warmed_head`) if any.
+
+    The kernels' provenance then has `head_steps`.
+    """
+    if not head_steps:
+        return compute_ntk(model, batches, **ntk)
+    batches = [batches] if isinstance(batches, Mapping) else list(batches)  # read twice
+    with warmed_head(model, batches, head_steps, always_trained=ntk.get("always_trained")):
+        kernels = compute_ntk(model, batches, **ntk)
+    return replace(kernels, provenance={**kernels.provenance, "head_steps": head_steps})
+
+
 def recommend_modules(
     model: nn.Module,
     batches: Iterable[Mapping[str, Any]],
@@ -123,13 +137,7 @@ def recommend_modules(
     """
     check_request(model, budget, criterion, ridge, strategy, optimizer, head_steps, train_batch_size, **ntk)
     ntk.setdefault("outputs", default_outputs(model))
-    if head_steps:
-        batches = [batches] if isinstance(batches, Mapping) else list(batches)
-        with warmed_head(model, batches, head_steps, always_trained=ntk.get("always_trained")):
-            kernels = compute_ntk(model, batches, seed=seed, **ntk)
-        kernels = replace(kernels, provenance={**kernels.provenance, "head_steps": head_steps})
-    else:
-        kernels = compute_ntk(model, batches, seed=seed, **ntk)
+    kernels = look(model, batches, head_steps, seed=seed, **ntk)
     return recommend(
         kernels,
         budget,
