@@ -24,7 +24,7 @@ import random
 import re
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -55,6 +55,28 @@ class Protocol:
     warmup: int = 4
     learning_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
     optimizer: str = "AdamW, weight decay 0, constant learning rate after a linear warm-up, no dropout"
+    decays: bool = False  # linearly to 0 at the last step, as in the HF Trainer; then there is one budget of steps
+
+    def setting(self) -> dict[str, Any]:
+        """For the record; `optimizer` says in words whether the rate decays."""
+        return {name: value for name, value in asdict(self).items() if name != "decays"}
+
+    def factor(self, step: int) -> float:
+        """Of the learning rate, at a step from 1 on."""
+        if not self.decays:
+            return min(1.0, step / self.warmup)
+        return min(step / self.warmup, (max(self.steps) + 1 - step) / (max(self.steps) + 1 - self.warmup))
+
+
+CONSTANT = Protocol()
+DECAYED = Protocol(
+    batch_size=16,
+    steps=(96,),
+    warmup=6,
+    learning_rates=(1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
+    optimizer="AdamW, weight decay 0, linear warm-up, then linear decay to 0, no dropout",
+    decays=True,
+)
 
 
 @dataclass(frozen=True)
@@ -148,7 +170,7 @@ def train(
     batches = task.batches(seed, protocol.batch_size)
     for step in range(1, max(protocol.steps) + 1):
         for group in optimizer.param_groups:
-            group["lr"] = rate * min(1.0, step / protocol.warmup)
+            group["lr"] = rate * protocol.factor(step)
         optimizer.zero_grad()
         model(**next(batches)).loss.backward()
         optimizer.step()

@@ -91,7 +91,11 @@ def _add_recommend(commands: argparse._SubParsersAction) -> None:
     choice.add_argument(
         "--optimizer", choices=("adamw", "sgd"), help="of the training; adamw for the default criterion if not given"
     )
-    choice.add_argument("--head-steps", type=int, default=0, help="steps that a new head is trained before the look")
+    choice.add_argument(
+        "--head-steps",
+        type=int,
+        help="steps that the head is trained before the (second) look; 5 for gradient energy if not given, else 0",
+    )
     choice.add_argument("--train-batch-size", type=int, default=8, help="of the training; matters to adamw")
     choice.add_argument("--targets", nargs="+", default=["all-linear"], help="candidates: names or suffixes")
     choice.add_argument("--rank", type=int, default=8, help="rank of the adapter")

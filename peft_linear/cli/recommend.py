@@ -32,6 +32,7 @@ from .models import load_model
 
 
 KERNELS_NAME = "kernels.safetensors"
+WARMED_NAME = "kernels_warmed_head.safetensors"
 ADAPTER_NAME = "adapter"
 
 
@@ -95,9 +96,10 @@ def run_recommend(arguments: argparse.Namespace) -> None:
         space=arguments.space,
     )
     features = tokenize(data, rows, tokenizer, arguments.max_length)
-    kernels = look(
+    kernels, warmed = look(
         model,
         batches_of(features, collator(data, tokenizer), arguments.batch_size),
+        arguments.criterion,
         arguments.head_steps,
         targets=targets,
         space=arguments.space,
@@ -115,11 +117,14 @@ def run_recommend(arguments: argparse.Namespace) -> None:
         arguments.ridge,
         arguments.strategy,
         arguments.seed,
+        warmed=warmed,
         optimizer=arguments.optimizer,
         train_batch_size=arguments.train_batch_size,
     )
     config = recommendation.to_config(**adapter)
     kernels.save(output / KERNELS_NAME)
+    if warmed is not None:
+        warmed.save(output / WARMED_NAME)
     written = write_report(recommendation, output)
     config.save_pretrained(str(output / ADAPTER_NAME))
     if not arguments.quiet:

@@ -27,6 +27,7 @@ from ..functional.simulation import SMOOTHNESS
 from ..kernels.module_kernels import ModuleKernels
 from .budget import Budget, parse_budget
 from .criteria import DEFAULT_NAME, Criterion, resolve_criterion, score_modules
+from .heads import over_heads
 from .preconditioning import BATCH_SIZE, adam_preconditioned, check_optimizer
 from .prediction import before_training, predict
 from .problem import Problem
@@ -41,6 +42,8 @@ from .search import SearchResult, SubsetScorer, check_strategy, rank_by_score, s
 # the outputs have nothing to regress to.
 RIDGE_RANGE = (1e-3, 10.0)
 RIDGE_STEPS = 17
+BY_HEADS = "gradient_energy"  # the criterion that is a mean over two heads where both are given
+SHARE, SHARE_FORMULA = "share of the gradient energy", "mean over two heads of eᵀ K_m e/Σ_m eᵀ K_m e"
 
 
 def check_ridge(ridge: float | None) -> None:
@@ -81,6 +84,7 @@ def recommend(
     strategy: str = "greedy",
     seed: int = 0,
     *,
+    warmed: ModuleKernels | None = None,
     optimizer: str | None = None,
     train_batch_size: int = BATCH_SIZE,
     learning_rate: float | None = None,
@@ -107,6 +111,9 @@ def recommend(
         strategy: "greedy" (forward selection, also called "forward"), "backward" (elimination), "swap" (greedy, then
             exchanges of one module until none improves), "top" (best on their own) or "exhaustive"; see `search`.
         seed: Of the cross-validation folds.
+        warmed: Kernels of the same modules and examples through a head that was trained for a moment (`warmed_head`),
+            of losses or logits. Gradient energy is then the mean of a module's share through both heads
+            (`selection.heads`). `recommend_modules` makes them; predictions and spectra stay those of `kernels`.
         optimizer: What the modules are to be trained with: "adamw" (Adam too) divides the kernel of every module by
             the size of its gradient, as Adam does its steps (`adam_preconditioned`); "sgd" takes kernels as they are,
             as the formulas of `CRITERIA` do. Default: "adamw" for "default-by-evidence", where the outputs determine
@@ -123,7 +130,8 @@ def recommend(
             an exhaustive search.
         CriterionError: an unknown criterion or strategy.
         OutputError: the outputs do not provide what the criterion needs.
-        KernelError: ridge ≤ 0, or a kernel that is zero or not finite.
+        KernelError: ridge ≤ 0, a kernel that is zero or not finite, or `warmed` of other modules or examples.
+        PeftLinearError: `warmed` with another criterion than gradient energy.
     """
     limit = parse_budget(budget, kernels.num_parameters)
     as_it_is = Problem.of(kernels, ridge=1.0)
@@ -131,6 +139,13 @@ def recommend(
     strategy = check_strategy(strategy, len(kernels), limit, chosen_criterion)
     check_ridge(ridge)
     optimizer = check_optimizer(optimizer, criterion, as_it_is, train_batch_size)
+    if warmed is not None and chosen_criterion.name != BY_HEADS:
+        raise PeftLinearError(
+            f"a second look, through a warmed head, is for {BY_HEADS!r}, not for {chosen_criterion.name!r}; leave "
+            "`warmed` out, or pass the kernels through the warmed head as the only ones"
+        )
+    if warmed is not None:
+        chosen_criterion = replace(chosen_criterion, label=SHARE, formula=SHARE_FORMULA)
     if steps < 1 or folds < 2 or (learning_rate is not None and not 0 < learning_rate < math.inf):
         raise PeftLinearError(
             f"simulated training needs steps ≥ 1, folds ≥ 2 and a finite learning rate > 0, got steps={steps}, "
@@ -146,12 +161,17 @@ def recommend(
     seen_ridge = _seen_ridge(seen, kernels, ridge, plain.ridge)
     problem = replace(plain, ridge=seen_ridge, learning_rate=learning_rate, steps=steps, folds=folds)
 
-    singles = score_modules(seen, chosen_criterion, problem)
-    result = search(SubsetScorer(seen, chosen_criterion, problem, singles), limit, strategy)
+    judged, judged_problem = seen, problem
+    if warmed is not None:
+        later = adam_preconditioned(warmed, train_batch_size) if optimizer == "adamw" else warmed
+        judged = over_heads([seen, later])
+        judged_problem = replace(problem, outputs=judged.outputs, output_kind=judged.output_kind)
+    singles = score_modules(judged, chosen_criterion, judged_problem)
+    result = search(SubsetScorer(judged, chosen_criterion, judged_problem, singles), limit, strategy)
     shown = singles
     if chosen_criterion.name != "condition_number" or seen is not kernels:
         shown = {name: kernels.spectrum([name]).condition_number(plain.ridge) for name in kernels.names}
-    reliability = split_half_reliability(seen, chosen_criterion, problem)
+    reliability = split_half_reliability(judged, chosen_criterion, judged_problem)
     reasons = explain(result, singles, chosen_criterion, limit, kernels.num_parameters, strategy)
     scores = tuple(
         ModuleScore(
@@ -183,9 +203,9 @@ def recommend(
         budget=budget,
         ridge=plain.ridge,
         settings=_settings(seen, problem, chosen_criterion, limit, strategy, criterion, result, reliability)
-        | _of_optimizer(optimizer, train_batch_size, chosen_criterion)
+        | _how_seen(optimizer, train_batch_size, chosen_criterion, warmed)
         | rank_basis(kernels, result.order, plain.ridge),
-        notes=notes_on(kernels, result, singles, chosen_criterion, problem, spectra["chosen"], reliability),
+        notes=notes_on(kernels, result, singles, chosen_criterion, judged_problem, spectra["chosen"], reliability),
         spectra=spectra,
     )
 
@@ -197,11 +217,17 @@ def _seen_ridge(seen: ModuleKernels, kernels: ModuleKernels, asked_for: float | 
     return default_ridge(seen) * (1.0 if asked_for is None else asked_for / default_ridge(kernels))
 
 
-def _of_optimizer(optimizer: str, train_batch_size: int, criterion: Criterion) -> dict[str, object]:
-    if optimizer == "sgd":
-        return {"optimizer": optimizer}
-    formula = f"{criterion.formula}, with K_m/s_m as AdamW sees it"
-    return {"optimizer": optimizer, "train_batch_size": train_batch_size, "formula": formula}
+def _how_seen(
+    optimizer: str, train_batch_size: int, criterion: Criterion, warmed: ModuleKernels | None
+) -> dict[str, object]:
+    """Settings that say through whose eyes the criterion saw the kernels, and its formula then."""
+    settings: dict[str, object] = {"optimizer": optimizer}
+    if optimizer == "adamw":
+        formula = f"{criterion.formula}, with K_m/s_m as AdamW sees it"
+        settings |= {"train_batch_size": train_batch_size, "formula": formula}
+    if warmed is not None:
+        settings["warmed"] = json.loads(json.dumps(dict(warmed.provenance), default=str))
+    return settings
 
 
 def _settings(

@@ -26,6 +26,7 @@ from torch import nn
 from ..capture.ntk import compute_ntk
 from ..capture.targets import base_model, resolve_always_trained, resolve_targets
 from ..capture.terms import check_adapter_arguments, module_terms
+from ..capture.warm_head import STEPS as HEAD_STEPS
 from ..capture.warm_head import warmed_head
 from ..errors import PeftLinearError, TargetError
 from ..kernels.module_kernels import ModuleKernels
@@ -33,7 +34,7 @@ from ..selection.budget import parse_budget
 from ..selection.criteria import DEFAULT_NAME, resolve_criterion
 from ..selection.preconditioning import BATCH_SIZE, check_optimizer
 from ..selection.problem import Problem
-from ..selection.recommend import check_ridge, recommend
+from ..selection.recommend import BY_HEADS, check_ridge, recommend
 from ..selection.recommendation import Recommendation
 from ..selection.search import check_strategy
 
@@ -51,7 +52,7 @@ def check_request(
     ridge: float | None = None,
     strategy: str = "greedy",
     optimizer: str | None = None,
-    head_steps: int = 0,
+    head_steps: int | None = None,
     train_batch_size: int = BATCH_SIZE,
     **ntk: Any,
 ) -> tuple[str, ...]:
@@ -72,7 +73,7 @@ def check_request(
     resolved = resolve_criterion(criterion, labelled)
     check_optimizer(optimizer, criterion, labelled, train_batch_size)
     head = resolve_always_trained(model, ntk.get("always_trained"))
-    if head_steps < 0:
+    if head_steps is not None and head_steps < 0:
         raise PeftLinearError(f"head_steps must be at least 0, got {head_steps}")
     if head_steps and not head:
         raise TargetError(
@@ -88,16 +89,43 @@ def check_request(
     return tuple(modules)
 
 
-def look(model: nn.Module, batches: Iterable[Mapping[str, Any]], head_steps: int = 0, **ntk: Any) -> ModuleKernels:
-    """`compute_ntk(model, batches, **ntk)`, through a head that was trained for `head_steps` (`warmed_head`) if any.
+def look(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    criterion: str = DEFAULT_NAME,
+    head_steps: int | None = None,
+    **ntk: Any,
+) -> tuple[ModuleKernels, ModuleKernels | None]:
+    """The kernels that a criterion needs, and, where it is a mean over two heads, those through the warmed head.
 
-    The kernels' provenance then has `head_steps`.
+    Gradient energy of labelled logits sees the model through the head as it is (`compute_ntk`) and through one that was
+    trained for a moment (`warmed_head`; kernels of losses, one backward pass). Other criteria see it as it is, or,
+    where `head_steps` asks for it, through the warmed head alone, which the kernels' provenance then says.
+
+    Args:
+        criterion: A name of `CRITERIA`, or "default-by-evidence".
+        head_steps: Default: `HEAD_STEPS` for gradient energy where there is a head, else 0.
+        **ntk: As for `compute_ntk`.
     """
-    if not head_steps:
-        return compute_ntk(model, batches, **ntk)
-    batches = [batches] if isinstance(batches, Mapping) else list(batches)  # read twice
-    with warmed_head(model, batches, head_steps, always_trained=ntk.get("always_trained")):
-        kernels = compute_ntk(model, batches, **ntk)
+    batches = [batches] if isinstance(batches, Mapping) else list(batches)  # read more than once
+    head = ntk.get("always_trained")
+    labelled_logits = Problem(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long), ntk.get("outputs", "logits"), 1.0)
+    if resolve_criterion(criterion, labelled_logits).name != BY_HEADS:
+        if not head_steps:
+            return compute_ntk(model, batches, **ntk), None
+        with warmed_head(model, batches, head_steps, always_trained=head):
+            return _after(head_steps, compute_ntk(model, batches, **ntk)), None
+    kernels = compute_ntk(model, batches, **ntk)
+    if head_steps is None:
+        head_steps = HEAD_STEPS if resolve_always_trained(model, head) else 0
+    if not head_steps or "logits" not in Problem.of(kernels, ridge=1.0).provides:
+        return kernels, None
+    later = {**ntk, "outputs": "loss", "folder": None}
+    with warmed_head(model, batches, head_steps, always_trained=head):
+        return kernels, _after(head_steps, compute_ntk(model, batches, **later))
+
+
+def _after(head_steps: int, kernels: ModuleKernels) -> ModuleKernels:
     return replace(kernels, provenance={**kernels.provenance, "head_steps": head_steps})
 
 
@@ -110,7 +138,7 @@ def recommend_modules(
     strategy: str = "greedy",
     *,
     seed: int = 0,
-    head_steps: int = 0,
+    head_steps: int | None = None,
     optimizer: str | None = None,
     train_batch_size: int = BATCH_SIZE,
     learning_rate: float | None = None,
@@ -124,9 +152,9 @@ def recommend_modules(
         model, batches: As for `compute_ntk`; the model is left as it was found.
         budget, criterion, ridge, strategy: As for `recommend`.
         optimizer, train_batch_size, learning_rate, steps, folds: As for `recommend`.
-        head_steps: Steps that a new head is trained for, alone and for the moment (`warmed_head`), before the kernels
-            are computed: 5 makes the choice for training that soon fits the head (large or tuned learning rates), 0
-            for training that begins with the head as it is (small ones); see the guide on choosing modules.
+        head_steps: Steps that the task head is trained for, alone and for the moment (`warmed_head`). Gradient energy
+            is the mean over the head as it is and that one (default: 5 steps, where there is a head); 0: the head as it
+            is. Other criteria look through that head alone where steps are given; their default is 0.
         seed: Of LoRA's random A and of the cross-validation folds.
         **ntk: Other arguments of `compute_ntk` (`targets`, `space`, `rank`, `lora_alpha`, `draws`, `outputs`, …).
             `outputs` defaults to "log_likelihood" for language models and "logits" otherwise. For a language model
@@ -137,7 +165,7 @@ def recommend_modules(
     """
     check_request(model, budget, criterion, ridge, strategy, optimizer, head_steps, train_batch_size, **ntk)
     ntk.setdefault("outputs", default_outputs(model))
-    kernels = look(model, batches, head_steps, seed=seed, **ntk)
+    kernels, warmed = look(model, batches, criterion, head_steps, seed=seed, **ntk)
     return recommend(
         kernels,
         budget,
@@ -145,6 +173,7 @@ def recommend_modules(
         ridge,
         strategy,
         seed,
+        warmed=warmed,
         optimizer=optimizer,
         train_batch_size=train_batch_size,
         learning_rate=learning_rate,

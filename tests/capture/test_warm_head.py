@@ -16,7 +16,7 @@ import copy
 import pytest
 import torch
 
-from peft_linear import compute_ntk, recommend_modules
+from peft_linear import compute_ntk, recommend, recommend_modules
 from peft_linear.capture.warm_head import warmed_head
 from peft_linear.errors import OutputError, PeftLinearError, TargetError
 from tests.small_models import bert, gpt2, seeded, text_batches
@@ -88,18 +88,20 @@ def test_an_error_inside_leaves_the_model_as_it_was():
 
 
 def test_recommendations_see_the_model_through_the_warmed_head():
+    """Other criteria than gradient energy, which looks through both heads: tests/selection/test_heads.py."""
     model, batches = seeded(bert), text_batches()
     before = state(model)
-    rec = recommend_modules(model, (b for b in batches), 2, head_steps=4, progress=False)
+    rec = recommend_modules(model, (b for b in batches), 2, "leave_one_out", head_steps=4, progress=False)
     assert_same(before, state(model))
     assert rec.settings["kernels"]["head_steps"] == 4
     with warmed_head(model, batches, 4):
         kernels = compute_ntk(model, batches, progress=False)
-    plain = recommend_modules(model, batches, 2, progress=False)
-    from peft_linear import recommend
-
-    assert [row.score for row in recommend(kernels, 2).scores] == [row.score for row in rec.scores]
-    assert [row.score for row in plain.scores] != [row.score for row in rec.scores]
+    plain = recommend_modules(model, batches, 2, "leave_one_out", progress=False)
+    scores = [row.score for row in rec.scores]
+    assert [row.score for row in recommend(kernels, 2, "leave_one_out").scores] == scores
+    assert [row.score for row in plain.scores] != scores
+    recommend_modules(model, (b for b in batches), 2, progress=False)
+    assert_same(before, state(model))
 
 
 def test_refusals():

@@ -1,0 +1,155 @@
+# Copyright 2026 The peft-linear authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from peft_linear import ModuleKernels, compute_ntk, recommend, recommend_modules
+from peft_linear.capture.warm_head import warmed_head
+from peft_linear.errors import KernelError, OutputError, PeftLinearError
+from peft_linear.selection.criteria import CRITERIA, score_modules
+from peft_linear.selection.heads import loss_kernels, over_heads
+from peft_linear.selection.problem import Problem
+from tests.reference import gradient_shares
+from tests.selection.planted import planted_kernels
+from tests.small_models import bert, gpt2, seeded, text_batches
+
+
+ENERGY = CRITERIA["gradient_energy"]
+
+
+def shares_of(kernels):
+    scores = score_modules(kernels, ENERGY, Problem.of(kernels, ridge=1.0))
+    start = ENERGY(kernels.base, Problem.of(kernels, ridge=1.0))
+    return {name: score - start for name, score in scores.items()}
+
+
+def random_kernels(seed, scale=1.0, kind="logits", names=("a", "b", "c"), examples=5, classes=3):
+    generator = torch.Generator().manual_seed(seed)
+    outputs = 1 if kind == "loss" else classes
+    rows = [
+        scale * torch.randn(examples * outputs, 4, dtype=torch.float64, generator=generator) for _ in (*names, "base")
+    ]
+    return ModuleKernels(
+        blocks={name: row @ row.T for name, row in zip(names, rows, strict=False)},
+        base=rows[-1] @ rows[-1].T,
+        outputs=torch.randn(examples, outputs, dtype=torch.float64, generator=generator),
+        labels=torch.randint(classes, (examples,), generator=generator),
+        num_parameters=dict.fromkeys(names, 4),
+        shapes=dict.fromkeys(names, (2, 2)),
+        output_kind=kind,
+    )
+
+
+def test_kernels_of_losses_from_those_of_logits_are_those_that_compute_ntk_gives(tmp_path):
+    model, batches = seeded(bert), text_batches()
+    direct = compute_ntk(model, batches, outputs="loss", progress=False)
+    of_logits = compute_ntk(model, batches, progress=False)
+    contracted = loss_kernels(of_logits)
+    assert contracted.names == direct.names and contracted.output_kind == "loss"
+    for name in direct.names:
+        torch.testing.assert_close(contracted[name], direct[name], rtol=1e-10, atol=1e-14)
+    torch.testing.assert_close(contracted.base, direct.base, rtol=1e-10, atol=1e-14)
+    torch.testing.assert_close(contracted.outputs, direct.outputs, rtol=1e-10, atol=1e-14)
+    of_logits.save(tmp_path / "kernels.safetensors")
+    lazy = loss_kernels(ModuleKernels.load(tmp_path / "kernels.safetensors", lazy=True))
+    assert not lazy.lazy and torch.equal(lazy[lazy.names[0]], contracted[lazy.names[0]])
+    assert loss_kernels(direct) is direct
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_scores_are_mean_shares_of_the_gradient_through_both_heads(optimizer):
+    """Against autograd: the gradient of the mean loss, through the head as it is and the warmed one."""
+    model, batches = seeded(bert), text_batches()
+    rec = recommend_modules(
+        model, batches, 2, "gradient_energy", optimizer=optimizer, train_batch_size=99, head_steps=3, progress=False
+    )
+    warm = copy.deepcopy(model)
+    with warmed_head(model, batches, 3):
+        warm.classifier.load_state_dict(copy.deepcopy(model.classifier.state_dict()))
+    names = [row.name for row in rec.scores]
+    expected = gradient_shares([model, warm], batches, names, 8, 16.0, by_adam=optimizer == "adamw")
+    start = rec.settings["start_score"]
+    found = {row.name: row.score - start for row in rec.scores}
+    assert found == pytest.approx(expected, rel=1e-9, abs=1e-12)
+    assert sum(found.values()) == pytest.approx(1.0)
+    assert rec.settings["warmed"]["head_steps"] == 3 and "head_steps" not in rec.settings["kernels"]
+    assert "share of the gradient energy" in rec.to_markdown() and "two heads" in rec.settings["formula"]
+    assert rec.predicted == recommend_modules(
+        model, batches, 2, "gradient_energy", optimizer=optimizer, train_batch_size=99, head_steps=0, progress=False
+    ).predicted
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10_000), scale=st.floats(1e-3, 1e3))
+def test_no_look_outweighs_another_and_shares_add_up(seed, scale):
+    one, other = random_kernels(seed), random_kernels(seed + 1, kind="loss")
+    mean = over_heads([one, other])
+    shares = shares_of(mean)
+    assert sum(shares.values()) == pytest.approx(1.0) and min(shares.values()) >= 0
+    scaled = replace(
+        other, blocks={name: scale * block for name, block in other.blocks.items()}, base=scale * other.base
+    )
+    assert shares_of(over_heads([scaled, one])) == pytest.approx(shares, rel=1e-10)
+    assert shares_of(over_heads([one, one])) == pytest.approx(shares_of(over_heads([one])), rel=1e-10)
+    both = [ENERGY(mean.base + mean["a"] + mean["b"], Problem.of(mean, ridge=1.0))]
+    start = ENERGY(mean.base, Problem.of(mean, ridge=1.0))
+    assert both[0] - start == pytest.approx(shares["a"] + shares["b"], rel=1e-9)
+
+
+def test_what_only_the_warmed_head_sees_is_chosen():
+    kernels = planted_kernels()
+    names = list(kernels.names)
+    alone = recommend(kernels, 1, "gradient_energy")
+    last = alone.scores[-1].name
+    of_losses = loss_kernels(kernels)
+    seen_later = {name: of_losses[name] * (1.0 if name == last else 1e-6) for name in names}
+    rec = recommend(kernels, 1, "gradient_energy", warmed=replace(of_losses, blocks=seen_later))
+    assert alone.modules != (last,) and rec.modules == (last,)
+    assert recommend(kernels, 1, "gradient_energy", warmed=of_losses).modules == alone.modules
+
+
+def test_the_default_takes_both_heads_where_there_are_two(monkeypatch):
+    model, batches = seeded(bert), text_batches()
+    default = recommend_modules(model, batches, 2, progress=False)
+    assert default.settings["warmed"]["head_steps"] == 5 and default.settings["optimizer"] == "adamw"
+    assert "warmed" not in recommend_modules(model, batches, 2, head_steps=0, progress=False).settings
+    assert "warmed" not in recommend_modules(model, batches, 2, always_trained=(), progress=False).settings
+    assert "warmed" not in recommend_modules(model, batches, 2, "leave_one_out", progress=False).settings
+    unlabelled = [{key: value for key, value in batch.items() if key != "labels"} for batch in batches]
+    rec = recommend_modules(model, unlabelled, 2, progress=False)
+    assert rec.criterion == "trace" and "warmed" not in rec.settings
+    causal = [{**batch, "labels": batch["input_ids"]} for batch in batches]
+    assert "warmed" not in recommend_modules(seeded(gpt2, causal=True), causal, 2, progress=False).settings
+
+
+def test_refusals():
+    kernels = random_kernels(0)
+    with pytest.raises(PeftLinearError, match="is for 'gradient_energy', not for 'leave_one_out'"):
+        recommend(kernels, 1, "leave_one_out", warmed=kernels)
+    with pytest.raises(KernelError, match="must be of the same modules and examples, got 3 modules and 4 examples"):
+        recommend(kernels, 1, "gradient_energy", warmed=random_kernels(0, examples=4))
+    with pytest.raises(KernelError, match="got 2 modules and 5 examples beside 3 and 5"):
+        over_heads([kernels, random_kernels(0, names=("a", "b"))])
+    with pytest.raises(OutputError, match="logits without labels have no cross-entropy"):
+        loss_kernels(replace(kernels, labels=None))
+    with pytest.raises(KernelError, match="no kernels to take the mean of"):
+        over_heads([])
+    nothing = replace(kernels, blocks={name: torch.zeros_like(block) for name, block in kernels.blocks.items()})
+    with pytest.raises(KernelError, match="no gradient in any candidate"):
+        over_heads([kernels, nothing])
