@@ -102,21 +102,24 @@ def lora_parameters(peft_model: nn.Module, name: str) -> list[nn.Parameter]:
 
 
 def gradient_shares(
-    models: list[nn.Module], batches: list[dict], names, rank: int, lora_alpha: float, by_adam: bool = False
+    models: list[nn.Module], batches: list[dict], names, rank: int, lora_alpha: float, draws=1, by_adam: bool = False
 ) -> dict[str, float]:
     """{module: mean over the models of ‖g_m‖²/Σ_m ‖g_m‖²}, g_m the gradient of the mean loss in fresh LoRA on m.
 
-    by_adam: of ‖g_m‖²/s_m instead, s_m = ‖g_m‖/sqrt(d_in·d_out), Adam's scale where every batch has all examples.
+    ‖g_m‖² is the mean over draws of A. by_adam: ‖g_m‖²/s_m instead, s_m = ‖g_m‖/sqrt(d_in·d_out), Adam's scale where
+    every batch has all examples.
     """
     total = dict.fromkeys(names, 0.0)
     for model in models:
         energies = {}
         for name in names:
-            adapted = with_lora(copy.deepcopy(model), [name], rank, lora_alpha)
-            scores = torch.cat([logits(adapted, single)[None] for b in batches for single in example_batches(b)])
-            loss = nn.functional.cross_entropy(scores, torch.cat([batch["labels"] for batch in batches]))
-            gradients = torch.autograd.grad(loss, lora_parameters(adapted, name))
-            square = float(sum(gradient.square().sum() for gradient in gradients))
+            square = 0.0
+            for draw in range(draws):
+                adapted = with_lora(copy.deepcopy(model), [name], rank, lora_alpha, draw=draw)
+                scores = torch.cat([logits(adapted, single)[None] for b in batches for single in example_batches(b)])
+                loss = nn.functional.cross_entropy(scores, torch.cat([batch["labels"] for batch in batches]))
+                gradients = torch.autograd.grad(loss, lora_parameters(adapted, name))
+                square += float(sum(gradient.square().sum() for gradient in gradients)) / draws
             layer = dict(adapted.get_base_model().named_modules())[name]
             energies[name] = (square * layer.in_features * layer.out_features) ** 0.5 if by_adam else square
         for name, energy in energies.items():

@@ -52,13 +52,15 @@ from recommendation_cost_report import BUDGET, CRITERIA, missed, report, write
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from peft_linear import compute_ntk, recommend
+from peft_linear import Recommendation, recommend
 from peft_linear.kernels import ModuleKernels
+from peft_linear.training.workflow import look
 
 
 BATCH = 32
 
 Batch = dict[str, Any]
+Looks = tuple[ModuleKernels, tuple[ModuleKernels, ...]]
 
 
 @dataclass
@@ -122,10 +124,15 @@ class Training:
             self.optimizer.step()
 
 
-def kernels_of(setting: Setting, rank: int) -> ModuleKernels:
-    return compute_ntk(
-        setting.model, setting.examples, rank=rank, lora_alpha=2 * rank, outputs=setting.outputs, progress=False
-    )
+def looks_of(setting: Setting, rank: int, criterion: str) -> Looks:
+    """What `recommend_modules` computes for a criterion."""
+    arguments = {"rank": rank, "lora_alpha": 2 * rank, "outputs": setting.outputs, "progress": False}
+    return look(setting.model, setting.examples, criterion, **arguments)
+
+
+def choice(looks: Looks, criterion: str) -> Recommendation:
+    kernels, heads = looks
+    return recommend(kernels, BUDGET, criterion, heads=heads)
 
 
 def timed(function: Callable[..., Any], *arguments: Any, device: str) -> tuple[float, float, Any]:
@@ -152,19 +159,20 @@ def measure(case: str, rounds: int, rank: int, device: str) -> dict[str, Any]:
     setting = build(case, device)
     training = Training(setting, rank, device)
     training.run(1)
-    seen: dict[str, list[tuple[float, float]]] = {"step": [], "kernels": [], **{name: [] for name in CRITERIA}}
+    keys = ["step", *CRITERIA, *(f"kernels, {name}" for name in CRITERIA)]
+    seen: dict[str, list[tuple[float, float]]] = {key: [] for key in keys}
 
     def steps() -> None:
         *seconds, _ = timed(training.run, setting.steps, device=device)
         seen["step"].append((seconds[0] / setting.steps, seconds[1] / setting.steps))
 
     def recommendation() -> ModuleKernels:
-        *seconds, kernels = timed(kernels_of, setting, rank, device=device)
-        seen["kernels"].append((seconds[0], seconds[1]))
         for name in CRITERIA:
-            *seconds, _ = timed(recommend, kernels, BUDGET, name, device=device)
+            *seconds, looks = timed(looks_of, setting, rank, name, device=device)
+            seen[f"kernels, {name}"].append((seconds[0], seconds[1]))
+            *seconds, _ = timed(choice, looks, name, device=device)
             seen[name].append((seconds[0], seconds[1]))
-        return kernels
+        return looks[0]
 
     for number in range(rounds):
         if number % 2:
@@ -189,7 +197,7 @@ def ratios(seen: Mapping[str, Sequence[tuple[float, float]]], criterion: str, cl
     """Kernels and choice in training steps of the same round: median, least and most over rounds."""
     values = [
         (kernels[clock] + choice[clock]) / step[clock]
-        for kernels, choice, step in zip(seen["kernels"], seen[criterion], seen["step"], strict=True)
+        for kernels, choice, step in zip(seen[f"kernels, {criterion}"], seen[criterion], seen["step"], strict=True)
     ]
     return {"median": statistics.median(values), "low": min(values), "high": max(values)}
 
@@ -205,7 +213,7 @@ def print_peak(case: str, what: str, rank: int, device: str) -> None:
     if what == "step":
         training.run(1)
     else:
-        recommend(kernels_of(setting, rank), BUDGET, what)
+        choice(looks_of(setting, rank, what), what)
     print(((torch.cuda.max_memory_allocated() if device == "cuda" else peak_bytes()) - before) / 2**20)
 
 

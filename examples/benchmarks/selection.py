@@ -18,10 +18,11 @@
     python examples/benchmarks/selection.py --stages report                    # tables and figure of what there is
     python examples/benchmarks/selection.py --quick --output selection_quick   # every step in seconds
 
-Ground truth: every module alone and some fifty sets are fine-tuned on every task, the learning rate tuned for each on
-validation data, with a short and a long budget of steps. Before training, every criterion and every rival scores the
-same modules and sets. Reported: rank correlations, regret of the picks, calibration of predicted losses, time. The
-tasks of the family "test" are not to be looked at before a criterion is settled on the others.
+Ground truth: every module alone and some fifty sets are fine-tuned on every task, at one learning rate for all and
+with a rate tuned for each on validation data, for a short and a long budget of steps; and once more, longer, in larger
+batches, with a tuned rate that decays linearly as the HF Trainer's does. Before training, every criterion and every
+rival scores the same modules and sets. Reported: rank correlations, regret of the picks, calibration of predicted
+losses, time. The tasks of the family "test" are not to be looked at before a criterion is settled on the others.
 
 Runs are kept in <output>/truth_<task>.jsonl, scores in <output>/scores_<task>.jsonl: a killed measurement goes on, and
 several processes may work on different --tasks.
@@ -46,14 +47,23 @@ from selection_picks import Picks, as_configurations, choose
 from selection_report import as_json, draw, rates_section, sections
 from selection_scores import PARAMETERS, Scores, looks_of, measure_scores, table_of
 from selection_tasks import TASKS, SelectionTask, Sizes
-from selection_truth import ONE_RATE, Configuration, Protocol, Truth, configurations, measure, measure_at_one_rate
+from selection_truth import (
+    CONSTANT,
+    DECAYED,
+    ONE_RATE,
+    Configuration,
+    Truth,
+    configurations,
+    measure,
+    measure_at_one_rate,
+)
 
 from peft_linear.files import write_text
 from peft_linear.report.markdown import markdown_table
 
 
 SCORE_SEED = 0  # head, A and calibration examples of what is scored
-STAGES = ("truth", "one_rate", "scores", "picks", "report")
+STAGES = ("truth", "one_rate", "decayed", "scores", "picks", "report")
 SHOWN_BY_RATE = (
     "predicted_loss, AdamW (lora, 8 draws)",
     "predicted_loss, AdamW (lora, 8 draws, probed head)",
@@ -62,7 +72,11 @@ SHOWN_BY_RATE = (
     "condition_number (lora, 8 draws)",
     PARAMETERS,
 )
-VIEWS = {"one_rate": ONE_RATE, "tuned": None}  # learning rates; None: each set's own
+VIEWS: dict[str, tuple[bool, float | None]] = {  # whether the rate decays, and the rate; None: each set's own
+    "one_rate": (False, ONE_RATE),
+    "tuned": (False, None),
+    "decayed": (True, None),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,18 +84,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     output = Path(options.output)
     for key in options.tasks:
         task = TASKS[key](options.sizes, Path(options.cache))
-        truth = truth_of(task, options, output)
+        truth, decayed = (truth_of(task, options, output, decays) for decays in (False, True))
         sets = configurations(task, options.protocol.rank, options.random_sets)
         if "truth" in options.stages:
             measure(truth, sets, options.seeds)
         if "one_rate" in options.stages:
             measure_at_one_rate(truth, sets, options.seeds)
+        if "decayed" in options.stages:
+            measure(decayed, sets, options.seeds)
         if "scores" in options.stages:
             scored(task, sets, options, output)
         if "picks" in options.stages:
-            picked = as_configurations(task, picks_of(task, sets, options, output), sets)
-            measure(truth, picked, options.seeds)
-            measure_at_one_rate(truth, picked, options.seeds)
+            picked = as_configurations(task, picks_of(task, sets, options, output), sets, options.selectors)
+            if "truth" in options.stages:
+                measure(truth, picked, options.seeds)
+            if "one_rate" in options.stages:
+                measure_at_one_rate(truth, picked, options.seeds)
+            if "decayed" in options.stages:
+                measure(decayed, picked, options.seeds)
     if "report" in options.stages:
         report(options, output)
     return 0
@@ -107,7 +127,7 @@ def report(options: argparse.Namespace, output: Path) -> None:
     rates: dict[str, Any] = {}
     for key in options.tasks:
         task = TASKS[key](options.sizes, Path(options.cache))
-        truth, sets = truth_of(task, options, output), configurations(task, options.protocol.rank, options.random_sets)
+        sets = configurations(task, options.protocol.rank, options.random_sets)
         records = score_records(task, options, output)
         if not all((key, look, SCORE_SEED) in records for look in looks_of(task)):
             print(f"{key}: not scored, left out", file=sys.stderr)
@@ -116,22 +136,24 @@ def report(options: argparse.Namespace, output: Path) -> None:
         chosen = None
         if (key, "picks", SCORE_SEED) in records:
             chosen = choose(task, table, SCORE_SEED, options.protocol, records)
-        rates[key] = by_rate(truth, sets, table, SHOWN_BY_RATE, options.seeds[0])
-        for view, rate in VIEWS.items():
+        rates[key] = by_rate(truth_of(task, options, output), sets, table, SHOWN_BY_RATE, options.seeds[0])
+        for view, (decays, rate) in VIEWS.items():
+            truth = truth_of(task, options, output, decays)
             seeds = most_seeds(truth, sets, options.seeds, rate)
             if not seeds:
                 print(f"{key}: too little is trained, left out of “{view}”", file=sys.stderr)
                 continue
             picked = [] if chosen is None else as_configurations(task, chosen, sets)
-            if chosen is not None and all(truth.finished(c, seeds, rate) for c in picked):
+            picked = [c for c in picked if truth.finished(c, seeds, rate)]
+            if chosen is not None and picked:
                 picks[view][key] = chosen
             found[view].append(measured(truth, [*sets, *picked], seeds, table, seconds, rate))
     if not any(found.values()):
         raise SystemExit("nothing is finished, so there is nothing to report")
-    steps = options.protocol.steps
     command = " ".join(["python examples/benchmarks/selection.py", *options.command])
     setting = {
         **setting_of(options),
+        "protocol with decay": options.protocols[True].setting(),
         "one learning rate": ONE_RATE,
         "hours of training": round(hours(options, output), 2),
         **circumstances(command, options.date),
@@ -139,6 +161,7 @@ def report(options: argparse.Namespace, output: Path) -> None:
     text = ["# Ways to choose modules against what training reaches"]
     for view, of_view in found.items():
         if of_view:
+            steps = options.protocols[VIEWS[view][0]].steps
             text += sections(of_view, picks[view], steps, view)
             draw(of_view, steps, output / f"{view}.png")
     text += [
@@ -150,7 +173,10 @@ def report(options: argparse.Namespace, output: Path) -> None:
     results = {
         **setting,
         "by_rate": rates,
-        **{view: as_json(of_view, picks[view], steps) for view, of_view in found.items()},
+        **{
+            view: as_json(of_view, picks[view], options.protocols[VIEWS[view][0]].steps)
+            for view, of_view in found.items()
+        },
     }
     write_text(output / "results.json", json.dumps(results, indent=1) + "\n")
 
@@ -165,22 +191,26 @@ def most_seeds(truth: Truth, sets: Sequence[Configuration], seeds: Sequence[int]
 
 def hours(options: argparse.Namespace, output: Path) -> float:
     """Of all training runs that are on disk."""
-    files = [output / f"truth_{key}.jsonl" for key in options.tasks]
+    files = [truth_file(output, key, decays) for key in options.tasks for decays in (False, True)]
     return sum(line.get("seconds", 0.0) for file in files for line in read_lines(file)) / 3600
 
 
-def truth_of(task: SelectionTask, options: argparse.Namespace, output: Path) -> Truth:
+def truth_of(task: SelectionTask, options: argparse.Namespace, output: Path, decays: bool = False) -> Truth:
     key = ("task", "configuration", "learning_rate", "seed")
-    records = Records(output / f"truth_{task.key}.jsonl", setting_of(options), key)
-    return Truth(task, options.protocol, records)
+    records = Records(truth_file(output, task.key, decays), setting_of(options, decays), key)
+    return Truth(task, options.protocols[decays], records)
+
+
+def truth_file(output: Path, key: str, decays: bool) -> Path:
+    return output / f"truth_{key}{'_decayed' if decays else ''}.jsonl"
 
 
 def score_records(task: SelectionTask, options: argparse.Namespace, output: Path) -> Records:
     return Records(output / f"scores_{task.key}.jsonl", setting_of(options), ("task", "look", "seed"))
 
 
-def setting_of(options: argparse.Namespace) -> dict[str, Any]:
-    return {"protocol": asdict(options.protocol), "sizes": asdict(options.sizes)}
+def setting_of(options: argparse.Namespace, decays: bool = False) -> dict[str, Any]:
+    return {"protocol": options.protocols[decays].setting(), "sizes": asdict(options.sizes)}
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -192,15 +222,21 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--output", default="docs/measurements/selection")
     add("--cache", default="build/selection", help="where models that are pretrained here are kept")
     add("--stages", nargs="+", default=STAGES, choices=STAGES, help="“report” alone trains and scores nothing")
+    add("--selectors", nargs="+", help="of the stage “picks”: those whose picks are trained (default: all)")
     add("--quick", action="store_true", help="every step, but too short to mean anything")
     add("--date", help="of the report (default: today)")
     options = parser.parse_args(argv)
     options.command = list(argv if argv is not None else sys.argv[1:])
-    options.sizes, options.protocol = Sizes(), Protocol()
+    options.sizes, options.protocols = Sizes(), {False: CONSTANT, True: DECAYED}  # by whether the rate decays
     if options.quick:
         options.sizes = Sizes(train=24, validation=8, test=16, max_length=16, pretrain_steps=3, layers=2)
-        options.protocol = replace(options.protocol, steps=(1, 2), learning_rates=(3e-3,), rank=2)
+        quick = {"learning_rates": (3e-3,), "rank": 2, "warmup": 1}
+        options.protocols = {
+            False: replace(CONSTANT, steps=(1, 2), **quick),
+            True: replace(DECAYED, steps=(2,), batch_size=4, **quick),
+        }
         options.seeds, options.random_sets = options.seeds[:2], 1
+    options.protocol = options.protocols[False]  # what the scores know of training
     return options
 
 

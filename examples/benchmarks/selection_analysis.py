@@ -230,6 +230,8 @@ def calibration(of: Measured) -> dict[str, dict[str, float]]:
         if not criterion.startswith("simulated AdamW"):
             continue
         steps = int(criterion.split(",")[1].split()[0])
+        if steps not in next(iter(of.losses.values())):
+            continue  # simulated for another protocol
         pairs = [(-values[c.key], of.mean_loss(c.key, steps)) for c in of.sets if c.key in values]
         errors = [predicted - real for predicted, real in pairs]
         found[criterion] = {

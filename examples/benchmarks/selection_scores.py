@@ -33,11 +33,13 @@ from torch import nn
 
 from peft_linear import ModuleKernels, compute_ntk
 from peft_linear.capture.features import jacobian_features
+from peft_linear.capture.warm_head import warmed_head
 from peft_linear.errors import TargetError
 from peft_linear.functional.simulation import SMOOTHNESS
 from peft_linear.kernels.jacobian_features import JacobianFeatures
 from peft_linear.selection.baselines import kappa_order
-from peft_linear.selection.criteria import CRITERIA, applicable_criteria
+from peft_linear.selection.criteria import CRITERIA, applicable_criteria, score_modules
+from peft_linear.selection.heads import over_heads
 from peft_linear.selection.model_baselines import MODEL_BASELINES, model_scores
 from peft_linear.selection.preconditioning import adam_preconditioned
 from peft_linear.selection.problem import Problem
@@ -49,6 +51,7 @@ PROBE_STEPS, PROBE_RATE = 20, 3e-3
 SIMULATED_RATES = (1e-3, 3e-3, 1e-2)
 PARAMETERS = "number of parameters"
 BY_ADAM = ", AdamW"
+BOTH_HEADS, WARMED_HEAD = "gradient energy, both heads", "gradient energy, warmed head"
 
 Scores = dict[str, dict[str, float]]  # criterion -> configuration -> utility
 
@@ -95,6 +98,36 @@ def kernel_look(space: str, draws: int, probed: bool) -> Callable[..., Scores]:
         return criteria_of(kernels, sets)
 
     return look
+
+
+def heads_look(space: str, draws: int) -> Callable[..., Scores]:
+    """Gradient energy through the new head and the warmed one, as `recommend_modules` takes it by default."""
+
+    def look(task: SelectionTask, sets: Sequence[Configuration], seed: int, protocol: Protocol) -> Scores:
+        model = task.make_model(seed)
+        batches = task.calibration(count_examples(task, model), seed)
+        arguments = {"rank": protocol.rank, "lora_alpha": protocol.lora_alpha, "seed": seed, "progress": False}
+
+        def through() -> ModuleKernels:
+            return compute_ntk(model, batches, space=space, draws=draws, outputs="loss", **arguments)
+
+        looks = [through()]
+        with warmed_head(model, batches):
+            looks.append(through())
+        scores: Scores = {}
+        for suffix, of in (("", looks), (BY_ADAM, [adam_preconditioned(kernels) for kernels in looks])):
+            mean, (_, warmed) = over_heads(of), of
+            scores[f"{BOTH_HEADS}{suffix}"] = _energies(mean, sets)
+            scores[f"{WARMED_HEAD}{suffix}"] = _energies(warmed, sets)
+        return scores
+
+    return look
+
+
+def _energies(kernels: ModuleKernels, sets: Sequence[Configuration]) -> dict[str, float]:
+    problem = Problem.of(kernels, ridge=1.0)
+    energy = CRITERIA["gradient_energy"]
+    return sums(score_modules(kernels, energy, problem), sets, energy(kernels.base, problem))
 
 
 def criteria_of(kernels: ModuleKernels, sets: Sequence[Configuration]) -> Scores:
@@ -209,8 +242,9 @@ def kappa_look(task: SelectionTask, sets: Sequence[Configuration], seed: int, pr
     return {"kappa_tune": sums({name: places.get(name, 0.0) for name in task.modules}, sets)}
 
 
-def sums(scores: Mapping[str, float], sets: Sequence[Configuration]) -> dict[str, float]:
-    return {c.key: sum(scores[name] for name in c.modules) for c in sets}
+def sums(scores: Mapping[str, float], sets: Sequence[Configuration], start: float = 0.0) -> dict[str, float]:
+    """{configuration: start + what its modules add to that}."""
+    return {c.key: start + sum(scores[name] - start for name in c.modules) for c in sets}
 
 
 LOOKS: dict[str, Callable[..., Scores]] = {
@@ -219,6 +253,9 @@ LOOKS: dict[str, Callable[..., Scores]] = {
     "weight": kernel_look("weight", 1, probed=False),
     "lora, 8 draws, probed head": kernel_look("lora", 8, probed=True),
     "weight, probed head": kernel_look("weight", 1, probed=True),
+    "lora, both heads": heads_look("lora", 1),
+    "lora, 8 draws, both heads": heads_look("lora", 8),
+    "weight, both heads": heads_look("weight", 1),
     "features": feature_look(probed=False),
     "features, probed head": feature_look(probed=True),
     **{f"rival {name}": rival_look(name) for name in MODEL_BASELINES},
@@ -228,7 +265,7 @@ LOOKS: dict[str, Callable[..., Scores]] = {
 
 def looks_of(task: SelectionTask) -> list[str]:
     """A head that is not there cannot be probed."""
-    return [name for name in LOOKS if task.head is not None or "probed" not in name]
+    return [name for name in LOOKS if task.head is not None or not ("probed" in name or "heads" in name)]
 
 
 def measure_scores(

@@ -110,7 +110,15 @@ def evaluate(model: nn.Module, batch: Batch, function: OutputFunction, number: i
     Raises:
         OutputError: f has NaN or inf, or no row an example.
     """
-    outputs = function(model(**batch.inputs), batch.labels)
+    return check_outputs(function(model(**batch.inputs), batch.labels), batch, number)
+
+
+def check_outputs(outputs: Tensor, batch: Batch, number: int) -> Tensor:
+    """f of one batch, as it is.
+
+    Raises:
+        OutputError: as `evaluate`.
+    """
     if outputs.shape[0] != batch.size:
         raise OutputError(
             f"the model gave {outputs.shape[0]} rows of outputs for the {batch.size} examples of batch {number}"

@@ -16,16 +16,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import PeftLinearError, TargetError
-from .batches import evaluate, read_batches
-from .outputs import OutputFunction, label_shift
+from .batches import Batch, check_outputs, evaluate, read_batches
+from .outputs import OutputFunction, label_shift, logits_of
 from .parameters import differentiable, head_parameters
 from .targets import base_model, resolve_always_trained
 
@@ -63,7 +63,8 @@ def warmed_head(
         TargetError: the model has no head.
         OutputError: labels are missing, or outputs are not finite.
 
-    Cost: `steps` forward passes of all examples, and backward passes through the head alone.
+    Cost: a forward pass of all examples, and `steps` passes through the head alone, where the head gives the logits
+    (BERT, ViT, …); else `steps` forward passes, and backward passes through the head alone.
     """
     if steps < 1 or not (math.isfinite(learning_rate) and learning_rate > 0):
         raise PeftLinearError(
@@ -85,10 +86,14 @@ def warmed_head(
     try:
         optimizer = torch.optim.Adam(parameters, lr=learning_rate)
         with differentiable(model, parameters):
+            losses = [
+                _losses(model, head, batch.to(parameters[0].device), function, number)
+                for number, batch in enumerate(read)
+            ]
             for _ in range(steps):
                 optimizer.zero_grad()
-                for number, batch in enumerate(read):
-                    (evaluate(model, batch.to(parameters[0].device), function, number).sum() / count).backward()
+                for of_batch in losses:
+                    (of_batch().sum() / count).backward()
                 optimizer.step()
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
@@ -98,3 +103,30 @@ def warmed_head(
             for parameter, value, gradient in zip(parameters, before, gradients, strict=True):
                 parameter.copy_(value)
                 parameter.grad = gradient
+
+
+def _losses(
+    model: nn.Module, head: Mapping[str, nn.Module], batch: Batch, function: OutputFunction, number: int
+) -> Callable[[], Tensor]:
+    """A batch's losses (B, 1) as a function of the head's parameters.
+
+    Where the head is one module whose output is the logits, its inputs are kept, and nothing below it runs again.
+    """
+    calls: list[tuple[tuple, dict, Any]] = []
+    if len(head) == 1:
+        (module,) = head.values()
+
+        def keep(_: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+            calls.append((args, kwargs, output))
+
+        hook = module.register_forward_hook(keep, with_kwargs=True)
+        try:
+            with torch.no_grad():
+                logits = logits_of(model(**batch.inputs))
+        finally:
+            hook.remove()
+        if len(calls) == 1:
+            args, kwargs, output = calls[0]
+            if isinstance(output, Tensor) and output.shape == logits.shape and torch.equal(output, logits):
+                return lambda: check_outputs(function(module(*args, **kwargs), batch.labels), batch, number)
+    return lambda: evaluate(model, batch, function, number)

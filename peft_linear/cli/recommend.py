@@ -32,7 +32,7 @@ from .models import load_model
 
 
 KERNELS_NAME = "kernels.safetensors"
-WARMED_NAME = "kernels_warmed_head.safetensors"
+HEAD_NAMES = ("losses_head_as_it_is.safetensors", "losses_warmed_head.safetensors")
 ADAPTER_NAME = "adapter"
 
 
@@ -96,7 +96,7 @@ def run_recommend(arguments: argparse.Namespace) -> None:
         space=arguments.space,
     )
     features = tokenize(data, rows, tokenizer, arguments.max_length)
-    kernels, warmed = look(
+    kernels, heads = look(
         model,
         batches_of(features, collator(data, tokenizer), arguments.batch_size),
         arguments.criterion,
@@ -117,14 +117,14 @@ def run_recommend(arguments: argparse.Namespace) -> None:
         arguments.ridge,
         arguments.strategy,
         arguments.seed,
-        warmed=warmed,
+        heads=heads,
         optimizer=arguments.optimizer,
         train_batch_size=arguments.train_batch_size,
     )
     config = recommendation.to_config(**adapter)
     kernels.save(output / KERNELS_NAME)
-    if warmed is not None:
-        warmed.save(output / WARMED_NAME)
+    for name, of_losses in zip(HEAD_NAMES, heads, strict=False):
+        of_losses.save(output / name)
     written = write_report(recommendation, output)
     config.save_pretrained(str(output / ADAPTER_NAME))
     if not arguments.quiet:

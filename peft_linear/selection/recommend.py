@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -42,8 +43,8 @@ from .search import SearchResult, SubsetScorer, check_strategy, rank_by_score, s
 # the outputs have nothing to regress to.
 RIDGE_RANGE = (1e-3, 10.0)
 RIDGE_STEPS = 17
-BY_HEADS = "gradient_energy"  # the criterion that is a mean over two heads where both are given
-SHARE, SHARE_FORMULA = "share of the gradient energy", "mean over two heads of eᵀ K_m e/Σ_m eᵀ K_m e"
+BY_HEADS = "gradient_energy"  # the criterion that is a mean over heads where several are given
+SHARE, SHARE_FORMULA = "share of the gradient energy", "mean over heads of eᵀ K_m e/Σ_m eᵀ K_m e"
 
 
 def check_ridge(ridge: float | None) -> None:
@@ -84,7 +85,7 @@ def recommend(
     strategy: str = "greedy",
     seed: int = 0,
     *,
-    warmed: ModuleKernels | None = None,
+    heads: Sequence[ModuleKernels] = (),
     optimizer: str | None = None,
     train_batch_size: int = BATCH_SIZE,
     learning_rate: float | None = None,
@@ -111,9 +112,10 @@ def recommend(
         strategy: "greedy" (forward selection, also called "forward"), "backward" (elimination), "swap" (greedy, then
             exchanges of one module until none improves), "top" (best on their own) or "exhaustive"; see `search`.
         seed: Of the cross-validation folds.
-        warmed: Kernels of the same modules and examples through a head that was trained for a moment (`warmed_head`),
-            of losses or logits. Gradient energy is then the mean of a module's share through both heads
-            (`selection.heads`). `recommend_modules` makes them; predictions and spectra stay those of `kernels`.
+        heads: Kernels of the same modules and examples, of losses or logits, through the head as it is and through one
+            that was trained for a moment (`training.workflow.through_heads`; `recommend_modules` makes them). Gradient
+            energy is then the mean of a module's share through them (`selection.heads`), in place of its energy in
+            `kernels`; predictions and spectra stay those of `kernels`.
         optimizer: What the modules are to be trained with: "adamw" (Adam too) divides the kernel of every module by
             the size of its gradient, as Adam does its steps (`adam_preconditioned`); "sgd" takes kernels as they are,
             as the formulas of `CRITERIA` do. Default: "adamw" for "default-by-evidence", where the outputs determine
@@ -130,8 +132,8 @@ def recommend(
             an exhaustive search.
         CriterionError: an unknown criterion or strategy.
         OutputError: the outputs do not provide what the criterion needs.
-        KernelError: ridge ≤ 0, a kernel that is zero or not finite, or `warmed` of other modules or examples.
-        PeftLinearError: `warmed` with another criterion than gradient energy.
+        KernelError: ridge ≤ 0, a kernel that is zero or not finite, or `heads` of other modules or examples.
+        PeftLinearError: `heads` with another criterion than gradient energy.
     """
     limit = parse_budget(budget, kernels.num_parameters)
     as_it_is = Problem.of(kernels, ridge=1.0)
@@ -139,12 +141,14 @@ def recommend(
     strategy = check_strategy(strategy, len(kernels), limit, chosen_criterion)
     check_ridge(ridge)
     optimizer = check_optimizer(optimizer, criterion, as_it_is, train_batch_size)
-    if warmed is not None and chosen_criterion.name != BY_HEADS:
-        raise PeftLinearError(
-            f"a second look, through a warmed head, is for {BY_HEADS!r}, not for {chosen_criterion.name!r}; leave "
-            "`warmed` out, or pass the kernels through the warmed head as the only ones"
-        )
-    if warmed is not None:
+    if heads:
+        if chosen_criterion.name != BY_HEADS:
+            raise PeftLinearError(
+                f"looks through several heads are for {BY_HEADS!r}, not for {chosen_criterion.name!r}; leave `heads` "
+                "out, or pass the kernels through one of them as the only ones"
+            )
+        if any(look.names != kernels.names or look.num_examples != kernels.num_examples for look in heads):
+            raise KernelError("`heads` must be of the modules and examples that `kernels` are of, in the same order")
         chosen_criterion = replace(chosen_criterion, label=SHARE, formula=SHARE_FORMULA)
     if steps < 1 or folds < 2 or (learning_rate is not None and not 0 < learning_rate < math.inf):
         raise PeftLinearError(
@@ -162,9 +166,9 @@ def recommend(
     problem = replace(plain, ridge=seen_ridge, learning_rate=learning_rate, steps=steps, folds=folds)
 
     judged, judged_problem = seen, problem
-    if warmed is not None:
-        later = adam_preconditioned(warmed, train_batch_size) if optimizer == "adamw" else warmed
-        judged = over_heads([seen, later])
+    if heads:
+        as_trained = [adam_preconditioned(look, train_batch_size) if optimizer == "adamw" else look for look in heads]
+        judged = over_heads(as_trained)
         judged_problem = replace(problem, outputs=judged.outputs, output_kind=judged.output_kind)
     singles = score_modules(judged, chosen_criterion, judged_problem)
     result = search(SubsetScorer(judged, chosen_criterion, judged_problem, singles), limit, strategy)
@@ -203,7 +207,7 @@ def recommend(
         budget=budget,
         ridge=plain.ridge,
         settings=_settings(seen, problem, chosen_criterion, limit, strategy, criterion, result, reliability)
-        | _how_seen(optimizer, train_batch_size, chosen_criterion, warmed)
+        | _how_seen(optimizer, train_batch_size, chosen_criterion, heads)
         | rank_basis(kernels, result.order, plain.ridge),
         notes=notes_on(kernels, result, singles, chosen_criterion, judged_problem, spectra["chosen"], reliability),
         spectra=spectra,
@@ -218,15 +222,15 @@ def _seen_ridge(seen: ModuleKernels, kernels: ModuleKernels, asked_for: float | 
 
 
 def _how_seen(
-    optimizer: str, train_batch_size: int, criterion: Criterion, warmed: ModuleKernels | None
+    optimizer: str, train_batch_size: int, criterion: Criterion, heads: Sequence[ModuleKernels]
 ) -> dict[str, object]:
     """Settings that say through whose eyes the criterion saw the kernels, and its formula then."""
     settings: dict[str, object] = {"optimizer": optimizer}
     if optimizer == "adamw":
         formula = f"{criterion.formula}, with K_m/s_m as AdamW sees it"
         settings |= {"train_batch_size": train_batch_size, "formula": formula}
-    if warmed is not None:
-        settings["warmed"] = json.loads(json.dumps(dict(warmed.provenance), default=str))
+    if heads:
+        settings["heads"] = json.loads(json.dumps([dict(look.provenance) for look in heads], default=str))
     return settings
 
 

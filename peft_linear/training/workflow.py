@@ -16,7 +16,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -37,6 +37,9 @@ from ..selection.problem import Problem
 from ..selection.recommend import BY_HEADS, check_ridge, recommend
 from ..selection.recommendation import Recommendation
 from ..selection.search import check_strategy
+
+
+HEAD_DRAWS = 8  # of LoRA's A, in kernels of losses through several heads
 
 
 def default_outputs(model: nn.Module) -> str:
@@ -95,34 +98,47 @@ def look(
     criterion: str = DEFAULT_NAME,
     head_steps: int | None = None,
     **ntk: Any,
-) -> tuple[ModuleKernels, ModuleKernels | None]:
-    """The kernels that a criterion needs, and, where it is a mean over two heads, those through the warmed head.
+) -> tuple[ModuleKernels, tuple[ModuleKernels, ...]]:
+    """The kernels that `recommend` needs for a criterion, and its `heads`, if it is a mean over heads.
 
-    Gradient energy of labelled logits sees the model through the head as it is (`compute_ntk`) and through one that was
-    trained for a moment (`warmed_head`; kernels of losses, one backward pass). Other criteria see it as it is, or,
-    where `head_steps` asks for it, through the warmed head alone, which the kernels' provenance then says.
+    Gradient energy of labelled logits has heads (`through_heads`). Other criteria see the model as it is or, where
+    `head_steps` asks for it, through the warmed head alone, which the kernels' provenance then says.
 
     Args:
         criterion: A name of `CRITERIA`, or "default-by-evidence".
-        head_steps: Default: `HEAD_STEPS` for gradient energy where there is a head, else 0.
+        head_steps: Default: 5 for gradient energy where there is a task head, else 0.
         **ntk: As for `compute_ntk`.
     """
     batches = [batches] if isinstance(batches, Mapping) else list(batches)  # read more than once
-    head = ntk.get("always_trained")
-    labelled_logits = Problem(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long), ntk.get("outputs", "logits"), 1.0)
-    if resolve_criterion(criterion, labelled_logits).name != BY_HEADS:
-        if not head_steps:
-            return compute_ntk(model, batches, **ntk), None
-        with warmed_head(model, batches, head_steps, always_trained=head):
-            return _after(head_steps, compute_ntk(model, batches, **ntk)), None
+    labelled = Problem(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long), ntk.get("outputs", "logits"), ridge=1.0)
+    by_heads = resolve_criterion(criterion, labelled).name == BY_HEADS
+    if head_steps and not by_heads:
+        with warmed_head(model, batches, head_steps, always_trained=ntk.get("always_trained")):
+            return _after(head_steps, compute_ntk(model, batches, **ntk)), ()
     kernels = compute_ntk(model, batches, **ntk)
     if head_steps is None:
-        head_steps = HEAD_STEPS if resolve_always_trained(model, head) else 0
-    if not head_steps or "logits" not in Problem.of(kernels, ridge=1.0).provides:
-        return kernels, None
-    later = {**ntk, "outputs": "loss", "folder": None}
-    with warmed_head(model, batches, head_steps, always_trained=head):
-        return kernels, _after(head_steps, compute_ntk(model, batches, **later))
+        head_steps = HEAD_STEPS if resolve_always_trained(model, ntk.get("always_trained")) else 0
+    if not by_heads or not head_steps or "logits" not in Problem.of(kernels, ridge=1.0).provides:
+        return kernels, ()
+    return kernels, through_heads(model, batches, head_steps, **ntk)
+
+
+def through_heads(
+    model: nn.Module, batches: Sequence[Mapping[str, Any]], head_steps: int = HEAD_STEPS, **ntk: Any
+) -> tuple[ModuleKernels, ModuleKernels]:
+    """Kernels of the losses through the task head as it is, and as `head_steps` steps of training make it.
+
+    One backward pass a batch each, so that LoRA's random A can be averaged over `HEAD_DRAWS` draws at least.
+
+    Args:
+        **ntk: As for `compute_ntk`; `outputs` and `folder` are not used.
+    """
+    ntk = {**ntk, "outputs": "loss", "folder": None}
+    if ntk.get("space", "lora") == "lora":
+        ntk["draws"] = max(ntk.get("draws", 1), HEAD_DRAWS)
+    as_it_is = compute_ntk(model, batches, **ntk)
+    with warmed_head(model, batches, head_steps, always_trained=ntk.get("always_trained")):
+        return as_it_is, _after(head_steps, compute_ntk(model, batches, **ntk))
 
 
 def _after(head_steps: int, kernels: ModuleKernels) -> ModuleKernels:
@@ -153,8 +169,8 @@ def recommend_modules(
         budget, criterion, ridge, strategy: As for `recommend`.
         optimizer, train_batch_size, learning_rate, steps, folds: As for `recommend`.
         head_steps: Steps that the task head is trained for, alone and for the moment (`warmed_head`). Gradient energy
-            is the mean over the head as it is and that one (default: 5 steps, where there is a head); 0: the head as it
-            is. Other criteria look through that head alone where steps are given; their default is 0.
+            is the mean over the head as it is and that one (default: 5 steps, where there is a head); 0: the head as
+            it is. Other criteria look through that head alone where steps are given; their default is 0.
         seed: Of LoRA's random A and of the cross-validation folds.
         **ntk: Other arguments of `compute_ntk` (`targets`, `space`, `rank`, `lora_alpha`, `draws`, `outputs`, …).
             `outputs` defaults to "log_likelihood" for language models and "logits" otherwise. For a language model
@@ -165,7 +181,7 @@ def recommend_modules(
     """
     check_request(model, budget, criterion, ridge, strategy, optimizer, head_steps, train_batch_size, **ntk)
     ntk.setdefault("outputs", default_outputs(model))
-    kernels, warmed = look(model, batches, criterion, head_steps, seed=seed, **ntk)
+    kernels, heads = look(model, batches, criterion, head_steps, seed=seed, **ntk)
     return recommend(
         kernels,
         budget,
@@ -173,7 +189,7 @@ def recommend_modules(
         ridge,
         strategy,
         seed,
-        warmed=warmed,
+        heads=heads,
         optimizer=optimizer,
         train_batch_size=train_batch_size,
         learning_rate=learning_rate,

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from peft_linear import compute_ntk, recommend, recommend_modules
+from peft_linear.capture.targets import resolve_always_trained
 from peft_linear.capture.warm_head import warmed_head
 from peft_linear.errors import OutputError, PeftLinearError, TargetError
 from tests.small_models import bert, gpt2, seeded, text_batches
@@ -73,6 +74,33 @@ def test_the_head_is_what_adam_makes_of_it_and_everything_else_stays():
         assert all(torch.equal(value, before["values"][key]) for key, value in body.items())
         assert next(model.classifier.parameters()).grad.eq(1).all()
     assert_same(before, state(model))
+
+
+@pytest.mark.parametrize("factory", [bert, gpt2])
+def test_what_lies_below_the_head_is_computed_once_where_the_head_gives_the_logits(factory):
+    """GPT-2's head gives a logit for every token, of which the model then takes one."""
+    model, batches = seeded(factory), text_batches()
+    passes = []
+    hook = model.base_model.register_forward_hook(lambda *_: passes.append(1))
+    with warmed_head(model, batches, steps=3):
+        head = [p.detach().clone() for p in next(iter(resolve_always_trained(model).values())).parameters()]
+    hook.remove()
+    assert len(passes) == {bert: 1, gpt2: 1 + 3}[factory] * len(batches)
+    with warmed_head(_Wrapped(model), batches, steps=3, always_trained=[next(iter(resolve_always_trained(model)))]):
+        slowly = [p.detach().clone() for p in next(iter(resolve_always_trained(model).values())).parameters()]
+    for ours, theirs in zip(head, slowly, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+class _Wrapped(torch.nn.Module):
+    """Nearly the same logits, not to the bit as the head gave them: the slow way."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids, attention_mask):
+        return self.model(input_ids=input_ids, attention_mask=attention_mask).logits * (1 + 1e-13)
 
 
 def test_an_error_inside_leaves_the_model_as_it_was():

@@ -64,6 +64,8 @@ def test_recommend_writes_everything_and_it_fits_together(place, tmp_path, capsy
     assert sorted(path.name for path in out.iterdir()) == [
         "adapter",
         "kernels.safetensors",
+        "losses_head_as_it_is.safetensors",
+        "losses_warmed_head.safetensors",
         "recommendation.json",
         "recommendation.md",
         "recommendation.png",
@@ -75,7 +77,8 @@ def test_recommend_writes_everything_and_it_fits_together(place, tmp_path, capsy
     assert str(rec) in printed and "get_peft_model(model, config)" in printed
     kernels = ModuleKernels.load(out / "kernels.safetensors")
     assert kernels.num_examples == 12 and kernels.num_outputs == 3
-    assert recommend(kernels, 3, seed=3) == rec
+    heads = [ModuleKernels.load(out / f"losses_{head}.safetensors") for head in ("head_as_it_is", "warmed_head")]
+    assert recommend(kernels, 3, seed=3, heads=heads) == rec
     config = PeftConfig.from_pretrained(out / "adapter")
     assert (config.peft_type.value, config.r, config.proximal_lambda) == ("PROXIMAL_LORA", 2, 0.5)
     model = AutoModelForSequenceClassification.from_pretrained(place / "bert", num_labels=3)
@@ -88,8 +91,11 @@ def test_the_training_that_is_planned(place, tmp_path):
     assert main([*arguments(place, output=tmp_path, **options), "--quiet"]) == 0
     rec = Recommendation.load(tmp_path)
     assert rec.settings["optimizer"] == "adamw" and rec.settings["train_batch_size"] == 4
-    assert rec.settings["kernels"]["head_steps"] == 2
-    assert ModuleKernels.load(tmp_path / "kernels.safetensors").provenance["head_steps"] == 2
+    assert [head.get("head_steps", 0) for head in rec.settings["heads"]] == [0, 2]
+    assert ModuleKernels.load(tmp_path / "losses_warmed_head.safetensors").provenance["head_steps"] == 2
+    options["criterion"] = "leave_one_out"
+    assert main([*arguments(place, output=tmp_path / "other", **options), "--quiet"]) == 0
+    assert ModuleKernels.load(tmp_path / "other" / "kernels.safetensors").provenance["head_steps"] == 2
 
 
 def test_recommend_for_a_language_model(place, tmp_path, capsys):

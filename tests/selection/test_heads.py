@@ -79,20 +79,23 @@ def test_scores_are_mean_shares_of_the_gradient_through_both_heads(optimizer):
     rec = recommend_modules(
         model, batches, 2, "gradient_energy", optimizer=optimizer, train_batch_size=99, head_steps=3, progress=False
     )
+    assert [head.get("head_steps", 0) for head in rec.settings["heads"]] == [0, 3]
+    assert [head["draws"] for head in rec.settings["heads"]] == [8, 8] and rec.settings["kernels"]["draws"] == 1
     warm = copy.deepcopy(model)
     with warmed_head(model, batches, 3):
         warm.classifier.load_state_dict(copy.deepcopy(model.classifier.state_dict()))
     names = [row.name for row in rec.scores]
-    expected = gradient_shares([model, warm], batches, names, 8, 16.0, by_adam=optimizer == "adamw")
+    expected = gradient_shares([model, warm], batches, names, 8, 16.0, draws=8, by_adam=optimizer == "adamw")
     start = rec.settings["start_score"]
     found = {row.name: row.score - start for row in rec.scores}
     assert found == pytest.approx(expected, rel=1e-9, abs=1e-12)
     assert sum(found.values()) == pytest.approx(1.0)
-    assert rec.settings["warmed"]["head_steps"] == 3 and "head_steps" not in rec.settings["kernels"]
-    assert "share of the gradient energy" in rec.to_markdown() and "two heads" in rec.settings["formula"]
-    assert rec.predicted == recommend_modules(
-        model, batches, 2, "gradient_energy", optimizer=optimizer, train_batch_size=99, head_steps=0, progress=False
-    ).predicted
+    assert "head_steps" not in rec.settings["kernels"]
+    assert "share of the gradient energy" in rec.to_markdown() and "over heads" in rec.settings["formula"]
+    alone = recommend_modules(model, batches, 2, "gradient_energy", optimizer=optimizer, head_steps=0, progress=False)
+    assert rec.predicted["before_training"] == alone.predicted["before_training"]
+    assert rec.predicted["always_trained_only"].keys() == alone.predicted["always_trained_only"].keys()
+    assert "heads" not in alone.settings
 
 
 @settings(max_examples=25, deadline=None)
@@ -119,31 +122,33 @@ def test_what_only_the_warmed_head_sees_is_chosen():
     last = alone.scores[-1].name
     of_losses = loss_kernels(kernels)
     seen_later = {name: of_losses[name] * (1.0 if name == last else 1e-6) for name in names}
-    rec = recommend(kernels, 1, "gradient_energy", warmed=replace(of_losses, blocks=seen_later))
+    rec = recommend(kernels, 1, "gradient_energy", heads=[kernels, replace(of_losses, blocks=seen_later)])
     assert alone.modules != (last,) and rec.modules == (last,)
-    assert recommend(kernels, 1, "gradient_energy", warmed=of_losses).modules == alone.modules
+    assert recommend(kernels, 1, "gradient_energy", heads=[kernels, of_losses]).modules == alone.modules
 
 
-def test_the_default_takes_both_heads_where_there_are_two(monkeypatch):
+def test_the_default_takes_both_heads_where_there_are_two():
     model, batches = seeded(bert), text_batches()
     default = recommend_modules(model, batches, 2, progress=False)
-    assert default.settings["warmed"]["head_steps"] == 5 and default.settings["optimizer"] == "adamw"
-    assert "warmed" not in recommend_modules(model, batches, 2, head_steps=0, progress=False).settings
-    assert "warmed" not in recommend_modules(model, batches, 2, always_trained=(), progress=False).settings
-    assert "warmed" not in recommend_modules(model, batches, 2, "leave_one_out", progress=False).settings
+    assert default.settings["heads"][1]["head_steps"] == 5 and default.settings["optimizer"] == "adamw"
+    assert "heads" not in recommend_modules(model, batches, 2, head_steps=0, progress=False).settings
+    assert "heads" not in recommend_modules(model, batches, 2, always_trained=(), progress=False).settings
+    assert "heads" not in recommend_modules(model, batches, 2, "leave_one_out", progress=False).settings
     unlabelled = [{key: value for key, value in batch.items() if key != "labels"} for batch in batches]
     rec = recommend_modules(model, unlabelled, 2, progress=False)
-    assert rec.criterion == "trace" and "warmed" not in rec.settings
+    assert rec.criterion == "trace" and "heads" not in rec.settings
     causal = [{**batch, "labels": batch["input_ids"]} for batch in batches]
-    assert "warmed" not in recommend_modules(seeded(gpt2, causal=True), causal, 2, progress=False).settings
+    assert "heads" not in recommend_modules(seeded(gpt2, causal=True), causal, 2, progress=False).settings
 
 
 def test_refusals():
     kernels = random_kernels(0)
-    with pytest.raises(PeftLinearError, match="is for 'gradient_energy', not for 'leave_one_out'"):
-        recommend(kernels, 1, "leave_one_out", warmed=kernels)
+    with pytest.raises(PeftLinearError, match="are for 'gradient_energy', not for 'leave_one_out'"):
+        recommend(kernels, 1, "leave_one_out", heads=[kernels])
+    with pytest.raises(KernelError, match="`heads` must be of the modules and examples that `kernels` are of"):
+        recommend(kernels, 1, "gradient_energy", heads=[kernels, random_kernels(0, examples=4)])
     with pytest.raises(KernelError, match="must be of the same modules and examples, got 3 modules and 4 examples"):
-        recommend(kernels, 1, "gradient_energy", warmed=random_kernels(0, examples=4))
+        over_heads([kernels, random_kernels(0, examples=4)])
     with pytest.raises(KernelError, match="got 2 modules and 5 examples beside 3 and 5"):
         over_heads([kernels, random_kernels(0, names=("a", "b"))])
     with pytest.raises(OutputError, match="logits without labels have no cross-entropy"):
