@@ -45,7 +45,7 @@ from records import Records, circumstances, read_lines
 from selection_analysis import Measured, by_rate, measured
 from selection_picks import Picks, as_configurations, choose
 from selection_report import as_json, draw, rates_section, sections
-from selection_scores import PARAMETERS, Scores, looks_of, measure_scores, table_of
+from selection_scores import PARAMETERS, SCORE_SEED, Scores, looks_of, measure_scores, table_of
 from selection_tasks import TASKS, SelectionTask, Sizes
 from selection_truth import (
     CONSTANT,
@@ -62,7 +62,6 @@ from peft_linear.files import write_text
 from peft_linear.report.markdown import markdown_table
 
 
-SCORE_SEED = 0  # head, A and calibration examples of what is scored
 STAGES = ("truth", "one_rate", "decayed", "scores", "picks", "report")
 SHOWN_BY_RATE = (
     "predicted_loss, AdamW (lora, 8 draws)",
@@ -75,6 +74,7 @@ SHOWN_BY_RATE = (
 VIEWS: dict[str, tuple[bool, float | None]] = {  # whether the rate decays, and the rate; None: each set's own
     "one_rate": (False, ONE_RATE),
     "tuned": (False, None),
+    "decayed_one_rate": (True, ONE_RATE),
     "decayed": (True, None),
 }
 
@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "one_rate" in options.stages:
             measure_at_one_rate(truth, sets, options.seeds)
         if "decayed" in options.stages:
-            measure(decayed, sets, options.seeds)
+            measure_with_decay(decayed, sets, options.seeds)
         if "scores" in options.stages:
             scored(task, sets, options, output)
         if "picks" in options.stages:
@@ -101,10 +101,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             if "one_rate" in options.stages:
                 measure_at_one_rate(truth, picked, options.seeds)
             if "decayed" in options.stages:
-                measure(decayed, picked, options.seeds)
+                measure_with_decay(decayed, picked, options.seeds)
     if "report" in options.stages:
         report(options, output)
     return 0
+
+
+def measure_with_decay(truth: Truth, sets: Sequence[Configuration], seeds: Sequence[int]) -> None:
+    measure(truth, sets, seeds)
+    measure_at_one_rate(truth, sets, seeds)
 
 
 def scored(

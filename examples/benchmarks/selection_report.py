@@ -46,7 +46,8 @@ SHOWN = 30  # rows of a table of criteria
 HEADINGS = {
     "one_rate": "One learning rate for all sets",
     "tuned": "The learning rate tuned for every set, on validation data",
-    "decayed": "The learning rate tuned for every set, decaying linearly, more steps and larger batches",
+    "decayed_one_rate": "One learning rate for all sets, decaying linearly; more steps, larger batches",
+    "decayed": "The learning rate tuned for every set, decaying linearly; more steps, larger batches",
 }
 
 

@@ -23,6 +23,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -46,6 +47,7 @@ from peft_linear.selection.problem import Problem
 from peft_linear.selection.recommend import default_ridge
 
 
+SCORE_SEED = 0  # head, A and calibration examples of what is scored
 EXAMPLES, MAX_ROWS = 64, 640  # calibration examples, and rows of a kernel, which limit them
 PROBE_STEPS, PROBE_RATE = 20, 3e-3
 SIMULATED_RATES = (1e-3, 3e-3, 1e-2)
@@ -79,22 +81,24 @@ def start_model(task: SelectionTask, seed: int, probed: bool) -> nn.Module:
     return model.requires_grad_(True)
 
 
-def kernel_look(space: str, draws: int, probed: bool) -> Callable[..., Scores]:
-    """All criteria on kernels of one space, as they are and as AdamW sees them."""
+def kernel_look(space: str, draws: int, probed: bool, warmed: bool = False) -> Callable[..., Scores]:
+    """All criteria on kernels of one space, as they are and as AdamW sees them; `warmed`: through `warmed_head`."""
 
     def look(task: SelectionTask, sets: Sequence[Configuration], seed: int, protocol: Protocol) -> Scores:
         model = start_model(task, seed, probed)
-        kernels = compute_ntk(
-            model,
-            task.calibration(count_examples(task, model), seed),
-            space=space,
-            rank=protocol.rank,
-            lora_alpha=protocol.lora_alpha,
-            draws=draws,
-            outputs=task.outputs,
-            seed=seed,
-            progress=False,
-        )
+        batches = task.calibration(count_examples(task, model), seed)
+        with warmed_head(model, batches) if warmed else nullcontext():
+            kernels = compute_ntk(
+                model,
+                batches,
+                space=space,
+                rank=protocol.rank,
+                lora_alpha=protocol.lora_alpha,
+                draws=draws,
+                outputs=task.outputs,
+                seed=seed,
+                progress=False,
+            )
         return criteria_of(kernels, sets)
 
     return look
@@ -253,6 +257,7 @@ LOOKS: dict[str, Callable[..., Scores]] = {
     "weight": kernel_look("weight", 1, probed=False),
     "lora, 8 draws, probed head": kernel_look("lora", 8, probed=True),
     "weight, probed head": kernel_look("weight", 1, probed=True),
+    "lora, warmed head": kernel_look("lora", 1, probed=False, warmed=True),
     "lora, both heads": heads_look("lora", 1),
     "lora, 8 draws, both heads": heads_look("lora", 8),
     "weight, both heads": heads_look("weight", 1),
@@ -265,7 +270,7 @@ LOOKS: dict[str, Callable[..., Scores]] = {
 
 def looks_of(task: SelectionTask) -> list[str]:
     """A head that is not there cannot be probed."""
-    return [name for name in LOOKS if task.head is not None or not ("probed" in name or "heads" in name)]
+    return [name for name in LOOKS if task.head is not None or "head" not in name]
 
 
 def measure_scores(

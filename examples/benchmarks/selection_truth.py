@@ -35,6 +35,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from peft_linear.report.names import parse_name
+from peft_linear.selection.ranks import rank_patterns
 
 
 HEAD_ONLY, ALL_LINEAR = "head only", "all linear"
@@ -85,6 +86,7 @@ class Configuration:
 
     key: str
     modules: tuple[str, ...]
+    ranks: tuple[int, ...] | None = None  # of the modules; None: the protocol's for all
 
     @property
     def single(self) -> bool:
@@ -141,14 +143,25 @@ def random_within(task: SelectionTask, rank: int, fraction: float, seed: int) ->
     return chosen
 
 
-def with_adapter(task: SelectionTask, names: Sequence[str], seed: int, protocol: Protocol) -> nn.Module:
-    """The model of `seed` with LoRA on `names` and a trainable head."""
+def with_adapter(
+    task: SelectionTask,
+    names: Sequence[str],
+    seed: int,
+    protocol: Protocol,
+    ranks: Sequence[int] | None = None,
+) -> nn.Module:
+    """The model of `seed` with LoRA on `names` and a trainable head; `ranks` of the modules, all scaled alike."""
     model = task.make_model(seed)
     if not names:
         model.requires_grad_(False)
         getattr(model, str(task.head)).requires_grad_(True)
         return model
+    patterns: tuple[dict[str, int], dict[str, float]] = ({}, {})
+    if ranks is not None:
+        patterns = rank_patterns(dict(zip(names, ranks, strict=True)), protocol.rank, protocol.lora_alpha)
     config = LoraConfig(
+        rank_pattern=patterns[0],
+        alpha_pattern=patterns[1],
         r=protocol.rank,
         lora_alpha=protocol.lora_alpha,
         target_modules="|".join(map(re.escape, names)),  # a string is a full match: a list would match by suffix
@@ -160,10 +173,15 @@ def with_adapter(task: SelectionTask, names: Sequence[str], seed: int, protocol:
 
 
 def train(
-    task: SelectionTask, names: Sequence[str], rate: float, seed: int, protocol: Protocol
+    task: SelectionTask,
+    names: Sequence[str],
+    rate: float,
+    seed: int,
+    protocol: Protocol,
+    ranks: Sequence[int] | None = None,
 ) -> dict[str, dict[str, float]]:
     """{budget of steps: validation and test loss and accuracy} of one run, in evaluation mode: without dropout."""
-    model = with_adapter(task, names, seed, protocol).eval()
+    model = with_adapter(task, names, seed, protocol, ranks).eval()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
     found = {}
@@ -208,18 +226,18 @@ class Truth:
         key = (self.task.key, configuration.key, rate, seed)
         if key not in self.records:
             start = time.perf_counter()
-            budgets = train(self.task, configuration.modules, rate, seed, self.protocol)
-            self.records.add(
-                {
-                    "task": self.task.key,
-                    "configuration": configuration.key,
-                    "learning_rate": rate,
-                    "seed": seed,
-                    "modules": configuration.modules,
-                    "budgets": budgets,
-                    "seconds": round(time.perf_counter() - start, 2),
-                }
-            )
+            of_ranks = () if configuration.ranks is None else (configuration.ranks,)
+            budgets = train(self.task, configuration.modules, rate, seed, self.protocol, *of_ranks)
+            record = {
+                "task": self.task.key,
+                "configuration": configuration.key,
+                "learning_rate": rate,
+                "seed": seed,
+                "modules": configuration.modules,
+                "budgets": budgets,
+                "seconds": round(time.perf_counter() - start, 2),
+            }
+            self.records.add(record if configuration.ranks is None else {**record, "ranks": configuration.ranks})
         return self.records[key]
 
     def tune(self, configuration: Configuration, seed: int) -> dict[int, float]:

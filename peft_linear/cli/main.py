@@ -101,7 +101,9 @@ def _add_recommend(commands: argparse._SubParsersAction) -> None:
     choice.add_argument("--rank", type=int, default=8, help="rank of the adapter")
     choice.add_argument("--alpha", type=float, default=16.0, help="lora_alpha of the adapter")
     choice.add_argument("--space", choices=SPACES, default="lora", help="parameters that the kernels are of")
-    choice.add_argument("--draws", type=int, default=1, help="draws of LoRA's random A to average over")
+    choice.add_argument(
+        "--draws", type=int, help="draws of LoRA's random A to average over; 8 for causal-lm if not given, else 1"
+    )
     choice.add_argument("--proximal-lambda", type=float, default=0.0, help="proximal_lambda of the adapter config")
     run = parser.add_argument_group("run")
     run.add_argument("--seed", type=int, default=0, help="of the sample, the head, LoRA's A and the folds")

@@ -94,6 +94,7 @@ def run_recommend(arguments: argparse.Namespace) -> None:
         targets=targets,
         rank=arguments.rank,
         space=arguments.space,
+        draws=1 if arguments.draws is None else arguments.draws,
     )
     features = tokenize(data, rows, tokenizer, arguments.max_length)
     kernels, heads = look(
@@ -105,10 +106,10 @@ def run_recommend(arguments: argparse.Namespace) -> None:
         space=arguments.space,
         rank=arguments.rank,
         lora_alpha=arguments.alpha,
-        draws=arguments.draws,
         outputs=outputs,
         seed=arguments.seed,
         progress=not arguments.quiet,
+        **({} if arguments.draws is None else {"draws": arguments.draws}),
     )
     recommendation = recommend(
         kernels,

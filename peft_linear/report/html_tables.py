@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from .html_elements import Cell, Markup, Row, breakable, cell, table, text
-from .markdown import PREDICTIONS, format_number, prediction_columns, setting_rows
+from .markdown import PREDICTIONS, format_number, interval_words, prediction_columns, setting_rows
 
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def candidates_table(recommendation: Recommendation) -> Markup:
             cell(row.rank, "right", row.rank),
             Cell(breakable(row.name), "module"),
             cell(f"pick {picks[row.name]}" if row.name in picks else "", "line", picks.get(row.name, math.inf)),
-            cell(f"{row.score:.4g}", "right", row.score),
+            cell(f"{row.score:.4g}{interval_words(row)}", "right", row.score),
         ]
         if intervals:
             cells.append(_interval(row, intervals.get(row.name), len(rec.scores)))
@@ -99,7 +99,7 @@ def candidates_table(recommendation: Recommendation) -> Markup:
     right = {"rank", "score", "parameters", "condition number"}
     said = "Score of the module alone, together with what is always trained."
     if intervals:
-        said += " The interval of ranks is that in random halves of the examples."
+        said += " The interval of ranks is that in random halves of the examples; that of a score has 90% of samples."
     header = [cell(title, "right" if title in right else "") for title in titles]
     return table(text(said), header, rows, "sortable wide")
 

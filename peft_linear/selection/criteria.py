@@ -65,6 +65,7 @@ class Criterion:
             modules.
         bound: Of what a change of the set can give, where one is proved; see `gain_bounds`.
         monotone: A module that is added never makes it worse.
+        extensive: A sum over rows, twice as large for twice the examples, and not a mean.
     """
 
     name: str
@@ -76,6 +77,7 @@ class Criterion:
     additive: bool = False
     bound: BoundFunction | None = None
     monotone: bool = False
+    extensive: bool = False
 
     @property
     def branches(self) -> bool:
@@ -112,7 +114,7 @@ def condition_number(gram: Tensor, problem: Problem) -> float:
     return problem.spectrum(gram).condition_number(problem.ridge)
 
 
-@_criterion("trace", "Σ λi", higher_is_better=True, additive=True, monotone=True)
+@_criterion("trace", "Σ λi", higher_is_better=True, additive=True, monotone=True, extensive=True)
 def trace(gram: Tensor, problem: Problem) -> float:
     """`tr K = Σ λi = ‖J‖_F²`: how far all outputs move for a unit step in all parameters; higher is better. O(n)."""
     return float(gram.trace())
@@ -130,6 +132,7 @@ def gradient_energy(gram: Tensor, problem: Problem) -> float:
     higher_is_better=True,
     bound=effective_dimension_bound,
     monotone=True,
+    extensive=True,
 )
 def effective_dimension(gram: Tensor, problem: Problem) -> float:
     """`Σ λi/(λi + λ) = n − λ·tr (K + λI)⁻¹`: directions that ridge regression can fit; higher is better. O(n³)."""

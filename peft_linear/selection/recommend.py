@@ -175,7 +175,7 @@ def recommend(
     shown = singles
     if chosen_criterion.name != "condition_number" or seen is not kernels:
         shown = {name: kernels.spectrum([name]).condition_number(plain.ridge) for name in kernels.names}
-    reliability = split_half_reliability(judged, chosen_criterion, judged_problem)
+    reliability = split_half_reliability(judged, chosen_criterion, judged_problem, scores=singles)
     reasons = explain(result, singles, chosen_criterion, limit, kernels.num_parameters, strategy)
     scores = tuple(
         ModuleScore(
@@ -186,6 +186,7 @@ def recommend(
             chosen=name in result.order,
             reason=reasons[name],
             condition_number=shown[name],
+            interval=None if reliability is None else reliability.score_intervals[name],
         )
         for rank, name in enumerate(rank_by_score(singles, chosen_criterion), start=1)
     )

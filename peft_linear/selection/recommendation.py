@@ -56,6 +56,11 @@ class ModuleScore:
     chosen: bool
     reason: str
     condition_number: float  # (λ1 + ridge)/(λn + ridge) of the same kernel, whatever the criterion
+    interval: tuple[float, float] | None = None  # 90 % of the score over samples of examples (`Reliability`)
+
+    def __post_init__(self) -> None:
+        if self.interval is not None:
+            object.__setattr__(self, "interval", (float(self.interval[0]), float(self.interval[1])))
 
 
 @dataclass(frozen=True, repr=False)

@@ -16,8 +16,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from scipy.stats import spearmanr
@@ -29,7 +29,9 @@ from .problem import Problem
 
 
 LEAST_EXAMPLES = 8
-SPLITS, FEW_SPLITS = 10, 3  # of the examples; the fewer for criteria that cost more than additive ones
+# Splits of the examples: for additive criteria of few rows (kernels of losses), of more, and for other criteria.
+MANY_SPLITS, SPLITS, FEW_SPLITS = 50, 10, 3
+FEW_ROWS = 256
 ONE_SIDED = 1.645  # standard deviations of a normal distribution that 5 % lie above
 
 
@@ -41,11 +43,17 @@ class Reliability:
         halves: Mean Spearman correlation between the candidates' scores in two disjoint halves of the examples.
         splits: Number of random splits that it is the mean of.
         rank_intervals: {module: (low, high)}, between which 90 % of its ranks in single halves lie; 1 is the best.
+        score_intervals: {module: (low, high)}, of its score: the score of all examples, and around it 90 % of how far
+            scores of single halves lie from their mean. The mean over half of the examples, drawn without replacement,
+            varies around that over all as the latter does around the mean of their distribution (half-sampling,
+            McCarthy 1969): it is the interval that a bootstrap gives, without repeated examples, which would make
+            leave-one-out errors vanish.
     """
 
     halves: float
     splits: int
     rank_intervals: Mapping[str, tuple[int, int]]
+    score_intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     @property
     def full(self) -> float:
@@ -74,24 +82,34 @@ class Reliability:
             "signal": self.signal,
             "splits": self.splits,
             "rank_intervals": {name: list(interval) for name, interval in self.rank_intervals.items()},
+            "score_intervals": {name: list(interval) for name, interval in self.score_intervals.items()},
         }
 
 
 def split_half_reliability(
-    kernels: ModuleKernels, criterion: Criterion, problem: Problem, splits: int | None = None
+    kernels: ModuleKernels,
+    criterion: Criterion,
+    problem: Problem,
+    splits: int | None = None,
+    scores: Mapping[str, float] | None = None,
 ) -> Reliability | None:
     """Scores every candidate on both halves of `splits` random splits (by `problem.seed`) of the examples.
 
-    By default 10 splits for additive criteria and 3 for others. Cost: 2·splits evaluations of the criterion a
-    candidate, on n/2 rows each. None for kernels of fewer than 8 examples or 3 candidates, where halves say nothing,
-    and for lazy kernels, which would be read from their files as often.
+    By default 10 splits for additive criteria (50 for at most 256 rows) and 3 for others. Cost: 2·splits evaluations
+    of the criterion a candidate, on n/2 rows each. None for kernels of fewer than 8 examples or 3 candidates, where
+    halves say nothing, and for lazy kernels, which would be read from their files as often.
+
+    Args:
+        scores: Of all examples, which the intervals of scores lie around; default: computed.
     """
     count = kernels.num_examples
     if count < LEAST_EXAMPLES or len(kernels) < 3 or kernels.lazy:
         return None
-    splits = splits or (SPLITS if criterion.additive else FEW_SPLITS)
+    if splits is None:
+        many = MANY_SPLITS if len(kernels.base) <= FEW_ROWS else SPLITS
+        splits = many if criterion.additive else FEW_SPLITS
     generator = torch.Generator().manual_seed(problem.seed)
-    correlations, ranks = [], []
+    correlations, ranks, utilities = [], [], []
     for _ in range(splits):
         order = torch.randperm(count, generator=generator)
         one, other = (
@@ -101,13 +119,33 @@ def split_half_reliability(
         constant = one.min() == one.max() or other.min() == other.max()
         correlations.append(0.0 if constant else float(spearmanr(one, other).statistic))
         ranks += [_ranks(one), _ranks(other)]
+        utilities += [one, other]
     spread = torch.stack(ranks).double()
     low, high = torch.quantile(spread, torch.tensor([0.05, 0.95], dtype=torch.float64), dim=0)
     intervals = {
         name: (math.floor(a), math.ceil(b))
         for name, a, b in zip(kernels.names, low.tolist(), high.tolist(), strict=True)
     }
-    return Reliability(sum(correlations) / splits, splits, intervals)
+    scores = score_modules(kernels, criterion, problem) if scores is None else scores
+    return Reliability(
+        sum(correlations) / splits,
+        splits,
+        intervals,
+        _around(scores, torch.stack(utilities), kernels.names, criterion),
+    )
+
+
+def _around(
+    scores: Mapping[str, float], utilities: Tensor, names: Sequence[str], criterion: Criterion
+) -> dict[str, tuple[float, float]]:
+    """{module: 90 % interval of its score}, from its utilities in the halves (halves, M)."""
+    factor = criterion.utility(2.0 if criterion.extensive else 1.0)  # half the rows have half of a sum over rows
+    apart = factor * (utilities - utilities.mean(dim=0))
+    low, high = torch.quantile(apart, torch.tensor([0.05, 0.95], dtype=torch.float64), dim=0)
+    return {
+        name: (scores[name] + a, scores[name] + b)
+        for name, a, b in zip(names, low.tolist(), high.tolist(), strict=True)
+    }
 
 
 def _utilities(kernels: ModuleKernels, criterion: Criterion, problem: Problem, examples: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ from ..selection.recommendation import Recommendation
 from ..selection.search import check_strategy
 
 
-HEAD_DRAWS = 8  # of LoRA's A, in kernels of losses through several heads
+DRAWS = 8  # of LoRA's A where an example has one output, for which a draw costs next to nothing
 
 
 def default_outputs(model: nn.Module) -> str:
@@ -107,8 +107,10 @@ def look(
     Args:
         criterion: A name of `CRITERIA`, or "default-by-evidence".
         head_steps: Default: 5 for gradient energy where there is a task head, else 0.
-        **ntk: As for `compute_ntk`.
+        **ntk: As for `compute_ntk`, but `draws` is `DRAWS` by default for log-likelihoods.
     """
+    if ntk.get("outputs") == "log_likelihood" and ntk.get("space", "lora") == "lora":
+        ntk.setdefault("draws", DRAWS)
     batches = [batches] if isinstance(batches, Mapping) else list(batches)  # read more than once
     labelled = Problem(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long), ntk.get("outputs", "logits"), ridge=1.0)
     by_heads = resolve_criterion(criterion, labelled).name == BY_HEADS
@@ -128,14 +130,14 @@ def through_heads(
 ) -> tuple[ModuleKernels, ModuleKernels]:
     """Kernels of the losses through the task head as it is, and as `head_steps` steps of training make it.
 
-    One backward pass a batch each, so that LoRA's random A can be averaged over `HEAD_DRAWS` draws at least.
+    One backward pass a batch each, so that LoRA's random A can be averaged over `DRAWS` draws at least.
 
     Args:
         **ntk: As for `compute_ntk`; `outputs` and `folder` are not used.
     """
     ntk = {**ntk, "outputs": "loss", "folder": None}
     if ntk.get("space", "lora") == "lora":
-        ntk["draws"] = max(ntk.get("draws", 1), HEAD_DRAWS)
+        ntk["draws"] = max(ntk.get("draws", 1), DRAWS)
     as_it_is = compute_ntk(model, batches, **ntk)
     with warmed_head(model, batches, head_steps, always_trained=ntk.get("always_trained")):
         return as_it_is, _after(head_steps, compute_ntk(model, batches, **ntk))
@@ -173,8 +175,8 @@ def recommend_modules(
             it is. Other criteria look through that head alone where steps are given; their default is 0.
         seed: Of LoRA's random A and of the cross-validation folds.
         **ntk: Other arguments of `compute_ntk` (`targets`, `space`, `rank`, `lora_alpha`, `draws`, `outputs`, …).
-            `outputs` defaults to "log_likelihood" for language models and "logits" otherwise. For a language model
-            that fits, space="weight" chooses better than the default (docs/decisions/0009).
+            `outputs` defaults to "log_likelihood" for language models, then `draws` to 8, and to "logits" otherwise.
+            For a language model that fits, space="weight" chooses better than the default (docs/decisions/0009).
 
     Raises:
         PeftLinearError: or one of its kin, as `compute_ntk` and `recommend`.

@@ -21,7 +21,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_linear import compute_ntk
+from peft_linear import compute_ntk, recommend_modules
 from peft_linear.kernels.jacobian_features import BASE
 
 
@@ -171,6 +171,39 @@ def test_one_learning_rate_for_all_is_trained_where_it_is_missing_and_read_apart
     assert all(set(of[1]) == {"low"} and of[0] == 5 for of in table.values())
 
 
+def test_the_learning_rate_rises_and_decays_as_the_trainers_does(parts):
+    decayed = parts.truth.Protocol(steps=(10,), warmup=2, decays=True)
+    assert [decayed.factor(step) for step in range(1, 11)] == pytest.approx(
+        [0.5, 1.0, *(1 - i / 9 for i in range(1, 9))]
+    )
+    constant = parts.truth.Protocol(warmup=2)
+    assert [constant.factor(step) for step in (1, 2, 3, 99)] == [0.5, 1.0, 1.0, 1.0]
+    assert "decays" not in decayed.setting() and decayed.setting()["steps"] == (10,)
+
+
+def test_the_look_through_both_heads_is_what_recommend_modules_scores_by(parts, digits, sets, options):
+    scores = parts.scores.LOOKS["lora, 8 draws, both heads"](digits, sets, 0, options.protocol)
+    model = digits.make_model(0)
+    batches = digits.calibration(parts.scores.count_examples(digits, model), 0)
+    settings = {"rank": options.protocol.rank, "lora_alpha": options.protocol.lora_alpha, "progress": False}
+    rec = recommend_modules(model, batches, 2, **settings)
+    table = scores["gradient energy, both heads, AdamW"]
+    for row in rec.scores:
+        assert table[f"single {row.name}"] == pytest.approx(row.score, rel=1e-6)
+    chosen = next(c for c in sets if len(c.modules) == 2)
+    start = rec.settings["start_score"]
+    own = {row.name: row.score - start for row in rec.scores}
+    assert table[chosen.key] == pytest.approx(start + sum(own[name] for name in chosen.modules), rel=1e-6)
+
+
+def test_adapters_have_the_ranks_that_are_asked_for_and_one_scaling(parts, digits, options):
+    names = list(digits.modules)[:2]
+    model = parts.truth.with_adapter(digits, names, 0, options.protocol, ranks=[1, 3])
+    layers = [module for name, module in model.named_modules() if name.endswith(tuple(names)) and hasattr(module, "r")]
+    assert [layer.r["default"] for layer in layers] == [1, 3]
+    assert {layer.scaling["default"] for layer in layers} == {options.protocol.lora_alpha / options.protocol.rank}
+
+
 def test_simulated_adamw_is_the_loop_written_by_hand(parts, digits, options):
     features = parts.scores.jacobian_features(digits.make_model(0), digits.calibration(12, 0), rank=2, progress=False)
     single, protocol = features.subset([features.names[3]]), options.protocol
@@ -263,8 +296,9 @@ def test_the_whole_benchmark_runs_resumes_and_reports(script, options, capsys):
     text = (folder / "README.md").read_text(encoding="utf-8")
     assert "gradient_energy (weight)" in text and "`kappa_tune`" in text and "regret" in text
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    for view in ("one_rate", "tuned"):
-        assert results[view]["digits"]["pick_regrets"]["2"]["random"]
+    for view in ("one_rate", "tuned", "decayed_one_rate", "decayed"):
+        regrets = results[view]["digits"]["pick_regrets"]["2"]
+        assert regrets["random"] and regrets["recommend_modules"]
         assert (folder / f"{view}.png").stat().st_size > 10_000
         assert f"({view}.png)" in text
     assert "predicted_loss, AdamW (weight)" in text

@@ -63,8 +63,9 @@ def test_halves_are_disjoint_and_the_number_is_the_mean_of_spearmans():
             error = Problem.of(kernels.select_examples(half), 1.0).error
             scores.append([float(error @ kernels[name][rows][:, rows] @ error) for name in kernels.names])
         slow.append(spearmanr(*scores).statistic)
-    found = split_half_reliability(kernels, CRITERIA["gradient_energy"], problem)
+    found = split_half_reliability(kernels, CRITERIA["gradient_energy"], problem, splits=10)
     assert found.halves == pytest.approx(sum(slow) / 10)
+    assert split_half_reliability(kernels, CRITERIA["gradient_energy"], problem).splits == 50
 
 
 def test_where_there_is_no_signal_the_recommendation_says_so_and_names_the_alternative():
@@ -83,11 +84,42 @@ def test_criteria_that_prefer_low_scores_rank_the_lowest_first():
     assert all(found.rank_intervals[BERT_NAMES[i]][1] <= 8 for i in (1, 4, 7))
 
 
+@pytest.mark.parametrize("criterion", ["trace", "gradient_energy", "leave_one_out"])
+def test_intervals_of_scores_are_as_wide_as_a_bootstrap_of_the_examples_says(criterion):
+    """Of a criterion that is a sum over examples, of one quadratic in a mean, of one that looks at the others.
+
+    The bootstrap repeats examples, and each is predicted from its copy, so leave-one-out errors are compared with
+    those of fresh samples of the same distribution.
+    """
+    kernels = planted_kernels(names=BERT_NAMES[:3], examples=120, informative=(1,))
+    chosen, problem = CRITERIA[criterion], Problem.of(kernels, 1.0)
+    found = split_half_reliability(kernels, chosen, problem, splits=60)
+    name = kernels.names[1]
+    generator = torch.Generator().manual_seed(1)
+    drawn = []
+    for _ in range(200 if criterion != "leave_one_out" else 40):
+        if criterion == "leave_one_out":
+            seed = int(torch.randint(10_000, (1,), generator=generator))
+            sample = planted_kernels(names=BERT_NAMES[:3], examples=120, informative=(1,), seed=seed)
+        else:
+            sample = kernels.select_examples(torch.randint(120, (120,), generator=generator))
+        drawn.append(chosen(sample.base + sample[name], Problem.of(sample, 1.0)))
+    low, high = torch.tensor(drawn, dtype=torch.float64).quantile(torch.tensor([0.05, 0.95], dtype=torch.float64))
+    width = found.score_intervals[name][1] - found.score_intervals[name][0]
+    assert 0.5 < width / float(high - low) < 2.0
+    score = chosen(kernels.base + kernels[name], problem)
+    assert found.score_intervals[name][0] < score < found.score_intervals[name][1]
+    rec = recommend(kernels, 1, criterion)
+    assert all(row.interval[0] <= row.score <= row.interval[1] for row in rec.scores)
+    assert f"[{rec.scores[0].interval[0]:.3g}, {rec.scores[0].interval[1]:.3g}]" in rec.to_markdown()
+
+
 def test_too_little_to_halve_is_not_known():
     assert reliability(noise(0, examples=6)) is None
     assert reliability(noise(0, names=BERT_NAMES[:2])) is None
     rec = recommend(noise(0, examples=6), 2)
     assert rec.signal is None and rec.settings["reliability"] is None
+    assert all(row.interval is None for row in rec.scores)
 
 
 def test_equal_scores_are_no_signal():

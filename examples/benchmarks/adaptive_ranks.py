@@ -1,0 +1,176 @@
+# Copyright 2026 The peft-linear authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Do ranks by effective dimension train better than one rank for all modules, and than those that EVA distributes?
+
+    python examples/benchmarks/adaptive_ranks.py                               # all of it: an hour of a core
+    python examples/benchmarks/adaptive_ranks.py --tasks digits --seeds 0      # a part; what is there is kept
+    python examples/benchmarks/adaptive_ranks.py --quick --output ranks_quick  # every step in seconds
+
+Every linear module is adapted, with three ways to share out the same parameters: the uniform rank, the ranks of
+`to_config(r="adaptive")`, and the ranks of peft's own EVA (its initialisation is not used, so that ranks alone
+differ; its parameters are as many as it makes them). Trained as the selection benchmark's last view: learning rate
+tuned for each arm on validation data with the first seed, decaying linearly. Runs are kept in
+<output>/truth_<task>.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # examples/common.py, from wherever this is started
+
+from records import Records, circumstances
+from selection_scores import SCORE_SEED, count_examples
+from selection_tasks import TASKS, SelectionTask, Sizes
+from selection_truth import DECAYED, Configuration, Protocol, Truth, measure
+
+from peft_linear import compute_ntk
+from peft_linear.files import write_text
+from peft_linear.report.markdown import markdown_table
+from peft_linear.selection import default_ridge, distribute_ranks, effective_dimensions, model_scores
+
+
+ARMS = ("uniform", "adaptive", "EVA")
+RANKS = (2, 4)
+
+
+def arms(task: SelectionTask, rank: int, protocol: Protocol) -> dict[str, dict[str, int]]:
+    """{arm: {module: rank}} for the parameters of this uniform rank; modules of rank 0 are left out."""
+    model = task.make_model(SCORE_SEED)
+    batches = task.calibration(count_examples(task, model), SCORE_SEED)
+    alpha = protocol.lora_alpha / protocol.rank * rank  # the same scaling at every rank
+    kernels = compute_ntk(
+        model, batches, rank=rank, lora_alpha=alpha, outputs=task.outputs, seed=SCORE_SEED, progress=False
+    )
+    dimensions = effective_dimensions(kernels, kernels.names, default_ridge(kernels))
+    by_eva = model_scores("eva", model, batches, rank=rank, lora_alpha=alpha, seed=SCORE_SEED)
+    return {
+        "uniform": dict.fromkeys(task.modules, rank),
+        "adaptive": distribute_ranks(dimensions, kernels.shapes, task.parameters(list(task.modules), rank)),
+        "EVA": {name: int(value) for name, value in by_eva.items() if value},
+    }
+
+
+def configurations(task: SelectionTask, ranks: Sequence[int], protocol: Protocol) -> dict[str, Configuration]:
+    found = {}
+    for rank in ranks:
+        for arm, of_modules in arms(task, rank, protocol).items():
+            names = tuple(name for name in task.modules if name in of_modules)
+            key = f"rank {rank}, {arm}"
+            found[key] = Configuration(key, names, tuple(of_modules[name] for name in names))
+    return found
+
+
+def parameters(task: SelectionTask, configuration: Configuration) -> int:
+    assert configuration.ranks is not None
+    pairs = zip(configuration.modules, configuration.ranks, strict=True)
+    return sum(task.parameters([name], rank) for name, rank in pairs)
+
+
+def row_of(truth: Truth, configuration: Configuration, seeds: Sequence[int]) -> dict[str, Any] | None:
+    """What one arm reached; None where runs are missing."""
+    losses = truth.losses(configuration, seeds)
+    if losses is None:
+        return None
+    (steps,) = truth.protocol.steps
+    assert configuration.ranks is not None
+    return {
+        "parameters": parameters(truth.task, configuration),
+        "ranks": [min(configuration.ranks), max(configuration.ranks)],
+        "modules": len(configuration.modules),
+        "losses": losses[steps],
+    }
+
+
+def report(results: Mapping[str, Mapping[str, Mapping[str, Any]]], setting: Mapping[str, Any]) -> str:
+    """Tables in Markdown; differences to the uniform rank are paired by seed."""
+    parts = ["# Ranks by effective dimension against a uniform rank and EVA's"]
+    for task, rows in results.items():
+        body = []
+        for key, row in rows.items():
+            uniform = rows.get(f"{key.split(', ')[0]}, uniform")
+            difference = "–"
+            if uniform is not None and uniform is not row:
+                apart = [a - b for a, b in zip(row["losses"], uniform["losses"], strict=True)]
+                difference = f"{statistics.fmean(apart):+.3f} ± {spread(apart)}"
+            low, high = row["ranks"]
+            body.append(
+                (
+                    key,
+                    f"{row['parameters']:,}",
+                    f"{low} to {high}" if low != high else str(low),
+                    str(row["modules"]),
+                    f"{statistics.fmean(row['losses']):.3f} ± {spread(row['losses'])}",
+                    difference,
+                )
+            )
+        seeds = len(next(iter(rows.values()))["losses"])
+        header = ("arm", "parameters", "ranks", "modules", "test loss", "less that of the uniform rank")
+        parts += [f"## {task}, {seeds} seeds", markdown_table(header, body, right=range(1, 6))]
+    parts += [
+        "Mean ± standard deviation over seeds; differences are of the same seed.",
+        "## Setting",
+        markdown_table(("", ""), [(name, str(value)) for name, value in setting.items()]),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def spread(values: Sequence[float]) -> str:
+    return f"{statistics.stdev(values):.3f}" if len(values) > 1 else "?"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", default=["digits", "topics"], choices=TASKS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="the first tunes the learning rates")
+    parser.add_argument("--ranks", type=int, nargs="+", default=list(RANKS), help="uniform ranks")
+    parser.add_argument("--output", type=Path, default=Path("docs/measurements/adaptive_ranks"))
+    parser.add_argument("--cache", type=Path, default=Path("build/selection"))
+    parser.add_argument("--quick", action="store_true", help="every step, but too short to mean anything")
+    options = parser.parse_args(argv)
+    sizes, protocol = Sizes(), DECAYED
+    if options.quick:
+        sizes = Sizes(train=24, validation=8, test=16, max_length=16, pretrain_steps=3, layers=2)
+        protocol = replace(DECAYED, steps=(2,), batch_size=4, learning_rates=(3e-3,), warmup=1)
+        options.ranks, options.seeds = options.ranks[:1], options.seeds[:2]
+    setting = {"protocol": protocol.setting(), "sizes": asdict(sizes)}
+    results: dict[str, dict[str, dict[str, Any]]] = {}
+    for key in options.tasks:
+        task = TASKS[key](sizes, options.cache)
+        fields = ("task", "configuration", "learning_rate", "seed")
+        truth = Truth(task, protocol, Records(options.output / f"truth_{key}.jsonl", setting, fields))
+        of_arms = configurations(task, options.ranks, protocol)
+        measure(truth, of_arms.values(), options.seeds)
+        rows = {name: row_of(truth, configuration, options.seeds) for name, configuration in of_arms.items()}
+        results[key] = {name: row for name, row in rows.items() if row is not None}
+    given = argv if argv is not None else sys.argv[1:]
+    command = " ".join(["python examples/benchmarks/adaptive_ranks.py", *given])
+    about = {**setting, **circumstances(command, None)}
+    text = report(results, about)
+    write_text(options.output / "README.md", text)
+    write_text(options.output / "results.json", json.dumps({**about, "results": results}, indent=1) + "\n")
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
