@@ -39,10 +39,11 @@ from transformers import (
     set_seed,
 )
 
-from peft_linear import compute_ntk, proximal_distance, recommend
+from peft_linear import proximal_distance, recommend
 from peft_linear.kernels.training import predict_training
 from peft_linear.report import write_report
 from peft_linear.selection import adam_preconditioned, baseline, equal_parameter_rank
+from peft_linear.training.workflow import look
 
 
 OUTPUT = Path("choose_target_modules")
@@ -67,12 +68,13 @@ batches = [collate(rows[first : first + 16]) for first in range(0, EXAMPLES, 16)
 # %% [markdown]
 # ## The kernels of all candidates: one forward and eight backward passes a batch
 #
-# The model is left as it was. `kernels.save(path)` keeps them: everything below is then a matter of seconds.
+# The model is left as it was. `kernels.save(path)` keeps them: everything below is then a matter of seconds. `heads`
+# are two further looks, at the loss alone: through the new head as it is, and as a few steps make it.
 
 # %%
 started = time.perf_counter()
-kernels = compute_ntk(model, batches, rank=8, progress=False)
-recommendation = recommend(kernels, budget=BUDGET)
+kernels, heads = look(model, batches, rank=8, progress=False)
+recommendation = recommend(kernels, budget=BUDGET, heads=heads)
 print(recommendation)
 print(f"\n{len(kernels)} candidates, {EXAMPLES} examples: {time.perf_counter() - started:.0f} s")
 

@@ -45,12 +45,13 @@ from peft import PeftModel
 from summary import Summary, summarize
 from tqdm.auto import tqdm
 
-from peft_linear import ModuleKernels, Recommendation, compute_ntk, export_lora, recommend
+from peft_linear import ModuleKernels, Recommendation, export_lora, recommend
 from peft_linear.cli.recommend import parse_budget_argument
 from peft_linear.selection.baselines import query_value
 from peft_linear.selection.preconditioning import adam_preconditioned
 from peft_linear.selection.prediction import predict
 from peft_linear.selection.problem import Problem
+from peft_linear.training.workflow import look
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,13 +67,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     step(2, f"The kernel of every candidate module on {options.examples} training examples, before training")
     batches = task.calibration(options.examples)
     model = task.new_model(options.seeds[0])
-    kernels = compute_ntk(model, batches, space="lora", rank=options.rank, lora_alpha=2 * options.rank)
+    kernels, heads = look(model, batches, options.criterion, rank=options.rank, lora_alpha=2 * options.rank)
     print(kernels)
 
     step(3, "The recommendation")
     rivals = tuple(name for name in kernels.names if name in query_value(kernels))
     budget = options.budget or str(sum(kernels.num_parameters[name] for name in rivals))
-    recommendation = recommend(kernels, budget, options.criterion, train_batch_size=options.batch_size)
+    recommendation = recommend(kernels, budget, options.criterion, heads=heads, train_batch_size=options.batch_size)
     print(recommendation)
     recommendation.plot(output / "recommendation.png")
     recommendation.save(output / "recommendation")
