@@ -45,7 +45,7 @@ from records import Records, circumstances, read_lines
 from selection_analysis import Measured, by_rate, measured
 from selection_picks import Picks, as_configurations, choose
 from selection_report import as_json, draw, rates_section, sections
-from selection_scores import PARAMETERS, SCORE_SEED, Scores, looks_of, measure_scores, table_of
+from selection_scores import DEFAULT, PARAMETERS, SCORE_SEED, Scores, looks_of, measure_scores, table_of
 from selection_tasks import TASKS, SelectionTask, Sizes
 from selection_truth import (
     CONSTANT,
@@ -64,6 +64,7 @@ from peft_linear.report.markdown import markdown_table
 
 STAGES = ("truth", "one_rate", "decayed", "scores", "picks", "report")
 SHOWN_BY_RATE = (
+    DEFAULT,
     "predicted_loss, AdamW (lora, 8 draws)",
     "predicted_loss, AdamW (lora, 8 draws, probed head)",
     "leave_one_out, AdamW (lora, 8 draws)",
@@ -148,10 +149,16 @@ def report(options: argparse.Namespace, output: Path) -> None:
             if not seeds:
                 print(f"{key}: too little is trained, left out of “{view}”", file=sys.stderr)
                 continue
-            picked = [] if chosen is None else as_configurations(task, chosen, sets)
-            picked = [c for c in picked if truth.finished(c, seeds, rate)]
-            if chosen is not None and picked:
-                picks[view][key] = chosen
+            trained = (
+                {}
+                if chosen is None
+                else {
+                    name: of for name, of in chosen.items() if is_trained(truth, task, {name: of}, sets, seeds, rate)
+                }
+            )
+            picked = as_configurations(task, trained, sets)
+            if trained:
+                picks[view][key] = trained
             found[view].append(measured(truth, [*sets, *picked], seeds, table, seconds, rate))
     if not any(found.values()):
         raise SystemExit("nothing is finished, so there is nothing to report")
@@ -186,12 +193,27 @@ def report(options: argparse.Namespace, output: Path) -> None:
     write_text(output / "results.json", json.dumps(results, indent=1) + "\n")
 
 
+def is_trained(
+    truth: Truth,
+    task: SelectionTask,
+    picks: Picks,
+    sets: Sequence[Configuration],
+    seeds: Sequence[int],
+    rate: float | None,
+) -> bool:
+    """Whether what a selector takes is trained for every budget, as a set of its own or one measured anyway."""
+    taken = {tuple(name for name in task.modules if name in chosen) for of in picks.values() for chosen in of.values()}
+    own = as_configurations(task, picks, sets)
+    return all(truth.finished(c, seeds, rate) for c in [*own, *(c for c in sets if c.modules in taken)])
+
+
 def most_seeds(truth: Truth, sets: Sequence[Configuration], seeds: Sequence[int], rate: float | None) -> Sequence[int]:
-    """As many seeds as are finished for all sets; the first, if that is so for the single modules at least."""
-    for count in range(len(seeds), 0, -1):
-        if all(truth.finished(c, seeds[:count], rate) for c in sets):
-            return seeds[:count]
-    return seeds[:1] if all(truth.finished(c, seeds[:1], rate) for c in sets if c.single) else ()
+    """As many seeds as are finished for all sets that the first is; none unless that is so for the single modules."""
+    started = [c for c in sets if truth.finished(c, seeds[:1], rate)]
+    if not all(c in started for c in sets if c.single):
+        return ()
+    counts = range(len(seeds), 0, -1)
+    return next(seeds[:count] for count in counts if all(truth.finished(c, seeds[:count], rate) for c in started))
 
 
 def hours(options: argparse.Namespace, output: Path) -> float:

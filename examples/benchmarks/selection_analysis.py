@@ -195,8 +195,17 @@ def mean_over_tasks(by_task: Sequence[Sequence[float]], seed: int = 0) -> Mean:
     return Mean(float(means.mean()), float(low), float(high), len(means))
 
 
+def with_sets(all_measured: Sequence[Measured]) -> list[Measured]:
+    """Those of which more than single modules is trained, enough to rank; all, where that is so for none."""
+    return [of for of in all_measured if len(of.group(SETS)) >= 3] or list(all_measured)
+
+
 def summary(all_measured: Sequence[Measured], steps: Sequence[int]) -> dict[str, dict[str, Any]]:
-    """{criterion: its mean rank correlations and regret}, over the tasks in which it can be computed, if in all."""
+    """{criterion: its mean rank correlations and regret}, over the tasks in which it can be computed, if in all.
+
+    Tasks of which single modules alone are trained are left out, unless that is so for all.
+    """
+    all_measured = with_sets(all_measured)
     correlation = {
         group: [[correlations(of, group, budget) for budget in steps] for of in all_measured]
         for group in (SINGLES, SETS)

@@ -33,6 +33,7 @@ from selection_analysis import (
     correlations,
     regrets,
     summary,
+    with_sets,
 )
 from selection_picks import Picks, pick_regrets
 
@@ -205,6 +206,7 @@ def as_json(all_measured: Sequence[Measured], picks: Mapping[str, Picks], steps:
 def draw(all_measured: Sequence[Measured], steps: Sequence[int], path: Path, count: int = 24) -> None:
     """A dot for each task: rank correlations on single modules and on sets, and the regret; criteria best first."""
     found = summary(all_measured, steps)
+    all_measured = with_sets(all_measured)
     names = [name for name, row in found.items() if {SINGLES, SETS, "regret"} <= set(row)][:count]
     figure = Figure(figsize=(16, 1.6 + 0.34 * len(names)), layout="constrained", facecolor="white")
     panels = figure.subplots(1, 3, sharey=True)

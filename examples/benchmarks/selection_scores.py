@@ -53,6 +53,11 @@ PROBE_STEPS, PROBE_RATE = 20, 3e-3
 SIMULATED_RATES = (1e-3, 3e-3, 1e-2)
 PARAMETERS = "number of parameters"
 BY_ADAM = ", AdamW"
+DEFAULT = "the default of recommend_modules"
+DEFAULTS = {  # by whether there is a head
+    True: "gradient energy, both heads, AdamW (lora, 8 draws, both heads)",
+    False: "leave_one_out, AdamW (lora, 8 draws)",
+}
 BOTH_HEADS, WARMED_HEAD = "gradient energy, both heads", "gradient energy, warmed head"
 
 Scores = dict[str, dict[str, float]]  # criterion -> configuration -> utility
@@ -297,4 +302,7 @@ def table_of(
     for look, record in looks.items():
         for criterion, values in record["scores"].items():
             table[criterion if look.startswith("rival") else f"{criterion} ({look})"] = dict(values)
+    default = DEFAULTS[task.head is not None]
+    if default in table:
+        table[DEFAULT] = table[default]
     return table
