@@ -225,7 +225,7 @@ def draw(all_measured: Sequence[Measured], steps: Sequence[int], path: Path, cou
         if any(of.task.family == family for of in all_measured):
             panels[2].plot([], [], "o", color=color, label=f"a task of the family “{family}”")
     panels[2].plot([], [], "|", color=INK, markersize=12, markeredgewidth=2, label="mean of all tasks")
-    panels[2].legend(frameon=False, loc="center")
+    figure.legend(frameon=False, loc="outside lower center", ncols=3)
     figure.savefig(path, dpi=130)
 
 
