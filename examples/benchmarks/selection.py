@@ -87,30 +87,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         task = TASKS[key](options.sizes, Path(options.cache))
         truth, decayed = (truth_of(task, options, output, decays) for decays in (False, True))
         sets = configurations(task, options.protocol.rank, options.random_sets)
-        if "truth" in options.stages:
-            measure(truth, sets, options.seeds)
-        if "one_rate" in options.stages:
-            measure_at_one_rate(truth, sets, options.seeds)
-        if "decayed" in options.stages:
-            measure_with_decay(decayed, sets, options.seeds)
+        train_missing(options, truth, decayed, sets)
         if "scores" in options.stages:
             scored(task, sets, options, output)
         if "picks" in options.stages:
             picked = as_configurations(task, picks_of(task, sets, options, output), sets, options.selectors)
-            if "truth" in options.stages:
-                measure(truth, picked, options.seeds)
-            if "one_rate" in options.stages:
-                measure_at_one_rate(truth, picked, options.seeds)
-            if "decayed" in options.stages:
-                measure_with_decay(decayed, picked, options.seeds)
+            train_missing(options, truth, decayed, picked)
     if "report" in options.stages:
         report(options, output)
     return 0
 
 
-def measure_with_decay(truth: Truth, sets: Sequence[Configuration], seeds: Sequence[int]) -> None:
-    measure(truth, sets, seeds)
-    measure_at_one_rate(truth, sets, seeds)
+def train_missing(options: argparse.Namespace, truth: Truth, decayed: Truth, sets: Sequence[Configuration]) -> None:
+    """What the stages that train ask for."""
+    if "truth" in options.stages:
+        measure(truth, sets, options.seeds)
+    if "one_rate" in options.stages:
+        measure_at_one_rate(truth, sets, options.seeds)
+    if "decayed" in options.stages:
+        measure(decayed, sets, options.seeds)
+        measure_at_one_rate(decayed, sets, options.seeds)
 
 
 def scored(
