@@ -231,7 +231,8 @@ def _how_seen(
         formula = f"{criterion.formula}, with K_m/s_m as AdamW sees it"
         settings |= {"train_batch_size": train_batch_size, "formula": formula}
     if heads:
-        settings["heads"] = json.loads(json.dumps([dict(look.provenance) for look in heads], default=str))
+        told = ((look.provenance.get("head_steps", 0), look.provenance.get("draws")) for look in heads)
+        settings["heads"] = [{"head_steps": head_steps, "draws": draws} for head_steps, draws in told]
     return settings
 
 
