@@ -31,17 +31,17 @@ import json
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # examples/common.py, from wherever this is started
 
-from records import Records, circumstances
+from records import circumstances
 from selection_scores import SCORE_SEED, count_examples
-from selection_tasks import TASKS, SelectionTask, Sizes
-from selection_truth import DECAYED, Configuration, Protocol, Truth, measure
+from selection_tasks import QUICK_SIZES, TASKS, SelectionTask, Sizes
+from selection_truth import DECAYED, Configuration, Protocol, Truth, measure, quick
 
 from peft_linear import compute_ntk
 from peft_linear.files import write_text
@@ -149,22 +149,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     sizes, protocol = Sizes(), DECAYED
     if options.quick:
-        sizes = Sizes(train=24, validation=8, test=16, max_length=16, pretrain_steps=3, layers=2)
-        protocol = replace(DECAYED, steps=(2,), batch_size=4, learning_rates=(3e-3,), warmup=1)
+        sizes, protocol = QUICK_SIZES, quick(DECAYED)
         options.ranks, options.seeds = options.ranks[:1], options.seeds[:2]
-    setting = {"protocol": protocol.setting(), "sizes": asdict(sizes)}
     results: dict[str, dict[str, dict[str, Any]]] = {}
     for key in options.tasks:
         task = TASKS[key](sizes, options.cache)
-        fields = ("task", "configuration", "learning_rate", "seed")
-        truth = Truth(task, protocol, Records(options.output / f"truth_{key}.jsonl", setting, fields))
+        truth = Truth.at(options.output / f"truth_{key}.jsonl", task, protocol, sizes)
         of_arms = configurations(task, options.ranks, protocol)
         measure(truth, of_arms.values(), options.seeds)
         rows = {name: row_of(truth, configuration, options.seeds) for name, configuration in of_arms.items()}
         results[key] = {name: row for name, row in rows.items() if row is not None}
     given = argv if argv is not None else sys.argv[1:]
     command = " ".join(["python examples/benchmarks/adaptive_ranks.py", *given])
-    about = {**setting, **circumstances(command, None)}
+    about = {"protocol": protocol.setting(), "sizes": asdict(sizes), **circumstances(command, None)}
     text = report(results, about)
     write_text(options.output / "README.md", text)
     write_text(options.output / "results.json", json.dumps({**about, "results": results}, indent=1) + "\n")

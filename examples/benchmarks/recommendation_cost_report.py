@@ -51,7 +51,7 @@ def report(results: Mapping[str, Any]) -> str:
                 (
                     shape,
                     name,
-                    f"{seconds.get(f'kernels, {name}', seconds.get('kernels')):.1f} + {seconds[name]:.1f} s",
+                    f"{seconds[f'kernels, {name}']:.1f} + {seconds[name]:.1f} s",
                     f"{steps['median']:.1f} ({steps['low']:.1f} to {steps['high']:.1f})",
                     f"{clock['median']:.1f}",
                     f"{row['goal_steps']}" if goal else "none",

@@ -33,7 +33,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ from selection_analysis import Measured, by_rate, measured
 from selection_picks import Picks, as_configurations, choose
 from selection_report import as_json, draw, rates_section, sections
 from selection_scores import DEFAULT, PARAMETERS, SCORE_SEED, Scores, looks_of, measure_scores, table_of
-from selection_tasks import TASKS, SelectionTask, Sizes
+from selection_tasks import QUICK_SIZES, TASKS, SelectionTask, Sizes
 from selection_truth import (
     CONSTANT,
     DECAYED,
@@ -56,6 +56,7 @@ from selection_truth import (
     configurations,
     measure,
     measure_at_one_rate,
+    quick,
 )
 
 from peft_linear.files import write_text
@@ -63,6 +64,7 @@ from peft_linear.report.markdown import markdown_table
 
 
 STAGES = ("truth", "one_rate", "decayed", "scores", "picks", "report")
+TRAINING = frozenset(STAGES[:3])  # “picks” trains with those that are asked for beside it, or with all
 SHOWN_BY_RATE = (
     DEFAULT,
     "predicted_loss, AdamW (lora, 8 draws)",
@@ -85,26 +87,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     output = Path(options.output)
     for key in options.tasks:
         task = TASKS[key](options.sizes, Path(options.cache))
-        truth, decayed = (truth_of(task, options, output, decays) for decays in (False, True))
         sets = configurations(task, options.protocol.rank, options.random_sets)
-        train_missing(options, truth, decayed, sets)
+        train_missing(options, task, output, sets, TRAINING.intersection(options.stages))
         if "scores" in options.stages:
             scored(task, sets, options, output)
         if "picks" in options.stages:
-            picked = as_configurations(task, picks_of(task, sets, options, output), sets, options.selectors)
-            train_missing(options, truth, decayed, picked)
+            picks = picks_of(task, sets, options, output)
+            wanted = {name: of for name, of in picks.items() if name in (options.selectors or picks)}
+            picked = as_configurations(task, wanted, sets)
+            train_missing(options, task, output, picked, TRAINING.intersection(options.stages) or TRAINING)
     if "report" in options.stages:
         report(options, output)
     return 0
 
 
-def train_missing(options: argparse.Namespace, truth: Truth, decayed: Truth, sets: Sequence[Configuration]) -> None:
-    """What the stages that train ask for."""
-    if "truth" in options.stages:
+def train_missing(
+    options: argparse.Namespace,
+    task: SelectionTask,
+    output: Path,
+    sets: Sequence[Configuration],
+    stages: Collection[str],
+) -> None:
+    """What these of the stages `TRAINING` ask for."""
+    truth, decayed = (truth_of(task, options, output, decays) for decays in (False, True))
+    if "truth" in stages:
         measure(truth, sets, options.seeds)
-    if "one_rate" in options.stages:
+    if "one_rate" in stages:
         measure_at_one_rate(truth, sets, options.seeds)
-    if "decayed" in options.stages:
+    if "decayed" in stages:
         measure(decayed, sets, options.seeds)
         measure_at_one_rate(decayed, sets, options.seeds)
 
@@ -135,23 +145,20 @@ def report(options: argparse.Namespace, output: Path) -> None:
             print(f"{key}: not scored, left out", file=sys.stderr)
             continue
         table, seconds = scored(task, sets, options, output)
-        chosen = None
+        chosen: Picks = {}
         if (key, "picks", SCORE_SEED) in records:
             chosen = choose(task, table, SCORE_SEED, options.protocol, records)
-        rates[key] = by_rate(truth_of(task, options, output), sets, table, SHOWN_BY_RATE, options.seeds[0])
+        truths = {decays: truth_of(task, options, output, decays) for decays in options.protocols}
+        rates[key] = by_rate(truths[False], sets, table, SHOWN_BY_RATE, options.seeds[0])
         for view, (decays, rate) in VIEWS.items():
-            truth = truth_of(task, options, output, decays)
+            truth = truths[decays]
             seeds = most_seeds(truth, sets, options.seeds, rate)
             if not seeds:
                 print(f"{key}: too little is trained, left out of “{view}”", file=sys.stderr)
                 continue
-            trained = (
-                {}
-                if chosen is None
-                else {
-                    name: of for name, of in chosen.items() if is_trained(truth, task, {name: of}, sets, seeds, rate)
-                }
-            )
+            trained = {
+                name: of for name, of in chosen.items() if is_trained(truth, task, {name: of}, sets, seeds, rate)
+            }
             picked = as_configurations(task, trained, sets)
             if trained:
                 picks[view][key] = trained
@@ -219,9 +226,7 @@ def hours(options: argparse.Namespace, output: Path) -> float:
 
 
 def truth_of(task: SelectionTask, options: argparse.Namespace, output: Path, decays: bool = False) -> Truth:
-    key = ("task", "configuration", "learning_rate", "seed")
-    records = Records(truth_file(output, task.key, decays), setting_of(options, decays), key)
-    return Truth(task, options.protocols[decays], records)
+    return Truth.at(truth_file(output, task.key, decays), task, options.protocols[decays], options.sizes)
 
 
 def truth_file(output: Path, key: str, decays: bool) -> Path:
@@ -232,8 +237,8 @@ def score_records(task: SelectionTask, options: argparse.Namespace, output: Path
     return Records(output / f"scores_{task.key}.jsonl", setting_of(options), ("task", "look", "seed"))
 
 
-def setting_of(options: argparse.Namespace, decays: bool = False) -> dict[str, Any]:
-    return {"protocol": options.protocols[decays].setting(), "sizes": asdict(options.sizes)}
+def setting_of(options: argparse.Namespace) -> dict[str, Any]:
+    return {"protocol": options.protocol.setting(), "sizes": asdict(options.sizes)}
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -252,12 +257,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options.command = list(argv if argv is not None else sys.argv[1:])
     options.sizes, options.protocols = Sizes(), {False: CONSTANT, True: DECAYED}  # by whether the rate decays
     if options.quick:
-        options.sizes = Sizes(train=24, validation=8, test=16, max_length=16, pretrain_steps=3, layers=2)
-        quick = {"learning_rates": (3e-3,), "rank": 2, "warmup": 1}
-        options.protocols = {
-            False: replace(CONSTANT, steps=(1, 2), **quick),
-            True: replace(DECAYED, steps=(2,), batch_size=4, **quick),
-        }
+        options.sizes = QUICK_SIZES
+        options.protocols = {decays: replace(quick(of), rank=2) for decays, of in options.protocols.items()}
         options.seeds, options.random_sets = options.seeds[:2], 1
     options.protocol = options.protocols[False]  # what the scores know of training
     return options

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import statistics
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
 from records import Records
@@ -26,12 +26,13 @@ from selection_scores import BY_ADAM, Scores, count_examples
 from selection_tasks import SelectionTask
 from selection_truth import PICKED, Configuration, Protocol
 
-from peft_linear import ModuleKernels, compute_ntk, recommend, recommend_modules
+from peft_linear import ModuleKernels, compute_ntk, recommend
 from peft_linear.errors import TargetError
 from peft_linear.selection.baselines import BASELINES, baseline
 from peft_linear.selection.budget import fill, parse_budget
 from peft_linear.selection.criteria import applicable_criteria
 from peft_linear.selection.problem import Problem
+from peft_linear.training.workflow import look
 
 
 SEARCHED = ("gradient_energy", "trace", "leave_one_out", "predicted_loss", "condition_number")
@@ -62,10 +63,9 @@ def _choose(task: SelectionTask, table: Scores, seed: int, protocol: Protocol) -
         "lora, 8 draws": compute_ntk(model, batches, space="lora", draws=8, seed=seed, **shared),
         "weight": compute_ntk(model, batches, space="weight", seed=seed, **shared),
     }
-    recommended = {
-        words: recommend_modules(model, batches, amount, seed=seed, **shared) for words, amount in limits.items()
-    }
-    picks: Picks = {RECOMMENDED: {words: rec.modules for words, rec in recommended.items()}}
+    seen, heads = look(model, batches, seed=seed, **shared)
+    by_default = {words: recommend(seen, amount, heads=heads, seed=seed).modules for words, amount in limits.items()}
+    picks: Picks = {RECOMMENDED: by_default}
     for space, of_space in kernels.items():
         allowed = applicable_criteria(Problem.of(of_space, ridge=1.0))
         for criterion in (name for name in SEARCHED if name in allowed):
@@ -95,14 +95,12 @@ def _first(order: Sequence[str], amount: int | float, kernels: ModuleKernels) ->
     return fill(order, parse_budget(amount, kernels.num_parameters), kernels.num_parameters)
 
 
-def as_configurations(
-    task: SelectionTask, picks: Picks, known: Sequence[Configuration], selectors: Collection[str] | None = None
-) -> list[Configuration]:
-    """The picks of these selectors (default: all) that are not among the known sets, each once."""
+def as_configurations(task: SelectionTask, picks: Picks, known: Sequence[Configuration]) -> list[Configuration]:
+    """The picks that are not among the known sets, each once; modules in model order."""
     seen = {configuration.modules for configuration in known}
     found = []
-    for chosen_by in (of for name, of in picks.items() if selectors is None or name in selectors):
-        for chosen in chosen_by.values():
+    for of in picks.values():
+        for chosen in of.values():
             modules = tuple(name for name in task.modules if name in chosen)
             if modules and modules not in seen:
                 seen.add(modules)

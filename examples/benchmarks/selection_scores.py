@@ -45,6 +45,7 @@ from peft_linear.selection.model_baselines import MODEL_BASELINES, model_scores
 from peft_linear.selection.preconditioning import adam_preconditioned
 from peft_linear.selection.problem import Problem
 from peft_linear.selection.recommend import default_ridge
+from peft_linear.training.workflow import through_heads
 
 
 SCORE_SEED = 0  # head, A and calibration examples of what is scored
@@ -54,11 +55,11 @@ SIMULATED_RATES = (1e-3, 3e-3, 1e-2)
 PARAMETERS = "number of parameters"
 BY_ADAM = ", AdamW"
 DEFAULT = "the default of recommend_modules"
-DEFAULTS = {  # by whether there is a head
-    True: "gradient energy, both heads, AdamW (lora, 8 draws, both heads)",
-    False: "leave_one_out, AdamW (lora, 8 draws)",
-}
 BOTH_HEADS, WARMED_HEAD = "gradient energy, both heads", "gradient energy, warmed head"
+DEFAULTS = {  # by whether there is a head
+    True: f"{BOTH_HEADS}{BY_ADAM} (lora, 8 draws, both heads)",
+    False: f"leave_one_out{BY_ADAM} (lora, 8 draws)",
+}
 
 Scores = dict[str, dict[str, float]]  # criterion -> configuration -> utility
 
@@ -117,14 +118,9 @@ def heads_look(space: str, draws: int) -> Callable[..., Scores]:
         batches = task.calibration(count_examples(task, model), seed)
         arguments = {"rank": protocol.rank, "lora_alpha": protocol.lora_alpha, "seed": seed, "progress": False}
 
-        def through() -> ModuleKernels:
-            return compute_ntk(model, batches, space=space, draws=draws, outputs="loss", **arguments)
-
-        looks = [through()]
-        with warmed_head(model, batches):
-            looks.append(through())
+        looks = through_heads(model, batches, draws=draws, space=space, **arguments)
         scores: Scores = {}
-        for suffix, of in (("", looks), (BY_ADAM, [adam_preconditioned(kernels) for kernels in looks])):
+        for suffix, of in (("", looks), (BY_ADAM, tuple(map(adam_preconditioned, looks)))):
             mean, (_, warmed) = over_heads(of), of
             scores[f"{BOTH_HEADS}{suffix}"] = _energies(mean, sets)
             scores[f"{WARMED_HEAD}{suffix}"] = _energies(warmed, sets)

@@ -57,6 +57,9 @@ class Sizes:
     layers: int = 6  # of the vision transformer
 
 
+QUICK_SIZES = Sizes(train=24, validation=8, test=16, max_length=16, pretrain_steps=3, layers=2)
+
+
 @dataclass(frozen=True)
 class SelectionTask:
     """A pretrained model and data that fine-tune it; `batch` makes model inputs with labels from examples."""

@@ -24,13 +24,14 @@ import random
 import re
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
 from records import Records
-from selection_tasks import SelectionTask, counted
+from selection_tasks import SelectionTask, Sizes, counted
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -78,6 +79,12 @@ DECAYED = Protocol(
     optimizer="AdamW, weight decay 0, linear warm-up, then linear decay to 0, no dropout",
     decays=True,
 )
+
+
+def quick(protocol: Protocol) -> Protocol:
+    """Every step of it, but too short to mean anything."""
+    short: dict[str, Any] = {"steps": (2,), "batch_size": 4} if protocol.decays else {"steps": (1, 2)}
+    return replace(protocol, learning_rates=(3e-3,), warmup=1, **short)
 
 
 @dataclass(frozen=True)
@@ -156,12 +163,11 @@ def with_adapter(
         model.requires_grad_(False)
         getattr(model, str(task.head)).requires_grad_(True)
         return model
-    patterns: tuple[dict[str, int], dict[str, float]] = ({}, {})
-    if ranks is not None:
-        patterns = rank_patterns(dict(zip(names, ranks, strict=True)), protocol.rank, protocol.lora_alpha)
+    of_modules = {} if ranks is None else dict(zip(names, ranks, strict=True))
+    rank_pattern, alpha_pattern = rank_patterns(of_modules, protocol.rank, protocol.lora_alpha)
     config = LoraConfig(
-        rank_pattern=patterns[0],
-        alpha_pattern=patterns[1],
+        rank_pattern=rank_pattern,
+        alpha_pattern=alpha_pattern,
         r=protocol.rank,
         lora_alpha=protocol.lora_alpha,
         target_modules="|".join(map(re.escape, names)),  # a string is a full match: a list would match by suffix
@@ -222,22 +228,29 @@ class Truth:
     def __init__(self, task: SelectionTask, protocol: Protocol, records: Records) -> None:
         self.task, self.protocol, self.records = task, protocol, records
 
+    @classmethod
+    def at(cls, path: Path, task: SelectionTask, protocol: Protocol, sizes: Sizes) -> Truth:
+        """The runs that are kept in a file."""
+        setting = {"protocol": protocol.setting(), "sizes": asdict(sizes)}
+        return cls(task, protocol, Records(path, setting, ("task", "configuration", "learning_rate", "seed")))
+
     def run(self, configuration: Configuration, rate: float, seed: int) -> dict[str, Any]:
         key = (self.task.key, configuration.key, rate, seed)
         if key not in self.records:
             start = time.perf_counter()
-            of_ranks = () if configuration.ranks is None else (configuration.ranks,)
-            budgets = train(self.task, configuration.modules, rate, seed, self.protocol, *of_ranks)
-            record = {
-                "task": self.task.key,
-                "configuration": configuration.key,
-                "learning_rate": rate,
-                "seed": seed,
-                "modules": configuration.modules,
-                "budgets": budgets,
-                "seconds": round(time.perf_counter() - start, 2),
-            }
-            self.records.add(record if configuration.ranks is None else {**record, "ranks": configuration.ranks})
+            budgets = train(self.task, configuration.modules, rate, seed, self.protocol, configuration.ranks)
+            self.records.add(
+                {
+                    "task": self.task.key,
+                    "configuration": configuration.key,
+                    "learning_rate": rate,
+                    "seed": seed,
+                    "modules": configuration.modules,
+                    "ranks": configuration.ranks,
+                    "budgets": budgets,
+                    "seconds": round(time.perf_counter() - start, 2),
+                }
+            )
         return self.records[key]
 
     def tune(self, configuration: Configuration, seed: int) -> dict[int, float]:

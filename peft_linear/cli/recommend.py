@@ -79,8 +79,14 @@ def run_recommend(arguments: argparse.Namespace) -> None:
     data = load_text_data(arguments.dataset, arguments.task, arguments.text_column, arguments.label_column)
     rows = sample_rows(data, arguments.examples, arguments.split, arguments.seed)
     model, tokenizer = load_model(arguments.model, arguments.task, data.label_names, arguments.seed, arguments.device)
-    outputs: Any = "log_likelihood" if arguments.task == "causal-lm" else "logits"
-    targets = arguments.targets[0] if arguments.targets == ["all-linear"] else arguments.targets
+    ntk: dict[str, Any] = {
+        "outputs": "log_likelihood" if arguments.task == "causal-lm" else "logits",
+        "targets": arguments.targets[0] if arguments.targets == ["all-linear"] else arguments.targets,
+        "space": arguments.space,
+        "rank": arguments.rank,
+    }
+    if arguments.draws is not None:
+        ntk["draws"] = arguments.draws
     check_request(
         model,
         budget,
@@ -90,11 +96,7 @@ def run_recommend(arguments: argparse.Namespace) -> None:
         arguments.optimizer,
         arguments.head_steps,
         arguments.train_batch_size,
-        outputs=outputs,
-        targets=targets,
-        rank=arguments.rank,
-        space=arguments.space,
-        draws=1 if arguments.draws is None else arguments.draws,
+        **ntk,
     )
     features = tokenize(data, rows, tokenizer, arguments.max_length)
     kernels, heads = look(
@@ -102,14 +104,10 @@ def run_recommend(arguments: argparse.Namespace) -> None:
         batches_of(features, collator(data, tokenizer), arguments.batch_size),
         arguments.criterion,
         arguments.head_steps,
-        targets=targets,
-        space=arguments.space,
-        rank=arguments.rank,
         lora_alpha=arguments.alpha,
-        outputs=outputs,
         seed=arguments.seed,
         progress=not arguments.quiet,
-        **({} if arguments.draws is None else {"draws": arguments.draws}),
+        **ntk,
     )
     recommendation = recommend(
         kernels,

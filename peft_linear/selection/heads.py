@@ -15,7 +15,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..errors import KernelError, OutputError
 from ..kernels.module_kernels import ModuleKernels
+from .criteria import gradient_energy
 from .problem import Problem
 
 
@@ -45,17 +46,15 @@ def loss_kernels(kernels: ModuleKernels) -> ModuleKernels:
     errors = problem.error.view(problem.outputs.shape) * problem.num_examples
     return replace(
         kernels,
-        blocks={name: _contract(kernels[name], errors) for name in kernels.names},
-        base=_contract(kernels.base, errors),
+        blocks={name: _of_losses(kernels[name], errors) for name in kernels.names},
+        base=_of_losses(kernels.base, errors),
         outputs=F.cross_entropy(problem.outputs, problem.targets, reduction="none")[:, None],
         output_kind="loss",
     )
 
 
-def _contract(gram: Tensor, errors: Tensor) -> Tensor:
-    count, outputs = errors.shape
-    rows = (gram.view(count, outputs, -1) * errors[:, :, None]).sum(dim=1)
-    return (rows.view(count, count, outputs) * errors).sum(dim=2)
+def _of_losses(gram: Tensor, errors: Tensor) -> Tensor:
+    return torch.einsum("ia,iajb,jb->ij", errors, gram.view(*errors.shape, *errors.shape), errors)
 
 
 def over_heads(looks: Sequence[ModuleKernels]) -> ModuleKernels:
@@ -72,19 +71,20 @@ def over_heads(looks: Sequence[ModuleKernels]) -> ModuleKernels:
     of_losses = [loss_kernels(look) for look in looks]
     if not of_losses:
         raise KernelError("there are no kernels to take the mean of")
-    first = of_losses[0]
-    total: dict[str, Tensor] = {name: torch.zeros_like(first.base) for name in (*first.names, "")}
+    first, energies = of_losses[0], []
     for look in of_losses:
         if look.names != first.names or look.num_examples != first.num_examples:
             raise KernelError(
                 f"kernels through another head must be of the same modules and examples, got {len(look)} modules and "
                 f"{look.num_examples} examples beside {len(first)} and {first.num_examples}"
             )
-        share = len(of_losses) * sum(float(look[name].sum()) for name in look.names) / look.num_examples**2
-        if not share > 0:
+        problem = Problem.of(look, ridge=1.0)
+        energies.append(sum(gradient_energy(look[name], problem) for name in look.names))
+        if not energies[-1] > 0:
             raise KernelError("the loss has no gradient in any candidate, so there is nothing to choose")
-        for name in look.names:
-            total[name] += look[name] / share
-        total[""] += look.base / share
-    base = total.pop("")
-    return replace(first, blocks=total, base=base)
+
+    def mean(blocks: Iterable[Tensor]) -> Tensor:
+        return torch.stack([block / energy for block, energy in zip(blocks, energies, strict=True)]).mean(dim=0)
+
+    blocks = {name: mean(look[name] for look in of_losses) for name in first.names}
+    return replace(first, blocks=blocks, base=mean(look.base for look in of_losses))

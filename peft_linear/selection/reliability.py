@@ -75,6 +75,7 @@ class Reliability:
         return self.halves > self.threshold
 
     def to_dict(self) -> dict[str, object]:
+        """For settings; intervals of scores stand with the scores (`ModuleScore.interval`)."""
         return {
             "halves": self.halves,
             "full": self.full,
@@ -82,7 +83,6 @@ class Reliability:
             "signal": self.signal,
             "splits": self.splits,
             "rank_intervals": {name: list(interval) for name, interval in self.rank_intervals.items()},
-            "score_intervals": {name: list(interval) for name, interval in self.score_intervals.items()},
         }
 
 

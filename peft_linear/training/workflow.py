@@ -72,7 +72,7 @@ def check_request(
         raise PeftLinearError(f"unknown arguments {', '.join(unknown)}; compute_ntk takes: {', '.join(accepted)}")
     check_ridge(ridge)
     kind = ntk.get("outputs") or default_outputs(model)
-    labelled = Problem(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long), kind, ridge=1.0)
+    labelled = _labelled(kind)
     resolved = resolve_criterion(criterion, labelled)
     check_optimizer(optimizer, criterion, labelled, train_batch_size)
     head = resolve_always_trained(model, ntk.get("always_trained"))
@@ -90,6 +90,11 @@ def check_request(
     limit = parse_budget(budget, sizes)
     check_strategy(strategy, len(modules), limit, resolved)
     return tuple(modules)
+
+
+def _labelled(kind: str) -> Problem:
+    """Outputs of that kind with class labels, to ask which criteria they allow."""
+    return Problem(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long), kind, ridge=1.0)
 
 
 def look(
@@ -112,8 +117,7 @@ def look(
     if ntk.get("outputs") == "log_likelihood" and ntk.get("space", "lora") == "lora":
         ntk.setdefault("draws", DRAWS)
     batches = [batches] if isinstance(batches, Mapping) else list(batches)  # read more than once
-    labelled = Problem(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long), ntk.get("outputs", "logits"), ridge=1.0)
-    by_heads = resolve_criterion(criterion, labelled).name == BY_HEADS
+    by_heads = resolve_criterion(criterion, _labelled(ntk.get("outputs", "logits"))).name == BY_HEADS
     if head_steps and not by_heads:
         with warmed_head(model, batches, head_steps, always_trained=ntk.get("always_trained")):
             return _after(head_steps, compute_ntk(model, batches, **ntk)), ()
@@ -122,22 +126,28 @@ def look(
         head_steps = HEAD_STEPS if resolve_always_trained(model, ntk.get("always_trained")) else 0
     if not by_heads or not head_steps or "logits" not in Problem.of(kernels, ridge=1.0).provides:
         return kernels, ()
-    return kernels, through_heads(model, batches, head_steps, **ntk)
+    draws = max(ntk.pop("draws", 1), DRAWS)
+    return kernels, through_heads(model, batches, head_steps, draws, **ntk)
 
 
 def through_heads(
-    model: nn.Module, batches: Sequence[Mapping[str, Any]], head_steps: int = HEAD_STEPS, **ntk: Any
+    model: nn.Module,
+    batches: Sequence[Mapping[str, Any]],
+    head_steps: int = HEAD_STEPS,
+    draws: int = DRAWS,
+    **ntk: Any,
 ) -> tuple[ModuleKernels, ModuleKernels]:
     """Kernels of the losses through the task head as it is, and as `head_steps` steps of training make it.
 
-    One backward pass a batch each, so that LoRA's random A can be averaged over `DRAWS` draws at least.
+    One backward pass a batch each, so that LoRA's random A can be averaged over several draws.
 
     Args:
-        **ntk: As for `compute_ntk`; `outputs` and `folder` are not used.
+        draws: Of A; other spaces have none.
+        **ntk: Others, as for `compute_ntk`; `outputs` and `folder` are not used.
     """
     ntk = {**ntk, "outputs": "loss", "folder": None}
     if ntk.get("space", "lora") == "lora":
-        ntk["draws"] = max(ntk.get("draws", 1), DRAWS)
+        ntk["draws"] = draws
     as_it_is = compute_ntk(model, batches, **ntk)
     with warmed_head(model, batches, head_steps, always_trained=ntk.get("always_trained")):
         return as_it_is, _after(head_steps, compute_ntk(model, batches, **ntk))

@@ -131,7 +131,7 @@ def test_a_loss_is_the_mean_over_what_is_predicted(parts, script, tmp_path):
 
 @pytest.mark.parametrize("best", [1e-3, 3e-3, 1e-2, 3e-2])
 def test_the_learning_rate_is_found_uphill_for_each_budget(parts, best, monkeypatch):
-    def losses(task, names, rate, seed, protocol):
+    def losses(task, names, rate, seed, protocol, ranks):
         tried.append(rate)
         far = abs(math.log(rate / best))
         there = abs(math.log(rate / 3e-4))
@@ -150,7 +150,7 @@ def test_the_learning_rate_is_found_uphill_for_each_budget(parts, best, monkeypa
 
 
 def test_one_learning_rate_for_all_is_trained_where_it_is_missing_and_read_apart(parts, monkeypatch):
-    def losses(task, names, rate, seed, protocol):
+    def losses(task, names, rate, seed, protocol, ranks):
         number = int(names[0][1:])
         turned = -number if rate > parts.truth.ONE_RATE else number  # large rates turn the order around
         return {"1": {"validation_loss": abs(math.log(rate / 1e-2)), "test_loss": float(turned)}}
