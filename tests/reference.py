@@ -104,12 +104,12 @@ def lora_parameters(peft_model: nn.Module, name: str) -> list[nn.Parameter]:
 def gradient_shares(
     models: list[nn.Module], batches: list[dict], names, rank: int, lora_alpha: float, draws=1, by_adam: bool = False
 ) -> dict[str, float]:
-    """{module: mean over the models of ‖g_m‖²/Σ_m ‖g_m‖²}, g_m the gradient of the mean loss in fresh LoRA on m.
+    """{module: least over the models of ‖g_m‖²/Σ_m ‖g_m‖²}, g_m the gradient of the mean loss in fresh LoRA on m.
 
     ‖g_m‖² is the mean over draws of A. by_adam: ‖g_m‖²/s_m instead, s_m = ‖g_m‖/sqrt(d_in·d_out), Adam's scale where
     every batch has all examples.
     """
-    total = dict.fromkeys(names, 0.0)
+    shares = []
     for model in models:
         energies = {}
         for name in names:
@@ -122,6 +122,5 @@ def gradient_shares(
                 square += float(sum(gradient.square().sum() for gradient in gradients)) / draws
             layer = dict(adapted.get_base_model().named_modules())[name]
             energies[name] = (square * layer.in_features * layer.out_features) ** 0.5 if by_adam else square
-        for name, energy in energies.items():
-            total[name] += energy / sum(energies.values()) / len(models)
-    return total
+        shares.append({name: energy / sum(energies.values()) for name, energy in energies.items()})
+    return {name: min(of_model[name] for of_model in shares) for name in names}

@@ -43,7 +43,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # examples/common.
 
 from records import Records, circumstances, read_lines
 from selection_analysis import Measured, by_rate, measured
-from selection_picks import Picks, as_configurations, choose
+from selection_picks import Chooser, Picks, as_configurations, choose, chosen_before
 from selection_report import as_json, draw, rates_section, sections
 from selection_scores import DEFAULT, PARAMETERS, SCORE_SEED, Scores, looks_of, measure_scores, table_of
 from selection_tasks import QUICK_SIZES, TASKS, SelectionTask, Sizes
@@ -63,8 +63,8 @@ from peft_linear.files import write_text
 from peft_linear.report.markdown import markdown_table
 
 
-STAGES = ("truth", "one_rate", "decayed", "scores", "picks", "report")
-TRAINING = frozenset(STAGES[:3])  # “picks” trains with those that are asked for beside it, or with all
+STAGES = ("truth", "one_rate", "decayed", "decayed_one_rate", "scores", "picks", "report")
+TRAINING = frozenset(STAGES[:4])  # “picks” trains with those that are asked for beside it, or with all
 SHOWN_BY_RATE = (
     DEFAULT,
     "predicted_loss, AdamW (lora, 8 draws)",
@@ -92,9 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "scores" in options.stages:
             scored(task, sets, options, output)
         if "picks" in options.stages:
-            picks = picks_of(task, sets, options, output)
-            wanted = {name: of for name, of in picks.items() if name in (options.selectors or picks)}
-            picked = as_configurations(task, wanted, sets)
+            picked = as_configurations(task, picks_of(task, sets, options, output), sets)
             train_missing(options, task, output, picked, TRAINING.intersection(options.stages) or TRAINING)
     if "report" in options.stages:
         report(options, output)
@@ -116,6 +114,7 @@ def train_missing(
         measure_at_one_rate(truth, sets, options.seeds)
     if "decayed" in stages:
         measure(decayed, sets, options.seeds)
+    if "decayed_one_rate" in stages:
         measure_at_one_rate(decayed, sets, options.seeds)
 
 
@@ -129,7 +128,8 @@ def scored(
 
 def picks_of(task: SelectionTask, sets: Sequence[Configuration], options: argparse.Namespace, output: Path) -> Picks:
     table, _ = scored(task, sets, options, output)
-    return choose(task, table, SCORE_SEED, options.protocol, score_records(task, options, output))
+    records = score_records(task, options, output)
+    return choose(task, table, SCORE_SEED, options.protocol, records, options.selectors)
 
 
 def report(options: argparse.Namespace, output: Path) -> None:
@@ -145,9 +145,7 @@ def report(options: argparse.Namespace, output: Path) -> None:
             print(f"{key}: not scored, left out", file=sys.stderr)
             continue
         table, seconds = scored(task, sets, options, output)
-        chosen: Picks = {}
-        if (key, "picks", SCORE_SEED) in records:
-            chosen = choose(task, table, SCORE_SEED, options.protocol, records)
+        chosen = chosen_before(task, Chooser(task, table, SCORE_SEED, options.protocol).selectors, SCORE_SEED, records)
         truths = {decays: truth_of(task, options, output, decays) for decays in options.protocols}
         rates[key] = by_rate(truths[False], sets, table, SHOWN_BY_RATE, options.seeds[0])
         for view, (decays, rate) in VIEWS.items():
@@ -250,7 +248,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--output", default="docs/measurements/selection")
     add("--cache", default="build/selection", help="where models that are pretrained here are kept")
     add("--stages", nargs="+", default=STAGES, choices=STAGES, help="“report” alone trains and scores nothing")
-    add("--selectors", nargs="+", help="of the stage “picks”: those whose picks are trained (default: all)")
+    add("--selectors", nargs="+", help="of the stage “picks”: those that pick, and whose picks are trained (default: all)")
     add("--quick", action="store_true", help="every step, but too short to mean anything")
     add("--date", help="of the report (default: today)")
     options = parser.parse_args(argv)

@@ -17,25 +17,27 @@ from __future__ import annotations
 
 import hashlib
 import statistics
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property, partial
+from itertools import product
+from typing import Any
 
 from records import Records
 from selection_analysis import Measured, amounts, budgets, within
-from selection_scores import BY_ADAM, Scores, count_examples
-from selection_tasks import SelectionTask
+from selection_scores import BY_ADAM, DEFAULT, Scores, count_examples
+from selection_tasks import Batch, SelectionTask
 from selection_truth import PICKED, Configuration, Protocol
+from torch import nn
 
 from peft_linear import ModuleKernels, compute_ntk, recommend
 from peft_linear.errors import TargetError
 from peft_linear.selection.baselines import BASELINES, baseline
 from peft_linear.selection.budget import fill, parse_budget
-from peft_linear.selection.criteria import applicable_criteria
-from peft_linear.selection.problem import Problem
 from peft_linear.training.workflow import look
 
 
 SEARCHED = ("gradient_energy", "trace", "leave_one_out", "predicted_loss", "condition_number")
+SPACES: dict[str, dict[str, Any]] = {"lora, 8 draws": {"space": "lora", "draws": 8}, "weight": {"space": "weight"}}
 BY_ADAM_TOO = ("gradient_energy", "leave_one_out", "predicted_loss")
 RULES = tuple(name for name in BASELINES if name not in ("all_linear", "gradient_norm", "random"))
 RANDOM_DRAWS = 3
@@ -45,50 +47,98 @@ RECOMMENDED = "recommend_modules"  # with its defaults
 Picks = dict[str, dict[str, tuple[str, ...]]]  # selector -> budget -> modules
 
 
-def choose(task: SelectionTask, table: Scores, seed: int, protocol: Protocol, records: Records) -> Picks:
-    """What each selector takes; kept in `records`. Selectors with a kernel search, the others take their best."""
-    key = (task.key, "picks", seed)
-    if key not in records:
-        records.add({"task": task.key, "look": "picks", "seed": seed, "picks": _choose(task, table, seed, protocol)})
-    found = records[key]["picks"]
-    return {name: {words: tuple(modules) for words, modules in of.items()} for name, of in found.items()}
+def choose(
+    task: SelectionTask,
+    table: Scores,
+    seed: int,
+    protocol: Protocol,
+    records: Records,
+    wanted: Sequence[str] | None = None,
+) -> Picks:
+    """What the `wanted` selectors take, or all; kept in `records`, each by itself."""
+    chooser = Chooser(task, table, seed, protocol)
+    unknown = sorted(set(wanted or ()) - set(chooser.selectors))
+    if unknown:
+        raise SystemExit(f"{task.key}: no selector is called {unknown[0]!r}; there are: {', '.join(chooser.selectors)}")
+    for name in wanted or chooser.selectors:
+        if _key(task, name, seed) not in records:
+            picks = {words: list(modules) for words, modules in chooser.selectors[name]().items()}
+            records.add({"task": task.key, "look": f"{PICKED}{name}", "seed": seed, "picks": picks})
+    return chosen_before(task, wanted or list(chooser.selectors), seed, records)
 
 
-def _choose(task: SelectionTask, table: Scores, seed: int, protocol: Protocol) -> Picks:
-    model = task.make_model(seed)
-    batches = task.calibration(count_examples(task, model), seed)
-    shared = {"rank": protocol.rank, "lora_alpha": protocol.lora_alpha, "outputs": task.outputs, "progress": False}
-    limits = amounts(task)
-    kernels = {
-        "lora, 8 draws": compute_ntk(model, batches, space="lora", draws=8, seed=seed, **shared),
-        "weight": compute_ntk(model, batches, space="weight", seed=seed, **shared),
-    }
-    seen, heads = look(model, batches, seed=seed, **shared)
-    by_default = {words: recommend(seen, amount, heads=heads, seed=seed).modules for words, amount in limits.items()}
-    picks: Picks = {RECOMMENDED: by_default}
-    for space, of_space in kernels.items():
-        allowed = applicable_criteria(Problem.of(of_space, ridge=1.0))
-        for criterion in (name for name in SEARCHED if name in allowed):
-            for optimizer in ("sgd", "adamw") if criterion in BY_ADAM_TOO else ("sgd",):
-                suffix = BY_ADAM if optimizer == "adamw" else ""
-                picks[f"{criterion}{suffix} ({space})"] = {
-                    words: recommend(of_space, amount, criterion, optimizer=optimizer).modules
-                    for words, amount in limits.items()
-                }
-    for criterion, values in table.items():
-        if criterion not in picks and _of_modules(criterion):
-            order = sorted(task.modules, key=lambda name: -values[f"single {name}"])
-            picks[criterion] = {words: _first(order, amount, kernels["weight"]) for words, amount in limits.items()}
-    draws = [(f"{RANDOM} {draw}", RANDOM, draw) for draw in range(RANDOM_DRAWS)]
-    for label, rule, draw in [*((name, name, 0) for name in RULES), *draws]:
-        with suppress(TargetError):  # a model without modules of that kind
-            picks[label] = {w: baseline(rule, kernels["weight"], amount, seed=draw) for w, amount in limits.items()}
-    return picks
+def chosen_before(task: SelectionTask, names: Iterable[str], seed: int, records: Records) -> Picks:
+    """Of these selectors, what those that are in `records` take; one that has nothing to take is left out."""
+    found = {name: records[_key(task, name, seed)]["picks"] for name in names if _key(task, name, seed) in records}
+    return {name: {words: tuple(modules) for words, modules in of.items()} for name, of in found.items() if of}
+
+
+def _key(task: SelectionTask, selector: str, seed: int) -> tuple[str, str, int]:
+    return task.key, f"{PICKED}{selector}", seed
+
+
+class Chooser:
+    """Every selector of one task, by name; kernels are computed when the first asks for them.
+
+    Selectors with a kernel search, the others take the best modules by their score, or those of their rule.
+    """
+
+    def __init__(self, task: SelectionTask, table: Scores, seed: int, protocol: Protocol) -> None:
+        self.task, self.table, self.seed = task, table, seed
+        self.limits = amounts(task)
+        self.shared = {"rank": protocol.rank, "lora_alpha": protocol.lora_alpha, "seed": seed, "progress": False}
+
+    @cached_property
+    def selectors(self) -> dict[str, Callable[[], dict[str, tuple[str, ...]]]]:
+        found: dict[str, Callable[[], dict[str, tuple[str, ...]]]] = {RECOMMENDED: self.by_default}
+        for space in SPACES:
+            for criterion, suffix in product(SEARCHED, ("", BY_ADAM)):
+                name = f"{criterion}{suffix} ({space})"
+                if name in self.table and (not suffix or criterion in BY_ADAM_TOO):
+                    found[name] = partial(self.by_search, space, criterion, "adamw" if suffix else "sgd")
+        for name in self.table:
+            if name not in found and _of_modules(name):
+                found[name] = partial(self.by_score, name)
+        draws = {f"{RANDOM} {draw}": partial(self.by_rule, RANDOM, draw) for draw in range(RANDOM_DRAWS)}
+        return found | {name: partial(self.by_rule, name) for name in RULES} | draws
+
+    @cached_property
+    def inputs(self) -> tuple[nn.Module, list[Batch]]:
+        model = self.task.make_model(self.seed)
+        return model, self.task.calibration(count_examples(self.task, model), self.seed)
+
+    @cached_property
+    def seen(self) -> tuple[ModuleKernels, tuple[ModuleKernels, ...]]:
+        """As `recommend_modules` sees the model by default."""
+        return look(*self.inputs, outputs=self.task.outputs, **self.shared)
+
+    @cached_property
+    def kernels(self) -> dict[str, ModuleKernels]:
+        arguments = {"outputs": self.task.outputs, **self.shared}
+        return {space: compute_ntk(*self.inputs, **arguments, **of_space) for space, of_space in SPACES.items()}
+
+    def by_default(self) -> dict[str, tuple[str, ...]]:
+        kernels, heads = self.seen
+        return {w: recommend(kernels, amount, heads=heads, seed=self.seed).modules for w, amount in self.limits.items()}
+
+    def by_search(self, space: str, criterion: str, optimizer: str) -> dict[str, tuple[str, ...]]:
+        kernels = self.kernels[space]
+        return {w: recommend(kernels, of, criterion, optimizer=optimizer).modules for w, of in self.limits.items()}
+
+    def by_score(self, name: str) -> dict[str, tuple[str, ...]]:
+        order = sorted(self.task.modules, key=lambda module: -self.table[name][f"single {module}"])
+        return {words: _first(order, amount, self.seen[0]) for words, amount in self.limits.items()}
+
+    def by_rule(self, rule: str, draw: int = 0) -> dict[str, tuple[str, ...]]:
+        try:
+            return {w: baseline(rule, self.seen[0], amount, seed=draw) for w, amount in self.limits.items()}
+        except TargetError:  # a model without modules of that kind
+            return {}
 
 
 def _of_modules(criterion: str) -> bool:
     """Rivals' scores, and what is simulated: their sets are the best modules."""
-    return "(" not in criterion or "(features" in criterion
+    return criterion != DEFAULT and ("(" not in criterion or "(features" in criterion)
 
 
 def _first(order: Sequence[str], amount: int | float, kernels: ModuleKernels) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ for rivals that score modules, the sum of their scores.
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -39,7 +40,7 @@ from peft_linear.errors import TargetError
 from peft_linear.functional.simulation import SMOOTHNESS
 from peft_linear.kernels.jacobian_features import JacobianFeatures
 from peft_linear.selection.baselines import kappa_order
-from peft_linear.selection.criteria import CRITERIA, applicable_criteria, score_modules
+from peft_linear.selection.criteria import CRITERIA, applicable_criteria
 from peft_linear.selection.heads import over_heads
 from peft_linear.selection.model_baselines import MODEL_BASELINES, model_scores
 from peft_linear.selection.preconditioning import adam_preconditioned
@@ -55,7 +56,8 @@ SIMULATED_RATES = (1e-3, 3e-3, 1e-2)
 PARAMETERS = "number of parameters"
 BY_ADAM = ", AdamW"
 DEFAULT = "the default of recommend_modules"
-BOTH_HEADS, WARMED_HEAD = "gradient energy, both heads", "gradient energy, warmed head"
+BOTH_HEADS = "gradient energy, least share over both heads"
+MEAN_SHARE, WARMED_HEAD = "gradient energy, mean share over both heads", "gradient energy, warmed head"
 DEFAULTS = {  # by whether there is a head
     True: f"{BOTH_HEADS}{BY_ADAM} (lora, 8 draws, both heads)",
     False: f"leave_one_out{BY_ADAM} (lora, 8 draws)",
@@ -111,7 +113,7 @@ def kernel_look(space: str, draws: int, probed: bool, warmed: bool = False) -> C
 
 
 def heads_look(space: str, draws: int) -> Callable[..., Scores]:
-    """Gradient energy through the new head and the warmed one, as `recommend_modules` takes it by default."""
+    """Gradient energy through the new head and the warmed one; its least share is what `recommend_modules` takes."""
 
     def look(task: SelectionTask, sets: Sequence[Configuration], seed: int, protocol: Protocol) -> Scores:
         model = task.make_model(seed)
@@ -121,18 +123,21 @@ def heads_look(space: str, draws: int) -> Callable[..., Scores]:
         looks = through_heads(model, batches, draws=draws, space=space, **arguments)
         scores: Scores = {}
         for suffix, of in (("", looks), (BY_ADAM, tuple(map(adam_preconditioned, looks)))):
-            mean, (_, warmed) = over_heads(of), of
-            scores[f"{BOTH_HEADS}{suffix}"] = _energies(mean, sets)
-            scores[f"{WARMED_HEAD}{suffix}"] = _energies(warmed, sets)
+            shares = [_shares([look]) for look in of]
+            mean = {name: statistics.fmean(share[name] for share in shares) for name in shares[0]}
+            scores[f"{BOTH_HEADS}{suffix}"] = sums(_shares(of), sets)
+            scores[f"{MEAN_SHARE}{suffix}"] = sums(mean, sets)
+            scores[f"{WARMED_HEAD}{suffix}"] = sums(shares[1], sets)
         return scores
 
     return look
 
 
-def _energies(kernels: ModuleKernels, sets: Sequence[Configuration]) -> dict[str, float]:
-    problem = Problem.of(kernels, ridge=1.0)
-    energy = CRITERIA["gradient_energy"]
-    return sums(score_modules(kernels, energy, problem), sets, energy(kernels.base, problem))
+def _shares(looks: Sequence[ModuleKernels]) -> dict[str, float]:
+    """{module: its gradient energy in `over_heads`}."""
+    judged = over_heads(looks)
+    problem = Problem.of(judged, ridge=1.0)
+    return {name: CRITERIA["gradient_energy"](judged[name], problem) for name in judged.names}
 
 
 def criteria_of(kernels: ModuleKernels, sets: Sequence[Configuration]) -> Scores:
@@ -247,9 +252,9 @@ def kappa_look(task: SelectionTask, sets: Sequence[Configuration], seed: int, pr
     return {"kappa_tune": sums({name: places.get(name, 0.0) for name in task.modules}, sets)}
 
 
-def sums(scores: Mapping[str, float], sets: Sequence[Configuration], start: float = 0.0) -> dict[str, float]:
-    """{configuration: start + what its modules add to that}."""
-    return {c.key: start + sum(scores[name] - start for name in c.modules) for c in sets}
+def sums(scores: Mapping[str, float], sets: Sequence[Configuration]) -> dict[str, float]:
+    """{configuration: the sum over its modules}."""
+    return {c.key: sum(scores[name] for name in c.modules) for c in sets}
 
 
 LOOKS: dict[str, Callable[..., Scores]] = {

@@ -30,7 +30,7 @@ from .parameters import differentiable, head_parameters
 from .targets import base_model, resolve_always_trained
 
 
-STEPS, RATE = 5, 3e-3
+STEPS, RATE = 20, 3e-3
 
 
 @contextmanager

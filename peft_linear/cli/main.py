@@ -94,7 +94,7 @@ def _add_recommend(commands: argparse._SubParsersAction) -> None:
     choice.add_argument(
         "--head-steps",
         type=int,
-        help="steps that the head is trained before the (second) look; 5 for gradient energy if not given, else 0",
+        help="steps that the head is trained before the (second) look; 20 for gradient energy if not given, else 0",
     )
     choice.add_argument("--train-batch-size", type=int, default=8, help="of the training; matters to adamw")
     choice.add_argument("--targets", nargs="+", default=["all-linear"], help="candidates: names or suffixes")

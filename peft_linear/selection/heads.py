@@ -11,11 +11,11 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Gradient energy through two heads: the new one that training begins with, and what it is a few steps later."""
+"""Gradient energy through two heads: the new one that training begins with, and what it becomes in a few steps."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -58,11 +58,13 @@ def _of_losses(gram: Tensor, errors: Tensor) -> Tensor:
 
 
 def over_heads(looks: Sequence[ModuleKernels]) -> ModuleKernels:
-    """The mean of kernels of the same modules and examples through several heads, none of which outweighs another.
+    """For every module, of its kernels through several heads the one through which it matters least.
 
     Each look becomes the kernels of its losses, divided by the gradient energy of all its candidates together, so that
-    the gradient energy of a module in the mean is its mean share: over all candidates the shares add up to 1, and sets
-    have the sum of their modules' shares.
+    the gradient energy of a module is its share and no head outweighs another. A module's block is that of the look in
+    which its share is least; the base is the mean over the looks. So the score of a module is the least of its shares:
+    one that matters only through a random head, or only through a fitted one, does not count as one that always does
+    (docs/decisions/0011). Least shares add up to 1 at most, and sets have the sum of their modules'.
 
     Raises:
         KernelError: no looks, looks of different modules or numbers of examples, or one without any loss gradient.
@@ -70,7 +72,7 @@ def over_heads(looks: Sequence[ModuleKernels]) -> ModuleKernels:
     """
     of_losses = [loss_kernels(look) for look in looks]
     if not of_losses:
-        raise KernelError("there are no kernels to take the mean of")
+        raise KernelError("there are no kernels to look at")
     first, energies = of_losses[0], []
     for look in of_losses:
         if look.names != first.names or look.num_examples != first.num_examples:
@@ -79,12 +81,14 @@ def over_heads(looks: Sequence[ModuleKernels]) -> ModuleKernels:
                 f"{look.num_examples} examples beside {len(first)} and {first.num_examples}"
             )
         problem = Problem.of(look, ridge=1.0)
-        energies.append(sum(gradient_energy(look[name], problem) for name in look.names))
-        if not energies[-1] > 0:
+        energies.append({name: gradient_energy(look[name], problem) for name in look.names})
+        if not sum(energies[-1].values()) > 0:
             raise KernelError("the loss has no gradient in any candidate, so there is nothing to choose")
+    totals = [sum(of_modules.values()) for of_modules in energies]
 
-    def mean(blocks: Iterable[Tensor]) -> Tensor:
-        return torch.stack([block / energy for block, energy in zip(blocks, energies, strict=True)]).mean(dim=0)
+    def least(name: str) -> Tensor:
+        number = min(range(len(looks)), key=lambda i: energies[i][name] / totals[i])
+        return of_losses[number][name] / totals[number]
 
-    blocks = {name: mean(look[name] for look in of_losses) for name in first.names}
-    return replace(first, blocks=blocks, base=mean(look.base for look in of_losses))
+    base = torch.stack([look.base / total for look, total in zip(of_losses, totals, strict=True)]).mean(dim=0)
+    return replace(first, blocks={name: least(name) for name in first.names}, base=base)

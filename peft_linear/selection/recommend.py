@@ -43,8 +43,8 @@ from .search import SearchResult, SubsetScorer, check_strategy, rank_by_score, s
 # the outputs have nothing to regress to.
 RIDGE_RANGE = (1e-3, 10.0)
 RIDGE_STEPS = 17
-BY_HEADS = "gradient_energy"  # the criterion that is a mean over heads where several are given
-SHARE, SHARE_FORMULA = "share of the gradient energy", "mean over heads of eᵀ K_m e/Σ_m eᵀ K_m e"
+BY_HEADS = "gradient_energy"  # the criterion that is taken over heads where several are given
+SHARE, SHARE_FORMULA = "share of the gradient energy", "least over heads of eᵀ K_m e/Σ_m eᵀ K_m e"
 
 
 def check_ridge(ridge: float | None) -> None:
@@ -114,7 +114,7 @@ def recommend(
         seed: Of the cross-validation folds.
         heads: Kernels of the same modules and examples, of losses or logits, through the head as it is and through one
             that was trained for a moment (`training.workflow.through_heads`; `recommend_modules` makes them). Gradient
-            energy is then the mean of a module's share through them (`selection.heads`), in place of its energy in
+            energy is then the least of a module's shares through them (`selection.heads`), in place of its energy in
             `kernels`; predictions and spectra stay those of `kernels`.
         optimizer: What the modules are to be trained with: "adamw" (Adam too) divides the kernel of every module by
             the size of its gradient, as Adam does its steps (`adam_preconditioned`); "sgd" takes kernels as they are,

@@ -104,14 +104,14 @@ def look(
     head_steps: int | None = None,
     **ntk: Any,
 ) -> tuple[ModuleKernels, tuple[ModuleKernels, ...]]:
-    """The kernels that `recommend` needs for a criterion, and its `heads`, if it is a mean over heads.
+    """The kernels that `recommend` needs for a criterion, and its `heads`, if it is taken over heads.
 
     Gradient energy of labelled logits has heads (`through_heads`). Other criteria see the model as it is or, where
     `head_steps` asks for it, through the warmed head alone, which the kernels' provenance then says.
 
     Args:
         criterion: A name of `CRITERIA`, or "default-by-evidence".
-        head_steps: Default: 5 for gradient energy where there is a task head, else 0.
+        head_steps: Default: 20 for gradient energy where there is a task head, else 0.
         **ntk: As for `compute_ntk`, but `draws` is `DRAWS` by default for log-likelihoods.
     """
     if ntk.get("outputs") == "log_likelihood" and ntk.get("space", "lora") == "lora":
@@ -181,8 +181,8 @@ def recommend_modules(
         budget, criterion, ridge, strategy: As for `recommend`.
         optimizer, train_batch_size, learning_rate, steps, folds: As for `recommend`.
         head_steps: Steps that the task head is trained for, alone and for the moment (`warmed_head`). Gradient energy
-            is the mean over the head as it is and that one (default: 5 steps, where there is a head); 0: the head as
-            it is. Other criteria look through that head alone where steps are given; their default is 0.
+            is the least of a module's shares through the head as it is and that one (default: 20 steps, where there is
+            a head); 0: the head as it is. Other criteria look through that head alone where steps are given; their default is 0.
         seed: Of LoRA's random A and of the cross-validation folds.
         **ntk: Other arguments of `compute_ntk` (`targets`, `space`, `rank`, `lora_alpha`, `draws`, `outputs`, …).
             `outputs` defaults to "log_likelihood" for language models, then `draws` to 8, and to "logits" otherwise.

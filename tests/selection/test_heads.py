@@ -73,7 +73,7 @@ def test_kernels_of_losses_from_those_of_logits_are_those_that_compute_ntk_gives
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_scores_are_mean_shares_of_the_gradient_through_both_heads(optimizer):
+def test_scores_are_the_least_shares_of_the_gradient_through_both_heads(optimizer):
     """Against autograd: the gradient of the mean loss, through the head as it is and the warmed one."""
     model, batches = seeded(bert), text_batches()
     rec = recommend_modules(
@@ -89,7 +89,7 @@ def test_scores_are_mean_shares_of_the_gradient_through_both_heads(optimizer):
     start = rec.settings["start_score"]
     found = {row.name: row.score - start for row in rec.scores}
     assert found == pytest.approx(expected, rel=1e-9, abs=1e-12)
-    assert sum(found.values()) == pytest.approx(1.0)
+    assert 0.5 < sum(found.values()) < 1.0
     assert "head_steps" not in rec.settings["kernels"]
     assert "share of the gradient energy" in rec.to_markdown() and "over heads" in rec.settings["formula"]
     alone = recommend_modules(
@@ -102,37 +102,39 @@ def test_scores_are_mean_shares_of_the_gradient_through_both_heads(optimizer):
 
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 10_000), scale=st.floats(1e-3, 1e3))
-def test_no_look_outweighs_another_and_shares_add_up(seed, scale):
+def test_no_look_outweighs_another_and_least_shares_add_up(seed, scale):
     one, other = random_kernels(seed), random_kernels(seed + 1, kind="loss")
-    mean = over_heads([one, other])
-    shares = shares_of(mean)
-    assert sum(shares.values()) == pytest.approx(1.0) and min(shares.values()) >= 0
+    judged = over_heads([one, other])
+    shares, through_one, through_other = shares_of(judged), shares_of(over_heads([one])), shares_of(over_heads([other]))
+    for through in (through_one, through_other):
+        assert sum(through.values()) == pytest.approx(1.0) and min(through.values()) >= 0
+    assert shares == pytest.approx({n: min(through_one[n], through_other[n]) for n in shares}, rel=1e-10, abs=1e-14)
     scaled = replace(
         other, blocks={name: scale * block for name, block in other.blocks.items()}, base=scale * other.base
     )
     assert shares_of(over_heads([scaled, one])) == pytest.approx(shares, rel=1e-10)
-    assert shares_of(over_heads([one, one])) == pytest.approx(shares_of(over_heads([one])), rel=1e-10)
-    both = [ENERGY(mean.base + mean["a"] + mean["b"], Problem.of(mean, ridge=1.0))]
-    start = ENERGY(mean.base, Problem.of(mean, ridge=1.0))
-    assert both[0] - start == pytest.approx(shares["a"] + shares["b"], rel=1e-9)
+    assert shares_of(over_heads([one, one])) == pytest.approx(through_one, rel=1e-10)
+    start = ENERGY(judged.base, Problem.of(judged, ridge=1.0))
+    both = ENERGY(judged.base + judged["a"] + judged["b"], Problem.of(judged, ridge=1.0))
+    assert both - start == pytest.approx(shares["a"] + shares["b"], rel=1e-9)
 
 
-def test_what_only_the_warmed_head_sees_is_chosen():
+@pytest.mark.parametrize("order", [1, -1])
+def test_what_one_head_does_not_see_is_not_chosen(order):
     kernels = planted_kernels()
-    names = list(kernels.names)
-    alone = recommend(kernels, 1, "gradient_energy")
-    last = alone.scores[-1].name
     of_losses = loss_kernels(kernels)
-    seen_later = {name: of_losses[name] * (1.0 if name == last else 1e-6) for name in names}
-    rec = recommend(kernels, 1, "gradient_energy", heads=[kernels, replace(of_losses, blocks=seen_later)])
-    assert alone.modules != (last,) and rec.modules == (last,)
-    assert recommend(kernels, 1, "gradient_energy", heads=[kernels, of_losses]).modules == alone.modules
+    best = recommend(kernels, 1, "gradient_energy").modules[0]
+    without = {name: of_losses[name] * (1e-6 if name == best else 1.0) for name in kernels.names}
+    heads = [kernels, replace(of_losses, blocks=without)][::order]
+    rec = recommend(kernels, 1, "gradient_energy", heads=heads)
+    assert rec.modules != (best,) and rec.scores[-1].name == best
+    assert recommend(kernels, 1, "gradient_energy", heads=[kernels, of_losses]).modules == (best,)
 
 
 def test_the_default_takes_both_heads_where_there_are_two():
     model, batches = seeded(bert), text_batches()
     default = recommend_modules(model, batches, 2, progress=False)
-    assert default.settings["heads"][1]["head_steps"] == 5 and default.settings["optimizer"] == "adamw"
+    assert default.settings["heads"][1]["head_steps"] == 20 and default.settings["optimizer"] == "adamw"
     assert "heads" not in recommend_modules(model, batches, 2, head_steps=0, progress=False).settings
     assert "heads" not in recommend_modules(model, batches, 2, always_trained=(), progress=False).settings
     assert "heads" not in recommend_modules(model, batches, 2, "leave_one_out", progress=False).settings
@@ -155,7 +157,7 @@ def test_refusals():
         over_heads([kernels, random_kernels(0, names=("a", "b"))])
     with pytest.raises(OutputError, match="logits without labels have no cross-entropy"):
         loss_kernels(replace(kernels, labels=None))
-    with pytest.raises(KernelError, match="no kernels to take the mean of"):
+    with pytest.raises(KernelError, match="no kernels to look at"):
         over_heads([])
     nothing = replace(kernels, blocks={name: torch.zeros_like(block) for name, block in kernels.blocks.items()})
     with pytest.raises(KernelError, match="no gradient in any candidate"):
