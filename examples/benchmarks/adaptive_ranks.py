@@ -40,8 +40,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # examples/common.
 
 from records import circumstances
 from selection_scores import SCORE_SEED, count_examples
+from selection_sets import Configuration
 from selection_tasks import QUICK_SIZES, TASKS, SelectionTask, Sizes
-from selection_truth import DECAYED, Configuration, Protocol, Truth, measure, quick
+from selection_training import DECAYED, Protocol, quick
+from selection_truth import Truth, measure
 
 from peft_linear import compute_ntk
 from peft_linear.files import write_text

@@ -46,18 +46,10 @@ from selection_analysis import Measured, by_rate, measured
 from selection_picks import Chooser, Picks, as_configurations, choose, chosen_before
 from selection_report import as_json, draw, rates_section, sections
 from selection_scores import DEFAULT, PARAMETERS, SCORE_SEED, Scores, looks_of, measure_scores, table_of
+from selection_sets import Configuration, configurations
 from selection_tasks import QUICK_SIZES, TASKS, SelectionTask, Sizes
-from selection_truth import (
-    CONSTANT,
-    DECAYED,
-    ONE_RATE,
-    Configuration,
-    Truth,
-    configurations,
-    measure,
-    measure_at_one_rate,
-    quick,
-)
+from selection_training import CONSTANT, DECAYED, quick
+from selection_truth import ONE_RATE, Truth, measure, measure_at_one_rate
 
 from peft_linear.files import write_text
 from peft_linear.report.markdown import markdown_table
@@ -248,7 +240,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--output", default="docs/measurements/selection")
     add("--cache", default="build/selection", help="where models that are pretrained here are kept")
     add("--stages", nargs="+", default=STAGES, choices=STAGES, help="“report” alone trains and scores nothing")
-    add("--selectors", nargs="+", help="of the stage “picks”: those that pick, and whose picks are trained (default: all)")
+    add(
+        "--selectors",
+        nargs="+",
+        help="those that pick in the stage “picks” (default: all)",
+    )
     add("--quick", action="store_true", help="every step, but too short to mean anything")
     add("--date", help="of the report (default: today)")
     options = parser.parse_args(argv)

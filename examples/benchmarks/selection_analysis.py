@@ -24,8 +24,9 @@ from typing import Any
 import numpy as np
 from correlation import Correlation, correlate
 from selection_scores import Scores
+from selection_sets import FRACTIONS, SIZES, Configuration
 from selection_tasks import SelectionTask
-from selection_truth import FRACTIONS, SIZES, Configuration, Truth
+from selection_truth import Truth
 
 
 SINGLES, SETS = "single modules", "sets"

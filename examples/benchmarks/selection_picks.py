@@ -25,8 +25,9 @@ from typing import Any
 from records import Records
 from selection_analysis import Measured, amounts, budgets, within
 from selection_scores import BY_ADAM, DEFAULT, Scores, count_examples
+from selection_sets import PICKED, Configuration
 from selection_tasks import Batch, SelectionTask
-from selection_truth import PICKED, Configuration, Protocol
+from selection_training import Protocol
 from torch import nn
 
 from peft_linear import ModuleKernels, compute_ntk, recommend
@@ -59,7 +60,9 @@ def choose(
     chooser = Chooser(task, table, seed, protocol)
     unknown = sorted(set(wanted or ()) - set(chooser.selectors))
     if unknown:
-        raise SystemExit(f"{task.key}: no selector is called {unknown[0]!r}; there are: {', '.join(chooser.selectors)}")
+        raise SystemExit(
+            f"{task.key}: no selector is called {unknown[0]!r}; there are: {', '.join(chooser.selectors)}"
+        )
     for name in wanted or chooser.selectors:
         if _key(task, name, seed) not in records:
             picks = {words: list(modules) for words, modules in chooser.selectors[name]().items()}
@@ -119,7 +122,9 @@ class Chooser:
 
     def by_default(self) -> dict[str, tuple[str, ...]]:
         kernels, heads = self.seen
-        return {w: recommend(kernels, amount, heads=heads, seed=self.seed).modules for w, amount in self.limits.items()}
+        return {
+            w: recommend(kernels, amount, heads=heads, seed=self.seed).modules for w, amount in self.limits.items()
+        }
 
     def by_search(self, space: str, criterion: str, optimizer: str) -> dict[str, tuple[str, ...]]:
         kernels = self.kernels[space]

@@ -20,7 +20,6 @@ for rivals that score modules, the sum of their scores.
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,8 +28,10 @@ from typing import Any
 
 import torch
 from records import Records
+from selection_sets import Configuration
+from selection_simulation import gradient_norms, simulated_losses
 from selection_tasks import SelectionTask
-from selection_truth import Configuration, Protocol
+from selection_training import Protocol
 from torch import nn
 
 from peft_linear import ModuleKernels, compute_ntk
@@ -38,7 +39,6 @@ from peft_linear.capture.features import jacobian_features
 from peft_linear.capture.warm_head import warmed_head
 from peft_linear.errors import TargetError
 from peft_linear.functional.simulation import SMOOTHNESS
-from peft_linear.kernels.jacobian_features import JacobianFeatures
 from peft_linear.selection.baselines import kappa_order
 from peft_linear.selection.criteria import CRITERIA, applicable_criteria
 from peft_linear.selection.heads import over_heads
@@ -52,7 +52,6 @@ from peft_linear.training.workflow import through_heads
 SCORE_SEED = 0  # head, A and calibration examples of what is scored
 EXAMPLES, MAX_ROWS = 64, 640  # calibration examples, and rows of a kernel, which limit them
 PROBE_STEPS, PROBE_RATE = 20, 3e-3
-SIMULATED_RATES = (1e-3, 3e-3, 1e-2)
 PARAMETERS = "number of parameters"
 BY_ADAM = ", AdamW"
 DEFAULT = "the default of recommend_modules"
@@ -182,50 +181,6 @@ def feature_look(probed: bool) -> Callable[..., Scores]:
         return scores
 
     return look
-
-
-def gradient_norms(features: JacobianFeatures) -> dict[str, float]:
-    """{module: Σ|∂R/∂θ|} over its adapter's parameters: AdamW's first step lowers the loss by η times that."""
-    problem = Problem(
-        features.outputs, features.labels, "logits" if features.outputs.shape[1] > 1 else "log_likelihood", ridge=1.0
-    )
-    gradient = problem.error.to(features.rows) @ features.rows
-    return {
-        name: sum(float(gradient[c.first : c.stop].abs().sum()) for c in features.columns if c.module == name)
-        for name in features.names
-    }
-
-
-def simulated_losses(features: JacobianFeatures, seed: int, protocol: Protocol) -> dict[int, float]:
-    """{budget of steps: held-out loss} of AdamW in the linearised model, at the best of a few learning rates."""
-    half = len(features.outputs) // 2
-    train, held_out = features.select_examples(range(half)), features.select_examples(range(half, 2 * half))
-    batches = simulated_batches(half, seed, protocol)
-    best = dict.fromkeys(protocol.steps, math.inf)
-    every = math.gcd(*protocol.steps)
-    for rate in SIMULATED_RATES:
-        curve = train.train(
-            learning_rate=[rate * min(1.0, (step + 1) / protocol.warmup) for step in range(max(protocol.steps))],
-            steps=max(protocol.steps),
-            held_out=held_out,
-            optimizer_arguments={"weight_decay": 0.0},
-            batches=batches,
-            record_every=every,
-        )
-        for steps in protocol.steps:
-            loss = float(curve.held_out_loss[steps // every])
-            best[steps] = min(best[steps], loss if math.isfinite(loss) else math.inf)
-    return best
-
-
-def simulated_batches(examples: int, seed: int, protocol: Protocol) -> list[torch.Tensor]:
-    """Numbers of the examples of each step, epoch after epoch, all batches full."""
-    size, generator = min(protocol.batch_size, examples), torch.Generator().manual_seed(seed)
-    batches: list[torch.Tensor] = []
-    while len(batches) < max(protocol.steps):
-        order = torch.randperm(examples, generator=generator)
-        batches += order[: examples - examples % size].split(size)
-    return batches[: max(protocol.steps)]
 
 
 def rival_look(name: str) -> Callable[..., Scores]:

@@ -182,7 +182,8 @@ def recommend_modules(
         optimizer, train_batch_size, learning_rate, steps, folds: As for `recommend`.
         head_steps: Steps that the task head is trained for, alone and for the moment (`warmed_head`). Gradient energy
             is the least of a module's shares through the head as it is and that one (default: 20 steps, where there is
-            a head); 0: the head as it is. Other criteria look through that head alone where steps are given; their default is 0.
+            a head); 0: the head as it is. Other criteria look through that head alone where steps are given; their
+            default is 0.
         seed: Of LoRA's random A and of the cross-validation folds.
         **ntk: Other arguments of `compute_ntk` (`targets`, `space`, `rank`, `lora_alpha`, `draws`, `outputs`, …).
             `outputs` defaults to "log_likelihood" for language models, then `draws` to 8, and to "logits" otherwise.

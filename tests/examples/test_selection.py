@@ -32,7 +32,7 @@ def script(load_script):
 
 @pytest.fixture(scope="module")
 def parts(script, load_script):
-    names = ("tasks", "truth", "scores", "analysis", "picks")
+    names = ("tasks", "sets", "training", "truth", "simulation", "scores", "analysis", "picks")
     return SimpleNamespace(**{name: load_script(f"benchmarks/selection_{name}.py") for name in names})
 
 
@@ -50,7 +50,7 @@ def digits(script, parts, options):
 
 @pytest.fixture(scope="module")
 def sets(parts, digits):
-    return parts.truth.configurations(digits, rank=2, random_sets=1)
+    return parts.sets.configurations(digits, rank=2, random_sets=1)
 
 
 class Dictionary(dict):
@@ -69,7 +69,7 @@ def planted(parts, losses, scores, task=None, rank=1):
         modules=dict.fromkeys(names, (1, 1)),
         parameters=lambda chosen, rank: 2 * rank * len(chosen),
     )
-    configurations = tuple(parts.truth.Configuration(f"single {name}", (name,)) for name in names)
+    configurations = tuple(parts.sets.Configuration(f"single {name}", (name,)) for name in names)
     table = {c: {f"single {name}": value for name, value in values.items()} for c, values in scores.items()}
     found = {f"single {name}": {8: [loss, loss + 0.1]} for name, loss in losses.items()}
     return parts.analysis.Measured(task, configurations, found, table, {}, rank, len(names))
@@ -89,7 +89,7 @@ def test_the_tasks_have_their_kinds_and_share_no_example_between_splits(script, 
 
 def test_parameters_are_those_of_the_adapter(parts, digits, options):
     names = list(digits.modules)[:3]
-    model = parts.truth.with_adapter(digits, names, 0, options.protocol)
+    model = parts.training.with_adapter(digits, names, 0, options.protocol)
     real = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
     assert digits.parameters(names, options.protocol.rank) == real
     kernels = compute_ntk(digits.make_model(0), digits.calibration(4, 0), rank=2, progress=False)
@@ -108,10 +108,10 @@ def test_the_configurations_are_different_sets_with_every_single_module(digits, 
 
 def test_only_the_chosen_modules_and_the_head_train(parts, digits, options):
     name = list(digits.modules)[4]
-    model = parts.truth.with_adapter(digits, [name], 0, options.protocol)
+    model = parts.training.with_adapter(digits, [name], 0, options.protocol)
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     assert all(name in n or "classifier" in n for n in trained) and sum("lora_" in n for n in trained) == 2
-    bare = parts.truth.with_adapter(digits, [], 0, options.protocol)
+    bare = parts.training.with_adapter(digits, [], 0, options.protocol)
     assert {n for n, p in bare.named_parameters() if p.requires_grad} == {"classifier.weight", "classifier.bias"}
 
 
@@ -125,7 +125,7 @@ def test_a_loss_is_the_mean_over_what_is_predicted(parts, script, tmp_path):
         logits = model(input_ids=batch["input_ids"]).logits[0, :-1].double()
         total += float(torch.nn.functional.cross_entropy(logits, batch["input_ids"][0, 1:], reduction="sum"))
         count += len(text) - 1
-    found = parts.truth.evaluate(task, model)
+    found = parts.training.evaluate(task, model)
     assert found["test_loss"] == pytest.approx(total / count, rel=1e-5) and "test_accuracy" not in found
 
 
@@ -139,9 +139,9 @@ def test_the_learning_rate_is_found_uphill_for_each_budget(parts, best, monkeypa
 
     tried = []
     monkeypatch.setattr(parts.truth, "train", losses)
-    protocol = parts.truth.Protocol(steps=(1, 2))
+    protocol = parts.training.Protocol(steps=(1, 2))
     truth = parts.truth.Truth(SimpleNamespace(key="t"), protocol, Dictionary())
-    configuration = parts.truth.Configuration("c", ("m",))
+    configuration = parts.sets.Configuration("c", ("m",))
     assert truth.tune(configuration, 0) == {1: best, 2: 3e-4}
     assert len(tried) == len(set(tried))
     truth.measure(configuration, (0, 1))
@@ -156,9 +156,9 @@ def test_one_learning_rate_for_all_is_trained_where_it_is_missing_and_read_apart
         return {"1": {"validation_loss": abs(math.log(rate / 1e-2)), "test_loss": float(turned)}}
 
     monkeypatch.setattr(parts.truth, "train", losses)
-    protocol = parts.truth.Protocol(steps=(1,))
+    protocol = parts.training.Protocol(steps=(1,))
     truth = parts.truth.Truth(SimpleNamespace(key="t"), protocol, Dictionary())
-    configurations = [parts.truth.Configuration(f"single m{i}", (f"m{i}",)) for i in range(5)]
+    configurations = [parts.sets.Configuration(f"single m{i}", (f"m{i}",)) for i in range(5)]
     parts.truth.measure(truth, configurations, (0,))
     assert truth.losses(configurations[3], (0,)) == {1: [-3.0]}
     trained = len(truth.records)
@@ -172,11 +172,11 @@ def test_one_learning_rate_for_all_is_trained_where_it_is_missing_and_read_apart
 
 
 def test_the_learning_rate_rises_and_decays_as_the_trainers_does(parts):
-    decayed = parts.truth.Protocol(steps=(10,), warmup=2, decays=True)
+    decayed = parts.training.Protocol(steps=(10,), warmup=2, decays=True)
     assert [decayed.factor(step) for step in range(1, 11)] == pytest.approx(
         [0.5, 1.0, *(1 - i / 9 for i in range(1, 9))]
     )
-    constant = parts.truth.Protocol(warmup=2)
+    constant = parts.training.Protocol(warmup=2)
     assert [constant.factor(step) for step in (1, 2, 3, 99)] == [0.5, 1.0, 1.0, 1.0]
     assert "decays" not in decayed.setting() and decayed.setting()["steps"] == (10,)
 
@@ -198,7 +198,7 @@ def test_the_look_through_both_heads_is_what_recommend_modules_scores_by(parts, 
 
 def test_adapters_have_the_ranks_that_are_asked_for_and_one_scaling(parts, digits, options):
     names = list(digits.modules)[:2]
-    model = parts.truth.with_adapter(digits, names, 0, options.protocol, ranks=[1, 3])
+    model = parts.training.with_adapter(digits, names, 0, options.protocol, ranks=[1, 3])
     layers = [module for name, module in model.named_modules() if name.endswith(tuple(names)) and hasattr(module, "r")]
     assert [layer.r["default"] for layer in layers] == [1, 3]
     assert {layer.scaling["default"] for layer in layers} == {options.protocol.lora_alpha / options.protocol.rank}
@@ -211,7 +211,7 @@ def test_simulated_adamw_is_the_loop_written_by_hand(parts, digits, options):
     count, classes = single.outputs.shape
     rows = single.rows.double().view(count, classes, -1)
     half = count // 2
-    for rate in parts.scores.SIMULATED_RATES:
+    for rate in parts.simulation.SIMULATED_RATES:
         theta = torch.nn.Parameter(torch.zeros(rows.shape[2], dtype=torch.float64))
         optimizer = torch.optim.AdamW([theta], weight_decay=0.0)
 
@@ -219,14 +219,14 @@ def test_simulated_adamw_is_the_loop_written_by_hand(parts, digits, options):
             logits = single.outputs[examples] + rows[examples] @ theta
             return torch.nn.functional.cross_entropy(logits, single.labels[examples])
 
-        for step, batch in enumerate(parts.scores.simulated_batches(half, 0, protocol), start=1):
+        for step, batch in enumerate(parts.simulation.simulated_batches(half, 0, protocol), start=1):
             optimizer.param_groups[0]["lr"] = rate * min(1.0, step / protocol.warmup)
             optimizer.zero_grad()
             loss(batch).backward()
             optimizer.step()
             if step in best:
                 best[step] = min(best[step], float(loss(torch.arange(half, count))))
-    assert parts.scores.simulated_losses(single, 0, protocol) == pytest.approx(best, rel=1e-5)
+    assert parts.simulation.simulated_losses(single, 0, protocol) == pytest.approx(best, rel=1e-5)
 
 
 def test_the_gradients_one_norm_is_that_of_autograd(parts, digits):
@@ -234,7 +234,7 @@ def test_the_gradients_one_norm_is_that_of_autograd(parts, digits):
     model = digits.make_model(0)
     batches = digits.calibration(8, 0)
     features = parts.scores.jacobian_features(model, batches, targets=names, rank=2, seed=0, progress=False)
-    norms = parts.scores.gradient_norms(features)
+    norms = parts.simulation.gradient_norms(features)
     gradient = torch.zeros(features.rows.shape[1], dtype=torch.float64)
     probabilities = features.outputs.softmax(dim=1)
     for i, label in enumerate(features.labels.tolist()):

@@ -105,7 +105,8 @@ def test_scores_are_the_least_shares_of_the_gradient_through_both_heads(optimize
 def test_no_look_outweighs_another_and_least_shares_add_up(seed, scale):
     one, other = random_kernels(seed), random_kernels(seed + 1, kind="loss")
     judged = over_heads([one, other])
-    shares, through_one, through_other = shares_of(judged), shares_of(over_heads([one])), shares_of(over_heads([other]))
+    shares = shares_of(judged)
+    through_one, through_other = (shares_of(over_heads([look])) for look in (one, other))
     for through in (through_one, through_other):
         assert sum(through.values()) == pytest.approx(1.0) and min(through.values()) >= 0
     assert shares == pytest.approx({n: min(through_one[n], through_other[n]) for n in shares}, rel=1e-10, abs=1e-14)
