@@ -1,0 +1,240 @@
+# Copyright 2026 The peft-linear authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What compute_ntk refuses, and that it leaves models as they were found; what it counts as the task head."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import reference
+import small_models as small
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch.testing import assert_close
+
+from peft_linear.capture.ntk import compute_ntk
+from peft_linear.errors import OutputError, PeftLinearError, TargetError
+
+
+EXACT = {"rtol": 1e-10, "atol": 1e-12}
+
+
+def ntk(model, batches, **kwargs):
+    return compute_ntk(model, batches, progress=False, **kwargs)
+
+
+class Snapshot:
+    """Everything of a model (and of the process) that a look at it must not change."""
+
+    def __init__(self, model):
+        self.model = model
+        self.values = self.take()
+
+    def take(self):
+        modules = list(self.model.named_modules())
+        return {
+            "modes": [(name, module.training) for name, module in modules],
+            "trainable": [
+                (name, p.requires_grad, p.dtype, p.grad is None) for name, p in self.model.named_parameters()
+            ],
+            "hooks": [
+                (name, len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks)) for name, m in modules
+            ],
+            "types": [type(module) for _, module in modules],
+            "state": {key: value.clone() for key, value in self.model.state_dict().items()},
+            "random": torch.get_rng_state(),
+        }
+
+    def check(self):
+        now = self.take()
+        for key in ("modes", "trainable", "hooks", "types"):
+            assert now[key] == self.values[key], key
+        assert torch.equal(now["random"], self.values["random"])
+        for key, value in self.values["state"].items():
+            assert torch.equal(now["state"][key], value), key
+
+
+def test_the_model_is_left_as_it_was_found():
+    model = small.seeded(small.roberta, dtype=torch.float32)
+    model.train()
+    model.roberta.encoder.layer[0].eval()
+    model.roberta.embeddings.requires_grad_(False)
+    snapshot = Snapshot(model)
+    ntk(model, small.text_batches())
+    snapshot.check()
+    peft_model = get_peft_model(
+        model, LoraConfig(target_modules=["query"], lora_dropout=0.5, modules_to_save=["classifier"])
+    )
+    peft_model.train()
+    snapshot = Snapshot(peft_model)
+    ntk(peft_model, small.text_batches())
+    snapshot.check()
+
+
+def test_the_model_is_left_as_it_was_found_after_an_error():
+    model = small.seeded(small.bert, dtype=torch.float32).train()
+    batches = small.text_batches()
+    batches[1]["inputs_embeds"] = torch.full((2, 8, 16), torch.nan)
+    del batches[1]["input_ids"]
+    snapshot = Snapshot(model)
+    with pytest.raises(OutputError, match="example 0 in batch 1 are NaN or inf"):
+        ntk(model, batches)
+    snapshot.check()
+
+
+def test_head_parameters_that_are_not_linear_maps_count():
+    model = small.seeded(small.bert)
+    model.classifier = torch.nn.Sequential(torch.nn.LayerNorm(16), torch.nn.Linear(16, 3)).double()
+    batches = small.text_batches()
+    kernels = ntk(model, batches, targets=["query"])
+    expected = reference.kernel(model, list(model.classifier.parameters()), batches, reference.logits)
+    assert_close(kernels.base, expected, **EXACT)
+
+
+def test_modules_to_save_are_the_base_of_a_peft_model():
+    model, batches = small.seeded(small.bert), small.text_batches()
+    config = LoraConfig(task_type="SEQ_CLS", target_modules=["query", "value"], r=2)
+    peft_model = get_peft_model(model, config)
+    kernels = ntk(peft_model, batches, targets=["query", "value"])
+    head = list(peft_model.base_model.model.classifier.modules_to_save["default"].parameters())
+    assert_close(kernels.base, reference.kernel(peft_model, head, batches, reference.logits), **EXACT)
+    assert isinstance(peft_model, PeftModel)
+
+
+def test_always_trained_can_be_chosen():
+    model, batches = small.seeded(small.bert), small.text_batches()
+    assert not ntk(model, batches, always_trained=()).base.any()
+    both = ntk(model, batches, targets=["query"], always_trained=["classifier", "pooler"])
+    parameters = [*model.classifier.parameters(), *model.bert.pooler.parameters()]
+    assert_close(both.base, reference.kernel(model, parameters, batches, reference.logits), **EXACT)
+
+
+BAD_ARGUMENTS = [
+    ({"rank": 0}, PeftLinearError, "rank must be a positive integer, got 0"),
+    ({"lora_alpha": 0}, PeftLinearError, "lora_alpha must be a positive number"),
+    ({"draws": 0}, PeftLinearError, "draws must be a positive integer"),
+    ({"draws": 2, "space": "weight"}, PeftLinearError, "draws=2 are draws of LoRA's A"),
+    ({"space": "loraa"}, PeftLinearError, "space must be one of"),
+    ({"outputs": "logit"}, PeftLinearError, "outputs must be one of"),
+    ({"kernel": "adam"}, PeftLinearError, 'kernel must be "gradient" or "sign", got'),
+    ({"num_projections": 0}, PeftLinearError, "num_projections must be a positive integer"),
+    (
+        {"targets": ["querry", "value", "kee"]},
+        TargetError,
+        "'querry' .did you mean 'query'.*'kee' .did you mean 'key'",
+    ),
+    ({"targets": "query"}, TargetError, "regular expression"),
+    ({"targets": []}, TargetError, "`targets` is empty"),
+    ({"targets": ["word_embeddings"]}, TargetError, "not a linear map.*word_embeddings .Embedding"),
+    ({"targets": ["classifier"]}, TargetError, "trained in full whatever is chosen.*classifier"),
+    ({"always_trained": ["clasifier"]}, TargetError, "always_trained.*did you mean 'classifier'"),
+    ({"rank": 17, "space": "rows"}, TargetError, "has 16 rows, fewer than rank=17"),
+]
+
+
+@pytest.mark.parametrize("arguments, error, message", BAD_ARGUMENTS)
+def test_bad_arguments_stop_before_any_forward_pass(arguments, error, message):
+    model = small.seeded(small.bert)
+    model.forward = None  # a forward pass would fail otherwise
+    with pytest.raises(error, match=message):
+        ntk(model, small.text_batches(), **arguments)
+
+
+BAD_BATCHES = [
+    ([], "`batches` is empty"),
+    (iter([]), "`batches` is empty"),
+    (["text"], "batch 0 is a str, expected a dict of tensors"),
+    ([{"text": ["a"]}], "batch 0 has no tensor that BertForSequenceClassification takes"),
+    ([{"input_ids": torch.zeros(0, 3, dtype=torch.long)}], "batch 0 is empty"),
+]
+
+
+@pytest.mark.parametrize("batches, message", BAD_BATCHES)
+def test_bad_batches(batches, message):
+    with pytest.raises(PeftLinearError, match=message):
+        ntk(small.seeded(small.bert), batches)
+
+
+def test_labels_that_are_missing_or_out_of_range():
+    model, batches = small.seeded(small.bert), small.text_batches()
+    for batch in batches:
+        batch["labels"] = batch["labels"] + 3
+    with pytest.raises(OutputError, match="num_labels=6"):
+        ntk(model, batches)
+    for kind in ("label_logit", "margin", "loss"):
+        with pytest.raises(OutputError, match=r"labels must lie in \[0, 3\)"):
+            ntk(model, batches, outputs=kind)
+    del batches[1]["labels"]
+    with pytest.raises(OutputError, match="batch 1 has no labels, which outputs='margin' needs"):
+        ntk(model, batches, outputs="margin")
+    assert ntk(model, [{k: v for k, v in b.items() if k != "labels"} for b in batches]).labels is None
+
+
+def test_logits_of_a_language_model_are_refused_with_the_alternatives():
+    model = small.seeded(small.llama, causal=True)
+    with pytest.raises(OutputError, match="log_likelihood.*random_projection"):
+        ntk(model, small.causal_batches())
+
+
+def test_candidates_without_gradient_are_an_error():
+    model = small.seeded(small.Recurrent)
+    with pytest.raises(TargetError, match="no target takes a gradient"):
+        ntk(model, small.text_batches(), targets=["unused"])
+
+
+class Mixing(torch.nn.Module):
+    """Centres over the batch: example 0 depends on example 1."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 3)
+
+    def forward(self, x):
+        y = self.linear(x)
+        return (y - y.mean(0)).pow(3)
+
+
+class Transposed(torch.nn.Module):
+    """Flattens tokens before examples, so rows of one example do not lie together."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.linear(x.transpose(0, 1).reshape(-1, 4)).view(x.shape[1], x.shape[0], 3).pow(2).sum(0)
+
+
+@pytest.mark.parametrize("factory, shape", [(Mixing, (3, 4)), (Transposed, (3, 5, 4))])
+def test_examples_that_cannot_be_told_apart_are_refused(factory, shape):
+    model = factory().double()
+    with pytest.raises(TargetError, match="mixes the examples"):
+        ntk(model, [{"x": torch.randn(*shape, dtype=torch.float64)}], targets=["linear"])
+
+
+def test_dora_and_several_adapters_are_refused():
+    model, batches = small.seeded(small.bert), small.text_batches()
+    dora = get_peft_model(copy.deepcopy(model), LoraConfig(target_modules=["query"], use_dora=True))
+    with pytest.raises(TargetError, match="LoRA variant"):
+        ntk(dora, batches)
+    several = get_peft_model(model, LoraConfig(target_modules=["query"]))
+    several.add_adapter("second", LoraConfig(target_modules=["query"]))
+    several.base_model.set_adapter(["default", "second"])
+    with pytest.raises(TargetError, match="several adapters are active"):
+        ntk(several, batches)
+    several.set_adapter("default")
+    several.merge_adapter()
+    with pytest.raises(TargetError, match="is merged"):
+        ntk(several, batches)
