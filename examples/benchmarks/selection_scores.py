@@ -54,12 +54,13 @@ EXAMPLES, MAX_ROWS = 64, 640  # calibration examples, and rows of a kernel, whic
 PROBE_STEPS, PROBE_RATE = 20, 3e-3
 PARAMETERS = "number of parameters"
 BY_ADAM = ", AdamW"
+MANY_DRAWS = "lora, 32 draws"  # a look at models without a head only: those with one have other defaults
 DEFAULT = "the default of recommend_modules"
 BOTH_HEADS = "gradient energy, least share over both heads"
 MEAN_SHARE, WARMED_HEAD = "gradient energy, mean share over both heads", "gradient energy, warmed head"
 DEFAULTS = {  # by whether there is a head
     True: f"{BOTH_HEADS}{BY_ADAM} (lora, 8 draws, both heads)",
-    False: f"leave_one_out{BY_ADAM} (lora, 8 draws)",
+    False: f"leave_one_out{BY_ADAM} ({MANY_DRAWS})",
 }
 
 Scores = dict[str, dict[str, float]]  # criterion -> configuration -> utility
@@ -215,6 +216,7 @@ def sums(scores: Mapping[str, float], sets: Sequence[Configuration]) -> dict[str
 LOOKS: dict[str, Callable[..., Scores]] = {
     "lora": kernel_look("lora", 1, probed=False),
     "lora, 8 draws": kernel_look("lora", 8, probed=False),
+    MANY_DRAWS: kernel_look("lora", 32, probed=False),
     "weight": kernel_look("weight", 1, probed=False),
     "lora, 8 draws, probed head": kernel_look("lora", 8, probed=True),
     "weight, probed head": kernel_look("weight", 1, probed=True),
@@ -231,7 +233,7 @@ LOOKS: dict[str, Callable[..., Scores]] = {
 
 def looks_of(task: SelectionTask) -> list[str]:
     """A head that is not there cannot be probed."""
-    return [name for name in LOOKS if task.head is not None or "head" not in name]
+    return [name for name in LOOKS if (name != MANY_DRAWS if task.head is not None else "head" not in name)]
 
 
 def measure_scores(

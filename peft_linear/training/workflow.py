@@ -39,7 +39,8 @@ from ..selection.recommendation import Recommendation
 from ..selection.search import check_strategy
 
 
-DRAWS = 8  # of LoRA's A where an example has one output, for which a draw costs next to nothing
+DRAWS = 8  # of LoRA's A where an example has one output, for which a draw costs little
+LANGUAGE_DRAWS = 32  # of a language model, whose default inverts the kernel, and with it the draws' noise
 
 
 def default_outputs(model: nn.Module) -> str:
@@ -112,10 +113,10 @@ def look(
     Args:
         criterion: A name of `CRITERIA`, or "default-by-evidence".
         head_steps: Default: 20 for gradient energy where there is a task head, else 0.
-        **ntk: As for `compute_ntk`, but `draws` is `DRAWS` by default for log-likelihoods.
+        **ntk: As for `compute_ntk`, but `draws` is `LANGUAGE_DRAWS` by default for log-likelihoods.
     """
     if ntk.get("outputs") == "log_likelihood" and ntk.get("space", "lora") == "lora":
-        ntk.setdefault("draws", DRAWS)
+        ntk.setdefault("draws", LANGUAGE_DRAWS)
     batches = [batches] if isinstance(batches, Mapping) else list(batches)  # read more than once
     by_heads = resolve_criterion(criterion, _labelled(ntk.get("outputs", "logits"))).name == BY_HEADS
     if head_steps and not by_heads:
@@ -186,7 +187,7 @@ def recommend_modules(
             default is 0.
         seed: Of LoRA's random A and of the cross-validation folds.
         **ntk: Other arguments of `compute_ntk` (`targets`, `space`, `rank`, `lora_alpha`, `draws`, `outputs`, …).
-            `outputs` defaults to "log_likelihood" for language models, then `draws` to 8, and to "logits" otherwise.
+            `outputs` defaults to "log_likelihood" for language models, then `draws` to 32, and to "logits" otherwise.
             For a language model that fits, space="weight" chooses better than the default (docs/decisions/0009).
 
     Raises:
