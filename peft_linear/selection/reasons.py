@@ -145,6 +145,13 @@ def notes_on(
             f"The kernels of {len(wide)} of {len(singles)} modules differ by more than {WIDE_SPREAD:.0%} between "
             f"draws of LoRA's random A (most: {worst}, {wide[worst]:.0%}); more draws would make the scores surer."
         )
+    poolers = [name for name in result.order if "pooler" in name.split(".")]
+    if poolers:  # docs/choosing_modules.md#the-pooler
+        notes.append(
+            f"{poolers[0]} is chosen: it lies right below the head, and learns nearly what the head learns. In short "
+            "runs at small learning rates that paid; at large ones, and with few examples seen many times, it did "
+            "harm in our measurements. Leave it out of the candidates for those."
+        )
     return tuple(notes)
 
 
