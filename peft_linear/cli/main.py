@@ -98,11 +98,14 @@ def _add_recommend(commands: argparse._SubParsersAction) -> None:
     )
     choice.add_argument("--train-batch-size", type=int, default=8, help="of the training; matters to adamw")
     choice.add_argument("--targets", nargs="+", default=["all-linear"], help="candidates: names or suffixes")
+    choice.add_argument(
+        "--avoid", nargs="*", help="parts of names of candidates that are left for last; pooler if not given"
+    )
     choice.add_argument("--rank", type=int, default=8, help="rank of the adapter")
     choice.add_argument("--alpha", type=float, default=16.0, help="lora_alpha of the adapter")
     choice.add_argument("--space", choices=SPACES, default="lora", help="parameters that the kernels are of")
     choice.add_argument(
-        "--draws", type=int, help="draws of LoRA's random A to average over; 8 for causal-lm if not given, else 1"
+        "--draws", type=int, help="draws of LoRA's random A to average over; 32 for causal-lm if not given, else 1"
     )
     choice.add_argument("--proximal-lambda", type=float, default=0.0, help="proximal_lambda of the adapter config")
     run = parser.add_argument_group("run")

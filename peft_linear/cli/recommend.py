@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..errors import BudgetError, FileError
 from ..report.writer import write_report
+from ..selection.avoided import AVOIDED
 from ..selection.recommend import recommend
 from ..training.workflow import check_request, look
 from ..tuners.proximal_lora import ProximalLoraConfig
@@ -117,6 +118,7 @@ def run_recommend(arguments: argparse.Namespace) -> None:
         arguments.strategy,
         arguments.seed,
         heads=heads,
+        avoid=AVOIDED if arguments.avoid is None else arguments.avoid,
         optimizer=arguments.optimizer,
         train_batch_size=arguments.train_batch_size,
     )

@@ -29,7 +29,7 @@ from torch import Tensor
 from ..errors import FileError, KernelError, TargetError
 from ..files import atomic_file
 from ..functional.spectrum import Spectrum
-from .tensor_files import BlockFiles, BlocksOfRows, LazyBlocks, open_file, save_file
+from .tensor_files import BlockFiles, BlocksOfRows, LazyBlocks, SomeBlocks, open_file, save_file
 
 
 FORMAT = "peft_linear.ModuleKernels/1"
@@ -177,6 +177,26 @@ class ModuleKernels:
             base=self.base[rows][:, rows],
             outputs=self.outputs[index],
             labels=None if self.labels is None else self.labels[index],
+        )
+
+    def select_modules(self, names: Iterable[str]) -> ModuleKernels:
+        """The same kernels of these candidates only, in model order; lazy kernels stay lazy."""
+        chosen = set(names)
+        unknown = sorted(chosen - set(self.names))
+        if unknown:
+            raise TargetError(f"no kernel of a module {unknown[0]!r}; there are: {', '.join(self.names)}")
+        kept = [name for name in self.names if name in chosen]
+        blocks: Mapping[str, Tensor]
+        if isinstance(self.blocks, LazyBlocks):
+            blocks = SomeBlocks(self.blocks, kept)
+        else:
+            blocks = {name: self.blocks[name] for name in kept}
+        return replace(
+            self,
+            blocks=blocks,
+            num_parameters={name: self.num_parameters[name] for name in kept},
+            shapes={name: self.shapes[name] for name in kept},
+            spread={name: value for name, value in self.spread.items() if name in chosen},
         )
 
     def save(self, path: str | os.PathLike) -> None:

@@ -19,7 +19,7 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,17 @@ class BlocksOfRows(LazyBlocks):
 
     def __getitem__(self, name: str) -> Tensor:
         return self._blocks[name][self._rows][:, self._rows]
+
+
+class SomeBlocks(LazyBlocks):
+    """Those of other lazy blocks that have these names."""
+
+    def __init__(self, blocks: LazyBlocks, names: Iterable[str]) -> None:
+        super().__init__(dict.fromkeys(names), blocks.shape)
+        self._blocks = blocks
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._blocks[name]
 
 
 class ScaledBlocks(LazyBlocks):

@@ -15,7 +15,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from ..functional.spectrum import Spectrum
 from ..kernels.module_kernels import ModuleKernels
@@ -40,6 +40,7 @@ def explain(
     budget: Budget,
     num_parameters: Mapping[str, int],
     strategy: str,
+    avoided: Sequence[str] = (),
 ) -> dict[str, str]:
     """A sentence for every candidate."""
     ranks = {name: rank for rank, name in enumerate(rank_by_score(dict(singles), criterion), start=1)}
@@ -50,7 +51,9 @@ def explain(
     reasons = {}
     for name, score in singles.items():
         alone = f"alone {score:.4g}, rank {ranks[name]} of {len(singles)}"
-        if name in result.order:
+        if name in avoided:
+            reasons[name] = f"not chosen: left for last, for others can use the budget; {alone}"
+        elif name in result.order:
             place = result.order.index(name)
             before = result.path[place - 1] if place else result.start
             change = _change(criterion, before, result.path[place])
@@ -86,6 +89,7 @@ def notes_on(
     problem: Problem,
     chosen: Spectrum,
     reliability: Reliability | None = None,
+    avoided: Sequence[str] = (),
 ) -> tuple[str, ...]:
     """What would make a careful reader doubt the choice; empty where nothing does."""
     notes = []
@@ -145,12 +149,14 @@ def notes_on(
             f"The kernels of {len(wide)} of {len(singles)} modules differ by more than {WIDE_SPREAD:.0%} between "
             f"draws of LoRA's random A (most: {worst}, {wide[worst]:.0%}); more draws would make the scores surer."
         )
-    poolers = [name for name in result.order if "pooler" in name.split(".")]
-    if poolers:  # docs/choosing_modules.md#the-pooler
+    worst_chosen = min(criterion.utility(singles[name]) for name in result.order)
+    passed_over = [name for name in avoided if criterion.utility(singles[name]) > worst_chosen]
+    if passed_over:
         notes.append(
-            f"{poolers[0]} is chosen: it lies right below the head, and learns nearly what the head learns. In short "
-            "runs at small learning rates that paid; at large ones, and with few examples seen many times, it did "
-            "harm in our measurements. Leave it out of the candidates for those."
+            f"{', '.join(passed_over)}: left for last, though alone ahead of some that are chosen. A pooler lies "
+            "right below the head and learns nearly what the head learns; in our measurements it paid in short runs "
+            "at small learning rates, and did harm at large ones and where few examples are seen many times. Pass "
+            "avoid=() to have it chosen by its score."
         )
     return tuple(notes)
 

@@ -26,6 +26,7 @@ from ..errors import KernelError, PeftLinearError
 from ..functional.regression import select_ridge
 from ..functional.simulation import SMOOTHNESS
 from ..kernels.module_kernels import ModuleKernels
+from .avoided import AVOIDED, left_for_last
 from .budget import Budget, parse_budget
 from .criteria import DEFAULT_NAME, Criterion, resolve_criterion, score_modules
 from .heads import over_heads
@@ -86,6 +87,7 @@ def recommend(
     seed: int = 0,
     *,
     heads: Sequence[ModuleKernels] = (),
+    avoid: Sequence[str] = AVOIDED,
     optimizer: str | None = None,
     train_batch_size: int = BATCH_SIZE,
     learning_rate: float | None = None,
@@ -116,6 +118,8 @@ def recommend(
             that was trained for a moment (`training.workflow.through_heads`; `recommend_modules` makes them). Gradient
             energy is then the least of a module's shares through them (`selection.heads`), in place of its energy in
             `kernels`; predictions and spectra stay those of `kernels`.
+        avoid: Components of the names of candidates that are scored, but not chosen while others can use the budget:
+            by default BERT's pooler (docs/decisions/0012). (): none.
         optimizer: What the modules are to be trained with: "adamw" (Adam too) divides the kernel of every module by
             the size of its gradient, as Adam does its steps (`adam_preconditioned`); "sgd" takes kernels as they are,
             as the formulas of `CRITERIA` do. Default: "adamw" for "default-by-evidence", where the outputs determine
@@ -171,12 +175,16 @@ def recommend(
         judged = over_heads(as_trained)
         judged_problem = replace(problem, outputs=judged.outputs, output_kind=judged.output_kind)
     singles = score_modules(judged, chosen_criterion, judged_problem)
-    result = search(SubsetScorer(judged, chosen_criterion, judged_problem, singles), limit, strategy)
+    avoided = left_for_last(kernels.num_parameters, limit, avoid)
+    free = {name: score for name, score in singles.items() if name not in avoided}
+    candidates = judged.select_modules(free) if avoided else judged
+    result = search(SubsetScorer(candidates, chosen_criterion, judged_problem, free), limit, strategy)
+    result = replace(result, evaluations=result.evaluations + len(avoided))
     shown = singles
     if chosen_criterion.name != "condition_number" or seen is not kernels:
         shown = {name: kernels.spectrum([name]).condition_number(plain.ridge) for name in kernels.names}
     reliability = split_half_reliability(judged, chosen_criterion, judged_problem, scores=singles)
-    reasons = explain(result, singles, chosen_criterion, limit, kernels.num_parameters, strategy)
+    reasons = explain(result, singles, chosen_criterion, limit, kernels.num_parameters, strategy, avoided)
     scores = tuple(
         ModuleScore(
             name=name,
@@ -209,8 +217,11 @@ def recommend(
         ridge=plain.ridge,
         settings=_settings(seen, problem, chosen_criterion, limit, strategy, criterion, result, reliability)
         | _how_seen(optimizer, train_batch_size, chosen_criterion, heads)
+        | {"avoided": list(avoided)}
         | rank_basis(kernels, result.order, plain.ridge),
-        notes=notes_on(kernels, result, singles, chosen_criterion, judged_problem, spectra["chosen"], reliability),
+        notes=notes_on(
+            kernels, result, singles, chosen_criterion, judged_problem, spectra["chosen"], reliability, avoided
+        ),
         spectra=spectra,
     )
 

@@ -30,6 +30,7 @@ from ..capture.warm_head import STEPS as HEAD_STEPS
 from ..capture.warm_head import warmed_head
 from ..errors import PeftLinearError, TargetError
 from ..kernels.module_kernels import ModuleKernels
+from ..selection.avoided import AVOIDED
 from ..selection.budget import parse_budget
 from ..selection.criteria import DEFAULT_NAME, resolve_criterion
 from ..selection.preconditioning import BATCH_SIZE, check_optimizer
@@ -168,6 +169,7 @@ def recommend_modules(
     *,
     seed: int = 0,
     head_steps: int | None = None,
+    avoid: Sequence[str] = AVOIDED,
     optimizer: str | None = None,
     train_batch_size: int = BATCH_SIZE,
     learning_rate: float | None = None,
@@ -180,7 +182,7 @@ def recommend_modules(
     Args:
         model, batches: As for `compute_ntk`; the model is left as it was found.
         budget, criterion, ridge, strategy: As for `recommend`.
-        optimizer, train_batch_size, learning_rate, steps, folds: As for `recommend`.
+        avoid, optimizer, train_batch_size, learning_rate, steps, folds: As for `recommend`.
         head_steps: Steps that the task head is trained for, alone and for the moment (`warmed_head`). Gradient energy
             is the least of a module's shares through the head as it is and that one (default: 20 steps, where there is
             a head); 0: the head as it is. Other criteria look through that head alone where steps are given; their
@@ -204,6 +206,7 @@ def recommend_modules(
         strategy,
         seed,
         heads=heads,
+        avoid=avoid,
         optimizer=optimizer,
         train_batch_size=train_batch_size,
         learning_rate=learning_rate,

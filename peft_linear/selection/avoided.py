@@ -1,0 +1,47 @@
+# Copyright 2026 The peft-linear authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Candidates that a choice leaves for last, whatever their score."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from .budget import Budget
+
+
+# BERT's pooler lies right below a new head and learns nearly what the head learns: the best single module in short
+# runs at small rates, and the one that overfits and breaks first in others (docs/decisions/0012).
+AVOIDED = ("pooler",)
+
+
+def left_for_last(
+    num_parameters: Mapping[str, int], budget: Budget, avoid: Sequence[str] = AVOIDED
+) -> tuple[str, ...]:
+    """The candidates that a choice within the budget does without, in model order.
+
+    Args:
+        num_parameters: Of every candidate.
+        avoid: Components of module names: "pooler" is one of "bert.pooler.dense".
+
+    Returns:
+        Those with such a component. None where the others cannot use the budget: where it has room for all candidates,
+        for more modules than there are others, or for none of the others.
+    """
+    avoided = tuple(name for name in num_parameters if set(name.split(".")) & set(avoid))
+    others = [size for name, size in num_parameters.items() if name not in avoided]
+    if not others or budget.fits(len(num_parameters), sum(num_parameters.values())):
+        return ()
+    if budget.modules is not None:
+        return avoided if budget.modules <= len(others) else ()
+    return avoided if budget.fits(1, min(others)) else ()

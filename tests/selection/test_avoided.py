@@ -1,0 +1,111 @@
+# Copyright 2026 The peft-linear authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Candidates that are scored, but not chosen while others can use the budget."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from peft_linear import ModuleKernels, recommend, recommend_modules
+from peft_linear.errors import TargetError
+from peft_linear.selection.avoided import left_for_last
+from peft_linear.selection.budget import Budget
+from peft_linear.selection.search import STRATEGIES
+from tests.selection.planted import BERT_NAMES, planted_kernels
+from tests.small_models import bert, seeded, text_batches
+
+
+POOLER = "bert.pooler.dense"
+NAMES = (*BERT_NAMES[:5], POOLER)
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    """The pooler is the best by far, then one of the layers."""
+    planted = planted_kernels(names=NAMES, informative=(2, 5))
+    return replace(planted, blocks={n: planted[n] * (4.0 if n == POOLER else 1.0) for n in planted.names})
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("criterion", ["gradient_energy", "leave_one_out", "risk_reduction"])
+@pytest.mark.parametrize("budget", [1, 3, 5, 0.5, "2k"])
+def test_the_choice_is_that_among_the_others(kernels, strategy, criterion, budget):
+    rec = recommend(kernels, budget, criterion, strategy=strategy)
+    others = kernels.select_modules(BERT_NAMES[:5])
+    budget = budget if isinstance(budget, int) else f"{rec.settings['budget_parameters']}"
+    alone = recommend(others, budget, criterion, ridge=rec.ridge, strategy=strategy)
+    assert rec.modules == alone.modules and POOLER not in rec.modules
+    assert rec.settings["avoided"] == [POOLER] and alone.settings["avoided"] == []
+    assert [row.name for row in rec.scores if row.name != POOLER] == [row.name for row in alone.scores]
+    (row,) = (row for row in rec.scores if row.name == POOLER)
+    assert not row.chosen and "left for last" in row.reason
+
+
+def test_it_says_so_and_can_be_told_not_to(kernels):
+    rec = recommend(kernels, 2, "gradient_energy")
+    assert rec.scores[0].name == POOLER
+    assert any(note.startswith(f"{POOLER}: left for last") for note in rec.notes)
+    told = recommend(kernels, 2, "gradient_energy", avoid=())
+    assert told.modules[0] == POOLER and not any("left for last" in note for note in told.notes)
+    assert recommend(kernels, 2, "gradient_energy", avoid=["query"]).settings["avoided"] == [BERT_NAMES[0]]
+    weak = replace(kernels, blocks={n: kernels[n] * (1e-3 if n == POOLER else 1.0) for n in kernels.names})
+    assert not any("left for last" in note for note in recommend(weak, 2, "gradient_energy").notes)
+
+
+@pytest.mark.parametrize("budget", [6, 1.0, "6000"])
+def test_a_budget_for_all_takes_all(kernels, budget):
+    rec = recommend(kernels, budget, "gradient_energy")
+    assert set(rec.modules) == set(NAMES) and rec.settings["avoided"] == []
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 9), min_size=1, max_size=5),
+    poolers=st.lists(st.integers(1, 9), max_size=3),
+    modules=st.integers(1, 8),
+    parameters=st.integers(1, 80),
+)
+def test_it_is_none_where_the_others_cannot_use_the_budget(sizes, poolers, modules, parameters):
+    others = {f"layer.{i}": size for i, size in enumerate(sizes)}
+    everything = others | {f"x.{i}.pooler": size for i, size in enumerate(poolers)}
+    for budget in (Budget(modules, None), Budget(None, parameters)):
+        found = left_for_last(everything, budget)
+        assert set(found) <= set(everything) - set(others)
+        all_fit = budget.fits(len(everything), sum(everything.values()))
+        usable = modules <= len(others) if budget.modules else min(sizes) <= parameters
+        assert bool(found) == (bool(poolers) and not all_fit and usable)
+        assert not found or len(found) == len(poolers)
+
+
+def test_from_a_model():
+    model, batches = seeded(bert), text_batches()
+    rec = recommend_modules(model, batches, 3, progress=False)
+    assert rec.settings["avoided"] == [POOLER] and POOLER not in rec.modules
+    assert recommend_modules(model, batches, 3, avoid=(), progress=False).settings["avoided"] == []
+
+
+def test_selected_modules_are_the_same_blocks(kernels, tmp_path):
+    some = kernels.select_modules([POOLER, NAMES[1]])
+    assert some.names == (NAMES[1], POOLER) and some.num_parameters == {NAMES[1]: 1000, POOLER: 1000}
+    assert torch.equal(some[POOLER], kernels[POOLER]) and torch.equal(some.base, kernels.base)
+    kernels.save(tmp_path / "kernels.safetensors")
+    lazy = ModuleKernels.load(tmp_path / "kernels.safetensors", lazy=True).select_modules(some.names)
+    assert lazy.lazy and torch.equal(lazy.subset(), some.subset())
+    with pytest.raises(TargetError, match="no kernel of a module 'other'"):
+        kernels.select_modules(["other"])
