@@ -26,19 +26,20 @@ AVOIDED = ("pooler",)
 
 
 def left_for_last(
-    num_parameters: Mapping[str, int], budget: Budget, avoid: Sequence[str] = AVOIDED
+    num_parameters: Mapping[str, int], budget: Budget, avoid: str | Sequence[str] = AVOIDED
 ) -> tuple[str, ...]:
     """The candidates that a choice within the budget does without, in model order.
 
     Args:
         num_parameters: Of every candidate.
-        avoid: Components of module names: "pooler" is one of "bert.pooler.dense".
+        avoid: A component of module names, or several: "pooler" is one of "bert.pooler.dense".
 
     Returns:
         Those with such a component. None where the others cannot use the budget: where it has room for all candidates,
         for more modules than there are others, or for none of the others.
     """
-    avoided = tuple(name for name in num_parameters if set(name.split(".")) & set(avoid))
+    parts = {avoid} if isinstance(avoid, str) else set(avoid)
+    avoided = tuple(name for name in num_parameters if parts & set(name.split(".")))
     others = [size for name, size in num_parameters.items() if name not in avoided]
     if not others or budget.fits(len(num_parameters), sum(num_parameters.values())):
         return ()

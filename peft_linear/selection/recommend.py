@@ -87,7 +87,7 @@ def recommend(
     seed: int = 0,
     *,
     heads: Sequence[ModuleKernels] = (),
-    avoid: Sequence[str] = AVOIDED,
+    avoid: str | Sequence[str] = AVOIDED,
     optimizer: str | None = None,
     train_batch_size: int = BATCH_SIZE,
     learning_rate: float | None = None,

@@ -169,7 +169,7 @@ def recommend_modules(
     *,
     seed: int = 0,
     head_steps: int | None = None,
-    avoid: Sequence[str] = AVOIDED,
+    avoid: str | Sequence[str] = AVOIDED,
     optimizer: str | None = None,
     train_batch_size: int = BATCH_SIZE,
     learning_rate: float | None = None,

@@ -64,6 +64,7 @@ def test_it_says_so_and_can_be_told_not_to(kernels):
     told = recommend(kernels, 2, "gradient_energy", avoid=())
     assert told.modules[0] == POOLER and not any("left for last" in note for note in told.notes)
     assert recommend(kernels, 2, "gradient_energy", avoid=["query"]).settings["avoided"] == [BERT_NAMES[0]]
+    assert recommend(kernels, 2, "gradient_energy", avoid="query").settings["avoided"] == [BERT_NAMES[0]]
     weak = replace(kernels, blocks={n: kernels[n] * (1e-3 if n == POOLER else 1.0) for n in kernels.names})
     assert not any("left for last" in note for note in recommend(weak, 2, "gradient_energy").notes)
 
