@@ -89,6 +89,8 @@ class Chooser:
     def __init__(self, task: SelectionTask, table: Scores, seed: int, protocol: Protocol) -> None:
         self.task, self.table, self.seed = task, table, seed
         self.limits = amounts(task)
+        self.kernels: dict[str, ModuleKernels] = {}
+        self.sizes = {name: task.parameters([name], protocol.rank) for name in task.modules}
         self.shared = {"rank": protocol.rank, "lora_alpha": protocol.lora_alpha, "seed": seed, "progress": False}
 
     @cached_property
@@ -115,10 +117,11 @@ class Chooser:
         """As `recommend_modules` sees the model by default."""
         return look(*self.inputs, outputs=self.task.outputs, **self.shared)
 
-    @cached_property
-    def kernels(self) -> dict[str, ModuleKernels]:
-        arguments = {"outputs": self.task.outputs, **self.shared}
-        return {space: compute_ntk(*self.inputs, **arguments, **of_space) for space, of_space in SPACES.items()}
+    def kernels_of(self, space: str) -> ModuleKernels:
+        if space not in self.kernels:
+            arguments = {"outputs": self.task.outputs, **self.shared, **SPACES[space]}
+            self.kernels[space] = compute_ntk(*self.inputs, **arguments)
+        return self.kernels[space]
 
     def by_default(self) -> dict[str, tuple[str, ...]]:
         kernels, heads = self.seen
@@ -127,12 +130,15 @@ class Chooser:
         }
 
     def by_search(self, space: str, criterion: str, optimizer: str) -> dict[str, tuple[str, ...]]:
-        kernels = self.kernels[space]
-        return {w: recommend(kernels, of, criterion, optimizer=optimizer).modules for w, of in self.limits.items()}
+        """What the criterion itself takes: without `avoid`, which is the default's."""
+        kernels, how = self.kernels_of(space), {"optimizer": optimizer, "avoid": ()}
+        return {words: recommend(kernels, of, criterion, **how).modules for words, of in self.limits.items()}
 
     def by_score(self, name: str) -> dict[str, tuple[str, ...]]:
         order = sorted(self.task.modules, key=lambda module: -self.table[name][f"single {module}"])
-        return {words: _first(order, amount, self.seen[0]) for words, amount in self.limits.items()}
+        return {
+            words: fill(order, parse_budget(amount, self.sizes), self.sizes) for words, amount in self.limits.items()
+        }
 
     def by_rule(self, rule: str, draw: int = 0) -> dict[str, tuple[str, ...]]:
         try:
@@ -144,10 +150,6 @@ class Chooser:
 def _of_modules(criterion: str) -> bool:
     """Rivals' scores, and what is simulated: their sets are the best modules."""
     return criterion != DEFAULT and ("(" not in criterion or "(features" in criterion)
-
-
-def _first(order: Sequence[str], amount: int | float, kernels: ModuleKernels) -> tuple[str, ...]:
-    return fill(order, parse_budget(amount, kernels.num_parameters), kernels.num_parameters)
 
 
 def as_configurations(task: SelectionTask, picks: Picks, known: Sequence[Configuration]) -> list[Configuration]:

@@ -26,7 +26,7 @@ from ..errors import KernelError, PeftLinearError
 from ..functional.regression import select_ridge
 from ..functional.simulation import SMOOTHNESS
 from ..kernels.module_kernels import ModuleKernels
-from .avoided import AVOIDED, left_for_last
+from .avoided import AVOIDED, check_avoid, left_for_last
 from .budget import Budget, parse_budget
 from .criteria import DEFAULT_NAME, Criterion, resolve_criterion, score_modules
 from .heads import over_heads
@@ -137,13 +137,14 @@ def recommend(
         CriterionError: an unknown criterion or strategy.
         OutputError: the outputs do not provide what the criterion needs.
         KernelError: ridge ≤ 0, a kernel that is zero or not finite, or `heads` of other modules or examples.
-        PeftLinearError: `heads` with another criterion than gradient energy.
+        PeftLinearError: `heads` with another criterion than gradient energy; `avoid` that is no names.
     """
     limit = parse_budget(budget, kernels.num_parameters)
     as_it_is = Problem.of(kernels, ridge=1.0)
     chosen_criterion = resolve_criterion(criterion, as_it_is)
     strategy = check_strategy(strategy, len(kernels), limit, chosen_criterion)
     check_ridge(ridge)
+    check_avoid(avoid)
     optimizer = check_optimizer(optimizer, criterion, as_it_is, train_batch_size)
     if heads:
         if chosen_criterion.name != BY_HEADS:

@@ -30,7 +30,7 @@ from ..capture.warm_head import STEPS as HEAD_STEPS
 from ..capture.warm_head import warmed_head
 from ..errors import PeftLinearError, TargetError
 from ..kernels.module_kernels import ModuleKernels
-from ..selection.avoided import AVOIDED
+from ..selection.avoided import AVOIDED, check_avoid
 from ..selection.budget import parse_budget
 from ..selection.criteria import DEFAULT_NAME, resolve_criterion
 from ..selection.preconditioning import BATCH_SIZE, check_optimizer
@@ -59,6 +59,7 @@ def check_request(
     optimizer: str | None = None,
     head_steps: int | None = None,
     train_batch_size: int = BATCH_SIZE,
+    avoid: str | Sequence[str] = AVOIDED,
     **ntk: Any,
 ) -> tuple[str, ...]:
     """Refuses a recommendation that cannot be made, before any pass through the model; returns the candidates' names.
@@ -73,6 +74,7 @@ def check_request(
     if unknown:
         raise PeftLinearError(f"unknown arguments {', '.join(unknown)}; compute_ntk takes: {', '.join(accepted)}")
     check_ridge(ridge)
+    check_avoid(avoid)
     kind = ntk.get("outputs") or default_outputs(model)
     labelled = _labelled(kind)
     resolved = resolve_criterion(criterion, labelled)
@@ -195,7 +197,7 @@ def recommend_modules(
     Raises:
         PeftLinearError: or one of its kin, as `compute_ntk` and `recommend`.
     """
-    check_request(model, budget, criterion, ridge, strategy, optimizer, head_steps, train_batch_size, **ntk)
+    check_request(model, budget, criterion, ridge, strategy, optimizer, head_steps, train_batch_size, avoid, **ntk)
     ntk.setdefault("outputs", default_outputs(model))
     kernels, heads = look(model, batches, criterion, head_steps, seed=seed, **ntk)
     return recommend(

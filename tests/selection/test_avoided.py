@@ -23,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peft_linear import ModuleKernels, recommend, recommend_modules
-from peft_linear.errors import TargetError
+from peft_linear.errors import PeftLinearError, TargetError
 from peft_linear.selection.avoided import left_for_last
 from peft_linear.selection.budget import Budget
 from peft_linear.selection.search import STRATEGIES
@@ -99,6 +99,16 @@ def test_from_a_model():
     rec = recommend_modules(model, batches, 3, progress=False)
     assert rec.settings["avoided"] == [POOLER] and POOLER not in rec.modules
     assert recommend_modules(model, batches, 3, avoid=(), progress=False).settings["avoided"] == []
+
+
+@pytest.mark.parametrize("avoid", [3, None, [1], (None,)])
+def test_what_names_nothing_is_refused(kernels, avoid, monkeypatch):
+    with pytest.raises(PeftLinearError, match="avoid must be parts of module names"):
+        recommend(kernels, 2, "gradient_energy", avoid=avoid)
+    model = seeded(bert)
+    monkeypatch.setattr(model, "forward", None)  # it is refused before any pass
+    with pytest.raises(PeftLinearError, match="avoid must be parts of module names"):
+        recommend_modules(model, text_batches(), 3, avoid=avoid)
 
 
 def test_selected_modules_are_the_same_blocks(kernels, tmp_path):
