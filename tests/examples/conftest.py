@@ -18,6 +18,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from cli.tiny import save_model
+from paper_data import modules_of
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -44,3 +46,15 @@ def load_script():
         return sys.modules[name]
 
     return load
+
+
+@pytest.fixture(scope="session")
+def paper(load_script):
+    """The modules of `examples/paper`."""
+    return modules_of(load_script("paper/run.py"))
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """The folder of a small pretrained encoder with its tokenizer."""
+    return str(save_model(tmp_path_factory.mktemp("tiny")))

@@ -17,18 +17,7 @@ import json
 
 import datasets
 import pytest
-from cli.tiny import save_model
-from paper_data import GLUE_COLUMNS, HUB, as_on_the_hub, modules_of, words
-
-
-@pytest.fixture(scope="module")
-def paper(load_script):
-    return modules_of(load_script("paper/run.py"))
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return str(save_model(tmp_path_factory.mktemp("tiny")))
+from paper_data import GLUE_COLUMNS, HUB, as_on_the_hub, words
 
 
 @pytest.mark.parametrize("name", list(HUB))
