@@ -66,11 +66,12 @@ SHOWN_BY_RATE = (
     "condition_number (lora, 8 draws)",
     PARAMETERS,
 )
-VIEWS: dict[str, tuple[bool, float | None]] = {  # whether the rate decays, and the rate; None: each set's own
-    "one_rate": (False, ONE_RATE),
-    "tuned": (False, None),
-    "decayed_one_rate": (True, ONE_RATE),
-    "decayed": (True, None),
+CONSTANT_RATE, DECAYING_RATE = "constant", "decayed"  # the protocols
+VIEWS: dict[str, tuple[str, float | None]] = {  # the protocol and the rate; None: each set's own
+    "one_rate": (CONSTANT_RATE, ONE_RATE),
+    "tuned": (CONSTANT_RATE, None),
+    "decayed_one_rate": (DECAYING_RATE, ONE_RATE),
+    "decayed": (DECAYING_RATE, None),
 }
 
 
@@ -99,7 +100,7 @@ def train_missing(
     stages: Collection[str],
 ) -> None:
     """What these of the stages `TRAINING` ask for."""
-    truth, decayed = (truth_of(task, options, output, decays) for decays in (False, True))
+    truth, decayed = (truth_of(task, options, output, name) for name in (CONSTANT_RATE, DECAYING_RATE))
     if "truth" in stages:
         measure(truth, sets, options.seeds)
     if "one_rate" in stages:
@@ -138,10 +139,10 @@ def report(options: argparse.Namespace, output: Path) -> None:
             continue
         table, seconds = scored(task, sets, options, output)
         chosen = chosen_before(task, Chooser(task, table, SCORE_SEED, options.protocol).selectors, SCORE_SEED, records)
-        truths = {decays: truth_of(task, options, output, decays) for decays in options.protocols}
-        rates[key] = by_rate(truths[False], sets, table, SHOWN_BY_RATE, options.seeds[0])
-        for view, (decays, rate) in VIEWS.items():
-            truth = truths[decays]
+        truths = {name: truth_of(task, options, output, name) for name in options.protocols}
+        rates[key] = by_rate(truths[CONSTANT_RATE], sets, table, SHOWN_BY_RATE, options.seeds[0])
+        for view, (protocol, rate) in VIEWS.items():
+            truth = truths[protocol]
             seeds = most_seeds(truth, sets, options.seeds, rate)
             if not seeds:
                 print(f"{key}: too little is trained, left out of “{view}”", file=sys.stderr)
@@ -158,7 +159,7 @@ def report(options: argparse.Namespace, output: Path) -> None:
     command = " ".join(["python examples/benchmarks/selection.py", *options.command])
     setting = {
         **setting_of(options),
-        "protocol with decay": options.protocols[True].setting(),
+        "protocol with decay": options.protocols[DECAYING_RATE].setting(),
         "one learning rate": ONE_RATE,
         "hours of training": round(hours(options, output), 2),
         **circumstances(command, options.date),
@@ -211,16 +212,17 @@ def most_seeds(truth: Truth, sets: Sequence[Configuration], seeds: Sequence[int]
 
 def hours(options: argparse.Namespace, output: Path) -> float:
     """Of all training runs that are on disk."""
-    files = [truth_file(output, key, decays) for key in options.tasks for decays in (False, True)]
+    files = [truth_file(output, key, protocol) for key in options.tasks for protocol in options.protocols]
     return sum(line.get("seconds", 0.0) for file in files for line in read_lines(file)) / 3600
 
 
-def truth_of(task: SelectionTask, options: argparse.Namespace, output: Path, decays: bool = False) -> Truth:
-    return Truth.at(truth_file(output, task.key, decays), task, options.protocols[decays], options.sizes)
+def truth_of(task: SelectionTask, options: argparse.Namespace, output: Path, protocol: str) -> Truth:
+    return Truth.at(truth_file(output, task.key, protocol), task, options.protocols[protocol], options.sizes)
 
 
-def truth_file(output: Path, key: str, decays: bool) -> Path:
-    return output / f"truth_{key}{'_decayed' if decays else ''}.jsonl"
+def truth_file(output: Path, key: str, protocol: str) -> Path:
+    suffix = "" if protocol == CONSTANT_RATE else f"_{protocol}"
+    return output / f"truth_{key}{suffix}.jsonl"
 
 
 def score_records(task: SelectionTask, options: argparse.Namespace, output: Path) -> Records:
@@ -249,12 +251,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--date", help="of the report (default: today)")
     options = parser.parse_args(argv)
     options.command = list(argv if argv is not None else sys.argv[1:])
-    options.sizes, options.protocols = Sizes(), {False: CONSTANT, True: DECAYED}  # by whether the rate decays
+    options.sizes, options.protocols = Sizes(), {CONSTANT_RATE: CONSTANT, DECAYING_RATE: DECAYED}
     if options.quick:
         options.sizes = QUICK_SIZES
-        options.protocols = {decays: replace(quick(of), rank=2) for decays, of in options.protocols.items()}
+        options.protocols = {name: replace(quick(of), rank=2) for name, of in options.protocols.items()}
         options.seeds, options.random_sets = options.seeds[:2], 1
-    options.protocol = options.protocols[False]  # what the scores know of training
+    options.protocol = options.protocols[CONSTANT_RATE]  # what the scores know of training
     return options
 
 
