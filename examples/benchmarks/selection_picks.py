@@ -32,6 +32,7 @@ from torch import nn
 
 from peft_linear import ModuleKernels, compute_ntk, recommend
 from peft_linear.errors import TargetError
+from peft_linear.selection.avoided import AVOIDED, left_for_last
 from peft_linear.selection.baselines import BASELINES, baseline
 from peft_linear.selection.budget import fill, parse_budget
 from peft_linear.training.workflow import look
@@ -44,6 +45,9 @@ RULES = tuple(name for name in BASELINES if name not in ("all_linear", "gradient
 RANDOM_DRAWS = 3
 RANDOM = "random"
 RECOMMENDED = "recommend_modules"  # with its defaults
+FREELY = f"{RECOMMENDED}, nothing avoided"
+AVOIDING = "{}, pooler last"  # a rival that avoids what `recommend_modules` does
+RIVALS_AVOIDING = ("fisher", "page")
 
 Picks = dict[str, dict[str, tuple[str, ...]]]  # selector -> budget -> modules
 
@@ -95,7 +99,10 @@ class Chooser:
 
     @cached_property
     def selectors(self) -> dict[str, Callable[[], dict[str, tuple[str, ...]]]]:
-        found: dict[str, Callable[[], dict[str, tuple[str, ...]]]] = {RECOMMENDED: self.by_default}
+        found: dict[str, Callable[[], dict[str, tuple[str, ...]]]] = {
+            RECOMMENDED: self.by_default,
+            FREELY: partial(self.by_default, avoid=()),
+        }
         for space in SPACES:
             for criterion, suffix in product(SEARCHED, ("", BY_ADAM)):
                 name = f"{criterion}{suffix} ({space})"
@@ -104,6 +111,8 @@ class Chooser:
         for name in self.table:
             if name not in found and _of_modules(name):
                 found[name] = partial(self.by_score, name)
+                if name in RIVALS_AVOIDING:
+                    found[AVOIDING.format(name)] = partial(self.by_score, name, avoid=AVOIDED)
         draws = {f"{RANDOM} {draw}": partial(self.by_rule, RANDOM, draw) for draw in range(RANDOM_DRAWS)}
         return found | {name: partial(self.by_rule, name) for name in RULES} | draws
 
@@ -123,22 +132,25 @@ class Chooser:
             self.kernels[space] = compute_ntk(*self.inputs, **arguments)
         return self.kernels[space]
 
-    def by_default(self) -> dict[str, tuple[str, ...]]:
+    def by_default(self, avoid: Sequence[str] = AVOIDED) -> dict[str, tuple[str, ...]]:
         kernels, heads = self.seen
-        return {
-            w: recommend(kernels, amount, heads=heads, seed=self.seed).modules for w, amount in self.limits.items()
-        }
+        arguments = {"heads": heads, "seed": self.seed, "avoid": avoid}
+        return {words: recommend(kernels, amount, **arguments).modules for words, amount in self.limits.items()}
 
     def by_search(self, space: str, criterion: str, optimizer: str) -> dict[str, tuple[str, ...]]:
         """What the criterion itself takes: without `avoid`, which is the default's."""
         kernels, how = self.kernels_of(space), {"optimizer": optimizer, "avoid": ()}
         return {words: recommend(kernels, of, criterion, **how).modules for words, of in self.limits.items()}
 
-    def by_score(self, name: str) -> dict[str, tuple[str, ...]]:
+    def by_score(self, name: str, avoid: Sequence[str] = ()) -> dict[str, tuple[str, ...]]:
         order = sorted(self.task.modules, key=lambda module: -self.table[name][f"single {module}"])
-        return {
-            words: fill(order, parse_budget(amount, self.sizes), self.sizes) for words, amount in self.limits.items()
-        }
+
+        def within_budget(amount: int | float) -> tuple[str, ...]:
+            budget = parse_budget(amount, self.sizes)
+            last = left_for_last(self.sizes, budget, avoid)
+            return fill([module for module in order if module not in last], budget, self.sizes)
+
+        return {words: within_budget(amount) for words, amount in self.limits.items()}
 
     def by_rule(self, rule: str, draw: int = 0) -> dict[str, tuple[str, ...]]:
         try:

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -237,11 +237,19 @@ def looks_of(task: SelectionTask) -> list[str]:
 
 
 def measure_scores(
-    task: SelectionTask, sets: Sequence[Configuration], seed: int, protocol: Protocol, records: Records
+    task: SelectionTask,
+    sets: Sequence[Configuration],
+    seed: int,
+    protocol: Protocol,
+    records: Records,
+    looks: Iterable[str] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """{look: its record}, computed where `records` lacks it. A record has the scores, and the seconds they took."""
+    """{look: its record} of these `looks`, or all, computed where `records` lacks it.
+
+    A record has the scores, and the seconds they took.
+    """
     found = {}
-    for name in looks_of(task):
+    for name in looks_of(task) if looks is None else looks:
         key = (task.key, name, seed)
         if key not in records:
             start = time.perf_counter()

@@ -28,13 +28,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from common import DEMO_MODEL, Task, load_quietly, load_task
 from forgetting_lm import LanguageModelOptions, LanguageModelSetting, read_corpus
 from forgetting_training import Protocol as LanguageModelProtocol
+from selection_vision import image_batch, pretrained_on_digits, read_digits, with_new_head
 from torch import Tensor, nn
-from transformers import ViTConfig, ViTForImageClassification, set_seed
+from transformers import ViTForImageClassification
 
 from peft_linear.capture.targets import resolve_always_trained, resolve_targets
 from peft_linear.cli.data import TextData, collator, tokenize
@@ -191,15 +191,25 @@ def from_sections(chosen: Sequence[str], sections: Mapping[str, list[str]], size
 
 def language_model(sizes: Sizes, cache: Path) -> SelectionTask:
     """A GPT-2 of four layers, pretrained on all sections but one, which it then learns."""
+    return of_section("language_model", "a language model learns a new section", "science", sizes, cache)
+
+
+def of_section(
+    key: str, words: str, section: str, sizes: Sizes, cache: Path, family: str = "validation"
+) -> SelectionTask:
+    """A language model that is pretrained on all sections but one learns that one."""
     options = LanguageModelOptions(
-        pretrain_steps=sizes.pretrain_steps, train=sizes.train, test=sizes.test + sizes.validation
+        section=section,
+        pretrain_steps=sizes.pretrain_steps,
+        train=sizes.train,
+        test=sizes.test + sizes.validation,
     )
     setting = LanguageModelSetting(options, LanguageModelProtocol(1, 1, 0.0), cache)
     train, validation, test = setting.split(0)
     return SelectionTask(
-        key="language_model",
-        words="a language model learns a new section",
-        family="validation",
+        key=key,
+        words=words,
+        family=family,
         make_model=lambda seed: copy.deepcopy(setting.base),
         train=train,
         validation=validation[: sizes.validation],
@@ -221,70 +231,32 @@ def language_batch(texts: Sequence[list[int]]) -> Batch:
 
 def digits(sizes: Sizes, cache: Path) -> SelectionTask:
     """A vision transformer on scikit-learn's digits: pretrained to tell 0 to 4 apart, it then learns 5 to 9."""
-    from sklearn.datasets import load_digits
+    return of_digits("digits", "a vision transformer learns new digits, 5 classes", "test", range(5), sizes, cache)
 
-    images, numbers = load_digits(return_X_y=True)
-    order = np.random.default_rng(0).permutation(len(numbers))
-    examples = [(torch.tensor(images[i] / 8 - 1, dtype=torch.float32).view(1, 8, 8), int(numbers[i])) for i in order]
-    old = [(image, number) for image, number in examples if number < 5]
-    new = [(image, number - 5) for image, number in examples if number >= 5]
-    folder = cache / f"digits_{sizes.layers}_{sizes.pretrain_steps}"
-    if not folder.is_dir():
-        with atomic_directory(folder) as temporary:
-            pretrained_on_digits(old, sizes).save_pretrained(temporary)
-    pretrained = ViTForImageClassification.from_pretrained(folder)
+
+def of_digits(
+    key: str, words: str, family: str, known: Sequence[int], sizes: Sizes, cache: Path, train: int | None = None
+) -> SelectionTask:
+    """A vision transformer that is pretrained on the digits `known` learns the others, from `train` examples."""
+    old, new = read_digits(known)
+    name = f"digits_{sizes.layers}_{sizes.pretrain_steps}"
+    if list(known) != list(range(5)):
+        name += "_" + "".join(map(str, known))
+    if not (cache / name).is_dir():
+        with atomic_directory(cache / name) as temporary:
+            pretrained_on_digits(old, sizes.layers, sizes.pretrain_steps).save_pretrained(temporary)
+    pretrained = ViTForImageClassification.from_pretrained(cache / name)
     first, second = sizes.validation, sizes.validation + sizes.test
     return SelectionTask(
-        key="digits",
-        words="a vision transformer learns new digits, 5 classes",
-        family="test",
+        key=key,
+        words=words,
+        family=family,
         make_model=lambda seed: with_new_head(pretrained, seed),
-        train=new[second:][: sizes.train],
+        train=new[second:][: train or sizes.train],
         validation=new[:first],
         test=new[first:second],
         batch=image_batch,
     )
-
-
-def image_batch(examples: Sequence[tuple[Tensor, int]]) -> Batch:
-    images, labels = zip(*examples, strict=True)
-    return {"pixel_values": torch.stack(images), "labels": torch.tensor(labels)}
-
-
-def pretrained_on_digits(examples: Sequence[tuple[Tensor, int]], sizes: Sizes) -> nn.Module:
-    """AdamW with a linear decay on images shifted by up to a pixel."""
-    set_seed(0)
-    config = ViTConfig(
-        image_size=8,
-        patch_size=2,
-        num_channels=1,
-        hidden_size=64,
-        num_hidden_layers=sizes.layers,
-        num_attention_heads=4,
-        intermediate_size=128,
-        num_labels=5,
-    )
-    model, generator = ViTForImageClassification(config).train(), random.Random(0)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
-    for step in range(sizes.pretrain_steps):
-        for group in optimizer.param_groups:
-            group["lr"] = 1e-3 * (1 - step / sizes.pretrain_steps)
-        batch = image_batch(generator.sample(list(examples), 32))
-        shift = (generator.randint(-1, 1), generator.randint(-1, 1))
-        batch["pixel_values"] = torch.roll(batch["pixel_values"], shift, dims=(2, 3))
-        optimizer.zero_grad()
-        model(**batch).loss.backward()
-        optimizer.step()
-    return model.eval()
-
-
-def with_new_head(pretrained: nn.Module, seed: int) -> nn.Module:
-    model = copy.deepcopy(pretrained)
-    set_seed(seed)
-    model.classifier = nn.Linear(model.config.hidden_size, model.config.num_labels)
-    nn.init.normal_(model.classifier.weight, std=0.02)
-    nn.init.zeros_(model.classifier.bias)
-    return model.eval()
 
 
 TASKS: dict[str, Callable[[Sizes, Path], SelectionTask]] = {
