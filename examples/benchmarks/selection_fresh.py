@@ -48,19 +48,22 @@ from selection_analysis import Mean, mean_over_tasks
 from selection_fresh_tasks import KINDS, fresh_task
 from selection_picks import AVOIDING, FREELY, RECOMMENDED, as_configurations, choose, chosen_before
 from selection_scores import SCORE_SEED, measure_scores, table_of
-from selection_sets import ALL_LINEAR, Configuration, configurations
+from selection_sets import ALL_LINEAR, FRACTIONS, Configuration, configurations
 from selection_tasks import QUICK_SIZES, SelectionTask, Sizes
 from selection_training import DECAYED, quick
 from selection_truth import ONE_RATE, Truth, measure_at_one_rate
 
 from peft_linear.files import write_text
 from peft_linear.report.markdown import markdown_table
+from peft_linear.selection.avoided import AVOIDED
 
 
 SCORED = ("fisher", "page", "gora", "eva")
 SELECTORS = (RECOMMENDED, FREELY, *SCORED, AVOIDING.format("fisher"), "qv", "random 0")
 TASKS = (*(f"text_{n}" for n in range(8)), *(f"vision_{n}" for n in range(8)), *(f"language_{n}" for n in range(2)))
 STAGES = ("train", "report")
+ALL_BUT_AVOIDED = "all linear, without the pooler"
+QUARTER = f"{FRACTIONS[-1]:.0%} of the parameters"
 COLORS = {"text": "#30638e", "vision": "#d1495b", "language": "#edae49"}
 KEPT = ("task", "look", "seed")
 
@@ -73,7 +76,7 @@ class Finished:
 
     task: SelectionTask
     losses: Losses
-    all_linear: float
+    references: dict[str, float]  # set -> test loss of what needs no choice
 
     @property
     def kind(self) -> str:
@@ -118,7 +121,8 @@ def measured(task: SelectionTask, options: argparse.Namespace) -> Finished | Non
         table = table_of(task, singles, looks, options.protocol.rank)
         choose(task, table, SCORE_SEED, options.protocol, records, SELECTORS)
     picks = chosen_before(task, SELECTORS, SCORE_SEED, records)
-    sets = [Configuration(ALL_LINEAR, tuple(task.modules)), *as_configurations(task, picks, ())]
+    references = references_of(task)
+    sets = [*references, *as_configurations(task, picks, references)]
     truth = Truth.at(output / f"truth_{task.key}.jsonl", task, options.protocol, options.sizes)
     if "train" in options.stages:
         measure_at_one_rate(truth, sets, options.seeds)
@@ -134,7 +138,15 @@ def measured(task: SelectionTask, options: argparse.Namespace) -> Finished | Non
         name: {words: reached[tuple(sorted(modules, key=order.index))] for words, modules in of.items()}
         for name, of in picks.items()
     }
-    return Finished(task, losses, reached[tuple(order)])
+    return Finished(task, losses, {c.key: reached[c.modules] for c in references})
+
+
+def references_of(task: SelectionTask) -> list[Configuration]:
+    """All linear modules; and all but those that the default leaves for last, where there are such."""
+    names = tuple(task.modules)
+    kept = tuple(name for name in names if not set(AVOIDED) & set(name.split(".")))
+    found = [Configuration(ALL_LINEAR, names), Configuration(ALL_BUT_AVOIDED, kept)]
+    return found if kept != names else found[:1]
 
 
 def compared(found: Sequence[Finished]) -> dict[str, tuple[Mean, Mean, int]]:
@@ -191,10 +203,17 @@ def report(found: Sequence[Finished], options: argparse.Namespace) -> None:
         text += [f"## {kind.capitalize()}", table([of for of in found if of.kind == kind])]
     shown = (RECOMMENDED, "fisher", "page", "eva", "qv", "random 0")
     rows = [
-        (of.task.key, of.task.words, f"{of.all_linear:.3f}", *(f"{of.regret(name):.3f}" for name in shown))
+        (
+            of.task.key,
+            of.task.words,
+            *(f"{of.references[key]:.3f}" if key in of.references else "–" for key in (ALL_LINEAR, ALL_BUT_AVOIDED)),
+            f"{of.losses[RECOMMENDED][QUARTER]:.3f}",
+            *(f"{of.regret(name):.3f}" for name in shown),
+        )
         for of in found
     ]
-    header = ("task", "what", "loss: all linear", *(f"regret: `{name}`" for name in shown))
+    losses = (ALL_LINEAR, ALL_BUT_AVOIDED, f"the default's {QUARTER}")
+    header = ("task", "what", *(f"loss: {name}" for name in losses), *(f"regret: `{name}`" for name in shown))
     text += [
         "## Task by task",
         markdown_table(header, rows, right=range(2, len(header))),
@@ -203,7 +222,7 @@ def report(found: Sequence[Finished], options: argparse.Namespace) -> None:
     ]
     draw(found, output / "figure.png")
     write_text(output / "README.md", "\n\n".join(text) + "\n")
-    tasks = {of.task.key: {"words": of.task.words, "losses": of.losses, "all_linear": of.all_linear} for of in found}
+    tasks = {of.task.key: {"words": of.task.words, "losses": of.losses, "references": of.references} for of in found}
     write_text(output / "results.json", json.dumps({**setting, "tasks": tasks}, indent=1) + "\n")
 
 

@@ -42,7 +42,7 @@ def finished(script, key, **losses):
     task = SimpleNamespace(key=key, words="planted")
     rest = dict.fromkeys(set(script.SELECTORS) - set(losses), (5.0, 5.0))
     found = {name: dict(zip("ab", values, strict=True)) for name, values in {**rest, **losses}.items()}
-    return script.Finished(task, found, 1.0)
+    return script.Finished(task, found, {"all linear": 1.0})
 
 
 def test_selectors_are_compared_task_by_task(script):
@@ -59,6 +59,17 @@ def test_selectors_are_compared_task_by_task(script):
     assert rows["qv"][1].mean == 0.125 and rows["qv"][2] == 1
     assert next(iter(rows)) == default and rows[default][2] == 0
     assert "| `fisher` | +0.500 | +0.125 | 1 of 2 |" in script.table(found)
+
+
+def test_all_but_the_pooler_is_a_reference_where_there_is_one(script):
+    names = ("bert.encoder.layer.0.output.dense", "bert.pooler.dense")
+    found = script.references_of(SimpleNamespace(modules=dict.fromkeys(names, (1, 1))))
+    assert [(c.key, c.modules) for c in found] == [
+        ("all linear", names),
+        ("all linear, without the pooler", names[:1]),
+    ]
+    (one,) = script.references_of(SimpleNamespace(modules={names[0]: (1, 1)}))
+    assert one.key == "all linear"
 
 
 def test_a_number_draws_one_task(fresh, script, tmp_path):
@@ -98,7 +109,9 @@ def test_every_selectors_modules_are_trained_and_reported(output):
     assert set(results["tasks"]) == {"vision_0", "vision_1"} and results["seeds"] == [0, 1]
     runs = [json.loads(line) for line in (folder / "truth_vision_0.jsonl").read_text().splitlines()[1:]]
     of_all = [run["budgets"]["2"]["test_loss"] for run in runs if run["configuration"] == "all linear"]
-    assert results["tasks"]["vision_0"]["all_linear"] == pytest.approx(sum(of_all) / 2) and len(of_all) == 2
+    assert (
+        results["tasks"]["vision_0"]["references"]["all linear"] == pytest.approx(sum(of_all) / 2) and len(of_all) == 2
+    )
     losses = results["tasks"]["vision_0"]["losses"]
     assert all(set(of) == set(losses["qv"]) and len(of) == 5 for of in losses.values()) and len(losses) == 9
     report = (folder / "README.md").read_text(encoding="utf-8")
