@@ -101,10 +101,11 @@ def notes_on(
     if reliability is not None and not reliability.signal:
         parameters = sum(kernels.num_parameters[name] for name in result.order)
         rank = equal_parameter_rank(kernels, parameters)
+        without = f"; with few examples leave out {', '.join(avoided)}" if avoided else ""
         notes.append(
             f"No signal: between two halves of the examples the order of the candidates has a rank correlation of "
             f"{reliability.halves:.2f}, which chance gives too (up to {reliability.threshold:.2f}). Pass more "
-            f"examples, or adapt all {len(singles)} candidates at rank {rank}, which has about as many parameters."
+            f"examples, or adapt all {len(singles)} candidates at rank {rank}, which has about as many parameters{without}."
         )
     low, high = min(singles.values()), max(singles.values())
     largest = max(abs(low), abs(high))

@@ -57,6 +57,14 @@ def test_the_choice_is_that_among_the_others(kernels, strategy, criterion, budge
     assert not row.chosen and "left for last" in row.reason
 
 
+def test_without_a_signal_all_are_advised_but_it_where_examples_are_few():
+    planted = planted_kernels(names=(*BERT_NAMES, POOLER), seed=1, examples=40, informative=())
+    (note,) = (note for note in recommend(planted, 9).notes if note.startswith("No signal"))
+    assert note.endswith("which has about as many parameters; with few examples leave out bert.pooler.dense.")
+    (note,) = (note for note in recommend(planted, 9, avoid=()).notes if note.startswith("No signal"))
+    assert note.endswith("which has about as many parameters.")
+
+
 def test_it_says_so_and_can_be_told_not_to(kernels):
     rec = recommend(kernels, 2, "gradient_energy")
     assert rec.scores[0].name == POOLER
