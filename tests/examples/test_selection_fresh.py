@@ -113,7 +113,7 @@ def test_every_selectors_modules_are_trained_and_reported(output):
         results["tasks"]["vision_0"]["references"]["all linear"] == pytest.approx(sum(of_all) / 2) and len(of_all) == 2
     )
     losses = results["tasks"]["vision_0"]["losses"]
-    assert all(set(of) == set(losses["qv"]) and len(of) == 5 for of in losses.values()) and len(losses) == 9
+    assert all(set(of) == set(losses["qv"]) and len(of) == 5 for of in losses.values()) and len(losses) == 10
     report = (folder / "README.md").read_text(encoding="utf-8")
     assert "## All 2 tasks" in report and "2026-01-01" in report and "| `recommend_modules` |" in report
     assert (folder / "figure.png").stat().st_size > 20_000
