@@ -105,7 +105,8 @@ def notes_on(
         notes.append(
             f"No signal: between two halves of the examples the order of the candidates has a rank correlation of "
             f"{reliability.halves:.2f}, which chance gives too (up to {reliability.threshold:.2f}). Pass more "
-            f"examples, or adapt all {len(singles)} candidates at rank {rank}, which has about as many parameters{without}."
+            f"examples, or adapt all {len(singles)} candidates at rank {rank}, which has about as many parameters"
+            f"{without}."
         )
     low, high = min(singles.values()), max(singles.values())
     largest = max(abs(low), abs(high))
