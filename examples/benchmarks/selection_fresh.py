@@ -46,9 +46,18 @@ from matplotlib.figure import Figure
 from records import Records, circumstances
 from selection_analysis import Mean, mean_over_tasks
 from selection_fresh_tasks import KINDS, fresh_task
-from selection_picks import AVOIDING, FREELY, RECOMMENDED, as_configurations, choose, chosen_before
+from selection_picks import (
+    AVOIDING,
+    FREELY,
+    RANDOM,
+    RANDOM_DRAWS,
+    RECOMMENDED,
+    as_configurations,
+    choose,
+    chosen_before,
+)
 from selection_scores import SCORE_SEED, measure_scores, table_of
-from selection_sets import ALL_LINEAR, FRACTIONS, Configuration, configurations
+from selection_sets import ALL_LINEAR, FRACTIONS, HEAD_ONLY, Configuration, configurations
 from selection_tasks import QUICK_SIZES, SelectionTask, Sizes
 from selection_training import DECAYED, quick
 from selection_truth import ONE_RATE, Truth, measure_at_one_rate
@@ -59,7 +68,9 @@ from peft_linear.selection.avoided import AVOIDED
 
 
 SCORED = ("fisher", "page", "gora", "eva")
-SELECTORS = (RECOMMENDED, FREELY, *SCORED, AVOIDING.format("fisher"), "qv", "mlp_only", "random 0")
+DRAWS = tuple(f"{RANDOM} {draw}" for draw in range(RANDOM_DRAWS))
+SELECTORS = (RECOMMENDED, FREELY, *SCORED, AVOIDING.format("fisher"), "qv", "mlp_only", *DRAWS)
+COMPARED = (*SELECTORS[: -len(DRAWS)], RANDOM)  # the mean of the draws
 TASKS = (*(f"text_{n}" for n in range(5)), *(f"vision_{n}" for n in range(8)), "language_0")
 STAGES = ("train", "report")
 ALL_BUT_AVOIDED = "all linear, without the pooler"
@@ -124,6 +135,8 @@ def measured(task: SelectionTask, options: argparse.Namespace) -> Finished | Non
     picks = chosen_before(task, SELECTORS, SCORE_SEED, records)
     references = references_of(task)
     sets = [*references, *as_configurations(task, picks, references)]
+    if not all(modules for of in picks.values() for modules in of.values()):  # nothing of its kind fits
+        sets.append(Configuration(HEAD_ONLY, ()))
     truth = Truth.at(output / f"truth_{task.key}.jsonl", task, options.protocol, options.sizes)
     if "train" in options.stages:
         measure_at_one_rate(truth, sets, options.seeds)
@@ -139,6 +152,8 @@ def measured(task: SelectionTask, options: argparse.Namespace) -> Finished | Non
         name: {words: reached[tuple(sorted(modules, key=order.index))] for words, modules in of.items()}
         for name, of in picks.items()
     }
+    draws = [losses.pop(name) for name in DRAWS]
+    losses[RANDOM] = {words: statistics.fmean(draw[words] for draw in draws) for words in draws[0]}
     return Finished(task, losses, {c.key: reached[c.modules] for c in references})
 
 
@@ -156,7 +171,7 @@ def compared(found: Sequence[Finished]) -> dict[str, tuple[Mean, Mean, int]]:
     Regret and excess are means over tasks.
     """
     rows = {}
-    for name in SELECTORS:
+    for name in COMPARED:
         excess = [of.excess(name, RECOMMENDED) for of in found]
         rows[name] = (
             mean_over_tasks([[of.regret(name)] for of in found]),
@@ -202,7 +217,7 @@ def report(found: Sequence[Finished], options: argparse.Namespace) -> None:
     ]
     for kind in kinds if len(kinds) > 1 else ():
         text += [f"## {kind.capitalize()}", table([of for of in found if of.kind == kind])]
-    shown = (RECOMMENDED, "fisher", "page", "eva", "qv", "random 0")
+    shown = (RECOMMENDED, "fisher", "page", "eva", "qv", RANDOM)
     rows = [
         (
             of.task.key,

@@ -40,7 +40,7 @@ def output(script, tmp_path_factory):
 def finished(script, key, **losses):
     """A task in which selectors reach these losses, within two budgets."""
     task = SimpleNamespace(key=key, words="planted")
-    rest = dict.fromkeys(set(script.SELECTORS) - set(losses), (5.0, 5.0))
+    rest = dict.fromkeys(set(script.COMPARED) - set(losses), (5.0, 5.0))
     found = {name: dict(zip("ab", values, strict=True)) for name, values in {**rest, **losses}.items()}
     return script.Finished(task, found, {"all linear": 1.0})
 
@@ -113,6 +113,17 @@ def test_every_selectors_modules_are_trained_and_reported(output):
         results["tasks"]["vision_0"]["references"]["all linear"] == pytest.approx(sum(of_all) / 2) and len(of_all) == 2
     )
     losses = results["tasks"]["vision_0"]["losses"]
+    picks = [json.loads(line) for line in (folder / "scores_vision_0.jsonl").read_text().splitlines()[1:]]
+    drawn = [line["picks"]["4 modules"] for line in picks if line["look"].startswith("pick random ")]
+    assert len(drawn) == 3 and losses["random"]["4 modules"] == pytest.approx(
+        sum(
+            run["budgets"]["2"]["test_loss"]
+            for names in drawn
+            for run in runs
+            if sorted(run["modules"]) == sorted(names)
+        )
+        / 6  # three draws, two seeds
+    )
     assert all(set(of) == set(losses["qv"]) and len(of) == 5 for of in losses.values()) and len(losses) == 10
     report = (folder / "README.md").read_text(encoding="utf-8")
     assert "## All 2 tasks" in report and "2026-01-01" in report and "| `recommend_modules` |" in report
