@@ -32,7 +32,7 @@ from peft_linear import proximal_distance, recommend
 from peft_linear.kernels.training import predict_training
 from peft_linear.report import write_report
 from peft_linear.selection import adam_preconditioned, baseline, equal_parameter_rank
-from peft_linear.training.workflow import look
+from peft_linear.selection.workflow import look
 
 
 OUTPUT = Path("choose_target_modules")

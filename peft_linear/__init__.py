@@ -11,14 +11,14 @@ from .capture.linearize import LinearizedModel, linearize
 from .capture.ntk import compute_ntk
 from .errors import PeftLinearError
 from .functional.spectrum import Spectrum
+from .integrations.callbacks import ProximalCallback
+from .integrations.recommendation_callback import NtkRecommendationCallback
 from .kernels.module_kernels import ModuleKernels
 from .kernels.regression import fit_kernel_regression
+from .proximal.hook import attach_proximal, proximal_distance
+from .recommendation.recommendation import Recommendation
 from .selection.recommend import recommend
-from .selection.recommendation import Recommendation
-from .training.callbacks import ProximalCallback
-from .training.proximal import attach_proximal, proximal_distance
-from .training.recommendation_callback import NtkRecommendationCallback
-from .training.workflow import recommend_modules
+from .selection.workflow import recommend_modules
 from .tuners.proximal_lora import ProximalLoraConfig, ProximalLoraModel, export_lora
 
 

@@ -8,12 +8,12 @@ import re
 from pathlib import Path
 
 import pytest
-import small_models as small
 import torch
 from transformers import default_data_collator
 
 from peft_linear import __all__ as public
 from peft_linear import __version__
+from tests.helpers import small_models as small
 
 
 ROOT = Path(__file__).parents[1]

@@ -19,10 +19,12 @@ LAYERS = {  # a layer may import from itself and from lower numbers
     "kernels": 2,
     "capture": 3,
     "tuners": 3,
-    "report": 3,
-    "selection": 4,
-    "training": 5,
-    "cli": 6,
+    "recommendation": 4,
+    "proximal": 4,
+    "report": 5,
+    "selection": 6,
+    "integrations": 7,
+    "cli": 8,
 }
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
@@ -62,10 +64,10 @@ def test_the_checker_sees_relative_and_absolute_imports(tmp_path, monkeypatch):
     (tmp_path / "functional").mkdir()
     module = tmp_path / "functional" / "x.py"
     module.write_text(
-        "from ..training import y\nfrom peft_linear.cli import z\nimport peft_linear.selection.a\n"
+        "from ..integrations import y\nfrom peft_linear.cli import z\nimport peft_linear.selection.a\n"
         "from .. import capture\ndef f():\n    from ..report import b\n"
     )
-    assert [layer for _, layer in imported_layers(module)] == ["training", "cli", "selection", "capture", "report"]
+    assert [layer for _, layer in imported_layers(module)] == ["integrations", "cli", "selection", "capture", "report"]
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
@@ -80,7 +82,7 @@ def test_imports_point_downwards_only(path):
 @pytest.mark.parametrize("path", sorted([*MODULES, *(ROOT / "examples").rglob("*.py")]), ids=str)
 def test_files_are_short_and_carry_the_licence(path):
     text = path.read_text(encoding="utf-8")
-    assert text.startswith("# Copyright 2026 The peft-linear authors."), "the Apache header is missing"
+    assert text.startswith("# SPDX-FileCopyrightText: 2026 The peft-linear authors\n"), "the licence header is missing"
     assert text.count("\n") <= 500, "split it along a seam that has a name"
 
 

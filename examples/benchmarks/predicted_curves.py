@@ -34,7 +34,7 @@ from predicted_curves_runs import Method, Protocol, prepare, run
 from tqdm.auto import tqdm
 
 from peft_linear import compute_ntk, recommend
-from peft_linear.selection.baselines import query_value
+from peft_linear.selection.baselines.by_kernels import query_value
 
 
 PULLS = (0.0, 0.8, 3.2, 12.8, 51.2)  # λ·Σ_t η_t: over the run, exp(−that) of a displacement without gradient is left

@@ -43,7 +43,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from peft_linear import Recommendation, recommend
 from peft_linear.kernels import ModuleKernels
-from peft_linear.training.workflow import look
+from peft_linear.selection.workflow import look
 
 
 BATCH = 32

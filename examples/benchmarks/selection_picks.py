@@ -21,10 +21,10 @@ from torch import nn
 
 from peft_linear import ModuleKernels, compute_ntk, recommend
 from peft_linear.errors import TargetError
+from peft_linear.recommendation.budget import fill, parse_budget
 from peft_linear.selection.avoided import AVOIDED, left_for_last
-from peft_linear.selection.baselines import BASELINES, baseline
-from peft_linear.selection.budget import fill, parse_budget
-from peft_linear.training.workflow import look
+from peft_linear.selection.baselines.by_kernels import BASELINES, baseline
+from peft_linear.selection.workflow import look
 
 
 SEARCHED = ("gradient_energy", "trace", "leave_one_out", "predicted_loss", "condition_number")

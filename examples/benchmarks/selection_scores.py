@@ -28,14 +28,14 @@ from peft_linear.capture.features import jacobian_features
 from peft_linear.capture.warm_head import warmed_head
 from peft_linear.errors import TargetError
 from peft_linear.functional.simulation import SMOOTHNESS
-from peft_linear.selection.baselines import kappa_order
+from peft_linear.selection.baselines.by_kernels import kappa_order
+from peft_linear.selection.baselines.by_model import MODEL_BASELINES, model_scores
 from peft_linear.selection.criteria import CRITERIA, applicable_criteria
 from peft_linear.selection.heads import over_heads
-from peft_linear.selection.model_baselines import MODEL_BASELINES, model_scores
 from peft_linear.selection.preconditioning import adam_preconditioned
 from peft_linear.selection.problem import Problem
 from peft_linear.selection.recommend import default_ridge
-from peft_linear.training.workflow import through_heads
+from peft_linear.selection.workflow import through_heads
 
 
 SCORE_SEED = 0  # head, A and calibration examples of what is scored

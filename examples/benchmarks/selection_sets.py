@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from selection_tasks import SelectionTask
 
-from peft_linear.report.names import parse_name
+from peft_linear.recommendation.names import parse_name
 
 
 HEAD_ONLY, ALL_LINEAR = "head only", "all linear"

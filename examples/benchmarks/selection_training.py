@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from selection_tasks import SelectionTask, counted
 from torch import nn
 
-from peft_linear.selection.ranks import rank_patterns
+from peft_linear.recommendation.ranks import rank_patterns
 
 
 @dataclass(frozen=True)

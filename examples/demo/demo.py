@@ -36,11 +36,11 @@ from tqdm.auto import tqdm
 
 from peft_linear import ModuleKernels, Recommendation, export_lora, recommend
 from peft_linear.cli.recommend import parse_budget_argument
-from peft_linear.selection.baselines import query_value
+from peft_linear.selection.baselines.by_kernels import query_value
 from peft_linear.selection.preconditioning import adam_preconditioned
 from peft_linear.selection.prediction import predict
 from peft_linear.selection.problem import Problem
-from peft_linear.training.workflow import look
+from peft_linear.selection.workflow import look
 
 
 def main(argv: Sequence[str] | None = None) -> int:

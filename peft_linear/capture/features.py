@@ -19,7 +19,7 @@ from ..errors import PeftLinearError
 from ..functional.gram import jacobian_rows
 from ..kernels.jacobian_features import BASE, Columns, JacobianFeatures, laid_out
 from .batches import gather_labels, read_batches
-from .memory import format_memory, parse_memory
+from .engine.memory import format_memory, parse_memory
 from .outputs import OutputKind
 from .passes import OTHER, Job, Parts, capturing, capturing_other
 from .request import Request

@@ -17,14 +17,14 @@ from torch import nn
 from ..functional.gram import DEFAULT_MAX_BYTES
 from ..kernels import ModuleKernels
 from .batches import read_batches
-from .fingerprint import fingerprint
-from .memory import parse_memory
+from .engine.fingerprint import fingerprint
+from .engine.memory import parse_memory
+from .engine.processes import Team
+from .engine.run import Result, Run
+from .engine.run_folder import RunFolder
 from .outputs import OutputKind
 from .passes import no_gradient
-from .processes import Team
 from .request import Prepared, Request
-from .run import Result, Run
-from .run_folder import RunFolder
 from .targets import Targets, base_model, linear_shape
 from .terms import Space
 

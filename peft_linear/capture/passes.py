@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 
 from ..errors import TargetError
 from ..functional.gram import Part
-from .accumulate import TermAccumulator
 from .batches import Batch, evaluate
+from .engine.accumulate import TermAccumulator
 from .outputs import OutputFunction
 from .parameters import differentiable, parameter_rows
 from .recorder import Recorder, by_example, recording

@@ -15,7 +15,7 @@ from ..errors import BudgetError, FileError
 from ..report.writer import write_report
 from ..selection.avoided import AVOIDED
 from ..selection.recommend import recommend
-from ..training.workflow import check_request, look
+from ..selection.workflow import check_request, look
 from ..tuners.proximal_lora import ProximalLoraConfig
 from .data import batches_of, collator, load_text_data, sample_rows, tokenize
 from .models import load_model

@@ -6,13 +6,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..recommendation.names import layer_grid, parse_name
 from .html_elements import Cell, Markup, Row, breakable, cell, table, text
 from .improvements import alike, improvements
-from .names import layer_grid, parse_name
 
 
 if TYPE_CHECKING:
-    from ..selection.recommendation import ModuleScore, Recommendation
+    from ..recommendation.recommendation import ModuleScore, Recommendation
 
 _MANY_TYPES = 12  # more columns than this, and than there are layers, become rows
 _NO_LAYER = {"–": "none"}

@@ -21,7 +21,7 @@ from .training_plots import History
 
 if TYPE_CHECKING:
     from ..functional.simulation import TrainingCurve
-    from ..selection.recommendation import Recommendation
+    from ..recommendation.recommendation import Recommendation
 
 PAPER = "https://arxiv.org/abs/2602.08239"
 _PREFIXES = ("eval_", "test_")  # what the Trainer puts before the names of what it measures

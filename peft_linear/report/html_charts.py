@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from ..functional.simulation import TrainingCurve
-    from ..selection.recommendation import Recommendation
+    from ..recommendation.recommendation import Recommendation
 
 _SIZE = (6.0, 3.7)
 _NO_MATPLOTLIB = Markup(

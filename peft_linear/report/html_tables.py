@@ -14,7 +14,7 @@ from .markdown import PREDICTIONS, format_number, interval_words, prediction_col
 
 
 if TYPE_CHECKING:
-    from ..selection.recommendation import ModuleScore, Recommendation
+    from ..recommendation.recommendation import ModuleScore, Recommendation
 
 _SPECTRA = {
     "chosen, adapters": "the choice",

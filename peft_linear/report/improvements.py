@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
-    from ..selection.recommendation import Recommendation
+    from ..recommendation.recommendation import Recommendation
 
 _DECADES = 3.0  # wider than this, numbers are printed with exponents
 

@@ -12,7 +12,7 @@ from .improvements import criterion_label, direction
 
 
 if TYPE_CHECKING:
-    from ..selection.recommendation import ModuleScore, Recommendation
+    from ..recommendation.recommendation import ModuleScore, Recommendation
 
 # Key in `Recommendation.predicted`, words, format.
 PREDICTIONS = (

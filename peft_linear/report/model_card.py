@@ -15,7 +15,7 @@ from .markdown import choice_table, prediction_table
 
 
 if TYPE_CHECKING:
-    from ..selection.recommendation import Recommendation
+    from ..recommendation.recommendation import Recommendation
 
 BEGIN = "<!-- peft_linear:recommendation:begin -->"
 END = "<!-- peft_linear:recommendation:end -->"

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import PeftLinearError
 from ..files import atomic_file
+from ..recommendation.names import Grid, layer_grid, short_labels
 from .improvements import improvements
-from .names import Grid, layer_grid, short_labels
 
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from ..selection.recommendation import Recommendation
+    from ..recommendation.recommendation import Recommendation
 
 CHOSEN, ALL, REST, HEAD, INK = "#d1495b", "#30638e", "#b8c4cc", "#8d99a6", "#22303c"
 _MAX_BARS = 60

@@ -13,7 +13,7 @@ from .plots import matplotlib_available
 
 
 if TYPE_CHECKING:
-    from ..selection.recommendation import Recommendation
+    from ..recommendation.recommendation import Recommendation
 
 MARKDOWN_NAME = "recommendation.md"
 FIGURE_NAME = "recommendation.png"

@@ -2,16 +2,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Numbers in, decision out: criteria, budgets, the search for a set of modules, and what theory predicts for it."""
 
-from .baselines import BASELINES, baseline, equal_parameter_rank, kappa_order
-from .budget import Budget, parse_budget
+from ..recommendation.budget import Budget, parse_budget
+from ..recommendation.ranks import distribute_ranks, effective_dimensions
+from ..recommendation.recommendation import ModuleScore, Recommendation
+from .baselines.by_kernels import BASELINES, baseline, equal_parameter_rank, kappa_order
+from .baselines.by_model import MODEL_BASELINES, model_order, model_scores
 from .criteria import CRITERIA, DEFAULT_CRITERION, Criterion, applicable_criteria, score_modules
-from .model_baselines import MODEL_BASELINES, model_order, model_scores
 from .preconditioning import AdamScales, adam_preconditioned
 from .prediction import predict
 from .problem import Problem
-from .ranks import distribute_ranks, effective_dimensions
 from .recommend import default_ridge, recommend
-from .recommendation import ModuleScore, Recommendation
 from .reliability import Reliability, split_half_reliability
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from ..errors import PeftLinearError
-from .budget import Budget
+from ..recommendation.budget import Budget
 
 
 # BERT's pooler lies right below a new head and learns nearly what the head learns: the best single module in short

@@ -21,13 +21,13 @@ from ..errors import CriterionError, OutputError
 from ..functional.regression import leave_one_out_residuals, solve_ridge
 from ..kernels.module_kernels import ModuleKernels
 from .cross_validation import cross_validate
-from .gain_bounds import (
+from .problem import PROVIDES, Problem
+from .search.gain_bounds import (
     BoundFunction,
     condition_number_bound,
     effective_dimension_bound,
     risk_reduction_bound,
 )
-from .problem import PROVIDES, Problem
 
 
 # What `criterion="default-by-evidence"` means: the first of these whose need the outputs provide. The evidence is rank

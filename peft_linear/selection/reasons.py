@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 
 from ..functional.spectrum import Spectrum
 from ..kernels.module_kernels import ModuleKernels
-from .baselines import equal_parameter_rank
-from .budget import Budget
+from ..recommendation.budget import Budget
+from .baselines.by_kernels import equal_parameter_rank
 from .criteria import Criterion, rank_by_score
 from .problem import Problem
 from .reliability import Reliability
-from .search_result import Change, SearchResult
+from .search.search_result import Change, SearchResult
 
 
 FEW_EXAMPLES = 32

@@ -15,18 +15,18 @@ from ..errors import KernelError, PeftLinearError
 from ..functional.regression import select_ridge
 from ..functional.simulation import SMOOTHNESS
 from ..kernels.module_kernels import ModuleKernels
+from ..recommendation.budget import Budget, parse_budget
+from ..recommendation.ranks import rank_basis
+from ..recommendation.recommendation import ModuleScore, Recommendation
 from .avoided import AVOIDED, check_avoid, left_for_last
-from .budget import Budget, parse_budget
 from .criteria import DEFAULT_NAME, Criterion, resolve_criterion, score_modules
 from .heads import over_heads
 from .preconditioning import BATCH_SIZE, adam_preconditioned, check_optimizer
 from .prediction import before_training, predict
 from .problem import Problem
-from .ranks import rank_basis
 from .reasons import explain, notes_on
-from .recommendation import ModuleScore, Recommendation
 from .reliability import Reliability, split_half_reliability
-from .search import SearchResult, SubsetScorer, check_strategy, rank_by_score, search
+from .search.search import SearchResult, SubsetScorer, check_strategy, rank_by_score, search
 
 
 # The default ridge is looked for within these multiples of the mean eigenvalue tr(K)/n, and is the plain mean where

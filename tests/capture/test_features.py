@@ -17,8 +17,8 @@ from peft_linear.capture.linearize import linearize
 from peft_linear.capture.ntk import compute_ntk
 from peft_linear.errors import PeftLinearError, TargetError
 from peft_linear.functional.proximal import factor_proximal_step_
-from tests.linear_models import assert_same, dense_jacobian, plain, snapshot, with_adapter
-from tests.small_models import Recurrent, bert, gpt2, llama, seeded, text_batches
+from tests.helpers.linear_models import assert_same, dense_jacobian, plain, snapshot, with_adapter
+from tests.helpers.small_models import Recurrent, bert, gpt2, llama, seeded, text_batches
 
 
 EXACT = {"rtol": 1e-9, "atol": 1e-11}

@@ -18,8 +18,18 @@ from peft_linear.capture.linearize import linearize
 from peft_linear.capture.lipschitz import sample_model_lipschitz
 from peft_linear.errors import OutputError, PeftLinearError, TargetError
 from peft_linear.functional.bounds import taylor_remainder_bound
-from tests.linear_models import assert_same, build, flat, moved, plain, seq2seq_batches, snapshot, t5_lm, with_adapter
-from tests.small_models import bert, causal_batches, llama, text_batches
+from tests.helpers.linear_models import (
+    assert_same,
+    build,
+    flat,
+    moved,
+    plain,
+    seq2seq_batches,
+    snapshot,
+    t5_lm,
+    with_adapter,
+)
+from tests.helpers.small_models import bert, causal_batches, llama, text_batches
 
 
 def fine_tuned(factory=bert, size=0.1, **kwargs):

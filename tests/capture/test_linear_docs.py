@@ -8,8 +8,8 @@ import pytest
 
 from peft_linear.capture.gap import VERDICTS
 from peft_linear.functional import bounds
-from tests.linear_models import with_adapter
-from tests.small_models import bert, text_batches
+from tests.helpers.linear_models import with_adapter
+from tests.helpers.small_models import bert, text_batches
 
 
 DOCS = Path(__file__).parents[2] / "docs"

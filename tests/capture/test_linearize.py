@@ -12,7 +12,7 @@ from transformers import BertConfig, BertForMaskedLM, BertForQuestionAnswering, 
 
 from peft_linear.capture.linearize import linearize
 from peft_linear.errors import OutputError
-from tests.linear_models import (
+from tests.helpers.linear_models import (
     FLOAT32_INSIDE,
     MODELS,
     assert_same,
@@ -28,7 +28,7 @@ from tests.linear_models import (
     t5_lm,
     with_adapter,
 )
-from tests.small_models import ENCODER, bert, causal_batches, llama, text_batches
+from tests.helpers.small_models import ENCODER, bert, causal_batches, llama, text_batches
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -15,7 +15,7 @@ from peft_linear.capture.ntk import compute_ntk
 from peft_linear.errors import OutputError, TargetError
 from peft_linear.functional.regression import dual_distance, solve_ridge
 from peft_linear.kernels.regression import fit_kernel_regression
-from tests.linear_models import (
+from tests.helpers.linear_models import (
     assert_same,
     build,
     dense_jacobian,
@@ -25,7 +25,7 @@ from tests.linear_models import (
     snapshot,
     with_adapter,
 )
-from tests.small_models import bert, text_batches
+from tests.helpers.small_models import bert, text_batches
 
 
 def test_training_the_linear_model_trains_only_its_own_parameters():

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 from transformers import Trainer, TrainingArguments, default_data_collator
 
 from peft_linear.capture.linearize import linearize
-from tests.small_models import bert, causal_batches, llama, seeded, text_batches
+from tests.helpers.small_models import bert, causal_batches, llama, seeded, text_batches
 
 
 def adapted(factory=bert, **kwargs):

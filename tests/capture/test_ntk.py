@@ -7,8 +7,6 @@ from __future__ import annotations
 import copy
 
 import pytest
-import reference
-import small_models as small
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,6 +14,8 @@ from torch.testing import assert_close
 
 from peft_linear.capture.ntk import compute_ntk
 from peft_linear.capture.terms import initial_lora_a
+from tests import reference
+from tests.helpers import small_models as small
 
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
@@ -209,7 +209,7 @@ def test_two_adapters_factor_both_ways_of_storing_agree(monkeypatch):
     model, batches = small.seeded(small.bert), small.text_batches()
     expected = ntk(model, batches, space="weight")
     for way in ("explicit", "ghost"):
-        monkeypatch.setattr("peft_linear.capture.accumulate.cheapest", lambda pairs, way=way: way)
+        monkeypatch.setattr("peft_linear.capture.engine.accumulate.cheapest", lambda pairs, way=way: way)
         got = ntk(model, batches, space="weight", max_bytes=2**12)
         for name in expected.names:
             assert_close(got[name], expected[name], **EXACT)

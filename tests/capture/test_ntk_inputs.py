@@ -5,8 +5,6 @@
 from __future__ import annotations
 
 import pytest
-import reference
-import small_models as small
 import torch
 from torch import nn
 from torch.testing import assert_close
@@ -14,6 +12,8 @@ from torch.testing import assert_close
 from peft_linear.capture.ntk import compute_ntk
 from peft_linear.capture.shared_inputs import SharedInputs
 from peft_linear.errors import PeftLinearError
+from tests import reference
+from tests.helpers import small_models as small
 
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}

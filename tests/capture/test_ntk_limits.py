@@ -8,13 +8,13 @@ import subprocess
 import sys
 
 import pytest
-import small_models as small
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_linear.capture.memory import MemoryPlan, parse_memory
+from peft_linear.capture.engine.memory import MemoryPlan, parse_memory
 from peft_linear.capture.ntk import compute_ntk
 from peft_linear.errors import PeftLinearError
+from tests.helpers import small_models as small
 
 
 @pytest.mark.parametrize("size", ["much", "4 G", -1, 0, True, "1..5GB", ""])

@@ -11,15 +11,15 @@ import time
 from pathlib import Path
 
 import pytest
-import small_models as small
 import torch
-from ports import free_port
 from torch.testing import assert_close
 
+from peft_linear.capture.engine.processes import Team
 from peft_linear.capture.ntk import compute_ntk
-from peft_linear.capture.processes import Team
 from peft_linear.errors import ProcessError
 from peft_linear.kernels import ModuleKernels
+from tests.helpers import small_models as small
+from tests.helpers.ports import free_port
 
 
 TESTS = Path(__file__).parents[1]
@@ -29,7 +29,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYT
 TOGETHER = """
 import os, sys
 from pathlib import Path
-import small_models as small
+from tests.helpers import small_models as small
 import torch
 from accelerate import PartialState
 from peft_linear import compute_ntk
@@ -68,7 +68,7 @@ PartialState().wait_for_everyone()
 
 DYING = """
 import os, signal, sys
-import small_models as small
+from tests.helpers import small_models as small
 from peft_linear import compute_ntk
 
 model, passes = small.seeded(small.bert), 0

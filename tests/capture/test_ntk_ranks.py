@@ -12,22 +12,22 @@ import sys
 from pathlib import Path
 
 import pytest
-import reference
-import small_models as small
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ports import free_port
 from torch.testing import assert_close
 
-from peft_linear.capture import accumulate, run
-from peft_linear.capture.accumulate import kernels_at_work, nested_kernels, term_kernel
-from peft_linear.capture.memory import MemoryPlan
+from peft_linear.capture.engine import accumulate, run
+from peft_linear.capture.engine.accumulate import kernels_at_work, nested_kernels, term_kernel
+from peft_linear.capture.engine.memory import MemoryPlan
 from peft_linear.capture.ntk import compute_ntk
 from peft_linear.capture.recorder import Recorder
 from peft_linear.capture.terms import Term, initial_lora_a
 from peft_linear.errors import FileError, PeftLinearError
 from peft_linear.kernels import ModuleKernels
+from tests import reference
+from tests.helpers import small_models as small
+from tests.helpers.ports import free_port
 
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
@@ -350,7 +350,7 @@ def test_term_kernel_is_that_of_the_only_rank():
 
 TOGETHER = """
 import sys
-import small_models as small
+from tests.helpers import small_models as small
 from peft_linear import compute_ntk
 
 several = compute_ntk(

@@ -7,14 +7,14 @@ from __future__ import annotations
 import copy
 
 import pytest
-import reference
-import small_models as small
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.testing import assert_close
 
 from peft_linear.capture.ntk import compute_ntk
 from peft_linear.errors import OutputError, PeftLinearError, TargetError
+from tests import reference
+from tests.helpers import small_models as small
 
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}

@@ -14,14 +14,14 @@ import tempfile
 from pathlib import Path
 
 import pytest
-import reference
-import small_models as small
 import torch
 from torch.testing import assert_close
 
 from peft_linear.capture.ntk import compute_ntk
 from peft_linear.errors import FileError, OutputError, PeftLinearError
 from peft_linear.kernels import ModuleKernels
+from tests import reference
+from tests.helpers import small_models as small
 
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
@@ -271,8 +271,8 @@ def test_damaged_files_are_computed_again(damage, tmp_path):
 
 KILLED = """
 import os, signal, sys
-import peft_linear.capture.run as run
-import small_models as small
+import peft_linear.capture.engine.run as run
+from tests.helpers import small_models as small
 from peft_linear import compute_ntk
 
 folder, steps = sys.argv[1], [int(step) for step in sys.argv[2:]]

@@ -7,18 +7,18 @@ from __future__ import annotations
 import json
 
 import pytest
-import small_models as small
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from torch.testing import assert_close
 
-from peft_linear.capture import run
+from peft_linear.capture.engine import run
+from peft_linear.capture.engine.part_store import PartStore
+from peft_linear.capture.engine.processes import Team
+from peft_linear.capture.engine.run_folder import RunFolder
 from peft_linear.capture.ntk import compute_ntk
-from peft_linear.capture.parts import PartStore
-from peft_linear.capture.processes import Team
-from peft_linear.capture.run_folder import RunFolder
+from tests.helpers import small_models as small
 
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}

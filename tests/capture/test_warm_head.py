@@ -9,7 +9,7 @@ from peft_linear import compute_ntk, recommend, recommend_modules
 from peft_linear.capture.targets import resolve_always_trained
 from peft_linear.capture.warm_head import warmed_head
 from peft_linear.errors import OutputError, PeftLinearError, TargetError
-from tests.small_models import bert, gpt2, seeded, text_batches
+from tests.helpers.small_models import bert, gpt2, seeded, text_batches
 
 
 def state(model):

@@ -8,7 +8,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 from peft_linear.cli.data import batches_of, collator, load_text_data, sample_rows, tokenize
 from peft_linear.errors import FileError, PeftLinearError
-from tests.cli.tiny import tiny_tokenizer
+from tests.helpers.tiny import tiny_tokenizer
 
 
 def write(path, rows):

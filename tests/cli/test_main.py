@@ -16,7 +16,7 @@ from peft_linear.cli.recommend import parse_budget_argument
 from peft_linear.errors import BudgetError, FileError, PeftLinearError
 from peft_linear.kernels.module_kernels import ModuleKernels
 from peft_linear.selection import Recommendation, recommend
-from tests.cli.tiny import save_data, save_model
+from tests.helpers.tiny import save_data, save_model
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from cli.tiny import save_model
-from paper_data import modules_of
+
+from tests.helpers.paper_data import modules_of
+from tests.helpers.tiny import save_model
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

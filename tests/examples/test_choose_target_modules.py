@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from peft_linear import Recommendation
-from tests.report.pages import check_page
+from tests.helpers.pages import check_page
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -5,7 +5,8 @@
 import json
 
 import pytest
-from paper_data import as_on_the_hub
+
+from tests.helpers.paper_data import as_on_the_hub
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,8 @@ import json
 
 import datasets
 import pytest
-from paper_data import GLUE_COLUMNS, HUB, as_on_the_hub, words
+
+from tests.helpers.paper_data import GLUE_COLUMNS, HUB, as_on_the_hub, words
 
 
 @pytest.mark.parametrize("name", list(HUB))

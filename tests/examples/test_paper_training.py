@@ -8,11 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from paper_data import as_on_the_hub
 from transformers import AutoModelForSequenceClassification, BertConfig, DistilBertConfig, GPT2Config, RobertaConfig
 
 from peft_linear import linearize
 from peft_linear.functional.regression import simulate_training
+from tests.helpers.paper_data import as_on_the_hub
 
 
 @pytest.fixture(scope="module")

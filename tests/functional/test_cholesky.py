@@ -12,7 +12,7 @@ from peft_linear.functional import _cholesky
 from peft_linear.functional._checks import checked_gram
 from peft_linear.functional._cholesky import inverse_factor
 from peft_linear.functional.regression import leave_one_out_residuals
-from tests.reference_linear import refit_without_each_example
+from tests.helpers.reference_linear import refit_without_each_example
 
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}

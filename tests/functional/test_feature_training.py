@@ -16,7 +16,7 @@ from peft_linear.errors import KernelError
 from peft_linear.functional.adam_simulation import simulate_adam
 from peft_linear.functional.feature_training import train_on_features
 from peft_linear.functional.simulation import simulate_training
-from tests.reference_linear import adamw_in_parameters
+from tests.helpers.reference_linear import adamw_in_parameters
 
 
 EXACT = {"rtol": 1e-9, "atol": 1e-10}

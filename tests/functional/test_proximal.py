@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference_proximal import dense_block_step, dense_penalty
 
 from peft_linear.functional.proximal import (
     delta_gradient,
@@ -19,6 +18,7 @@ from peft_linear.functional.proximal import (
     inner_product,
     squared_distance,
 )
+from tests.helpers.reference_proximal import dense_block_step, dense_penalty
 
 
 SMALL = settings(max_examples=40, deadline=None)

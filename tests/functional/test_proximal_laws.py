@@ -13,7 +13,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference_proximal import dense_penalty
 from scipy.optimize import minimize
 
 from peft_linear.functional.proximal import (
@@ -22,6 +21,7 @@ from peft_linear.functional.proximal import (
     factor_proximal_step_,
     inner_product,
 )
+from tests.helpers.reference_proximal import dense_penalty
 
 
 SMALL = settings(max_examples=40, deadline=None)

@@ -18,7 +18,7 @@ from peft_linear.functional.regression import (
     simulate_training,
     solve_ridge,
 )
-from tests.reference_linear import descend_in_parameters, refit_without_each_example, ridge_solution
+from tests.helpers.reference_linear import descend_in_parameters, refit_without_each_example, ridge_solution
 
 
 EXACT = {"rtol": 1e-9, "atol": 1e-10}

@@ -12,7 +12,7 @@ from peft_linear.errors import KernelError, OutputError, TargetError
 from peft_linear.functional.regression import select_ridge
 from peft_linear.kernels.module_kernels import ModuleKernels
 from peft_linear.kernels.regression import fit_kernel_regression
-from tests.reference_linear import refit_without_each_example, ridge_solution
+from tests.helpers.reference_linear import refit_without_each_example, ridge_solution
 
 
 N, C = 6, 3

@@ -12,7 +12,7 @@ from peft_linear.capture.ntk import compute_ntk
 from peft_linear.errors import KernelError, OutputError, TargetError
 from peft_linear.functional.simulation import simulate_training
 from peft_linear.kernels.training import predict_training
-from tests.small_models import bert, seeded, text_batches
+from tests.helpers.small_models import bert, seeded, text_batches
 
 
 EXACT = {"rtol": 1e-9, "atol": 1e-11}

@@ -16,8 +16,8 @@ from peft_linear.errors import PeftLinearError
 from peft_linear.functional.simulation import simulate_training
 from peft_linear.report.html_style import SCRIPT
 from peft_linear.selection import ModuleScore, Recommendation, recommend
-from tests.report.pages import HISTORY, MODELS, Page, check_page, made
-from tests.selection.planted import BERT_NAMES, planted_kernels
+from tests.helpers.pages import HISTORY, MODELS, Page, check_page, made
+from tests.helpers.planted import BERT_NAMES, planted_kernels
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ import matplotlib.image
 import pytest
 
 from peft_linear.selection import recommend
-from tests.report.pages import HISTORY, MODELS, made
-from tests.selection.planted import planted_kernels
+from tests.helpers.pages import HISTORY, MODELS, made
+from tests.helpers.planted import planted_kernels
 
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 
-from peft_linear.report.names import layer_grid, parse_name, short_labels
-from tests.selection.planted import BERT_NAMES, KINDS
+from peft_linear.recommendation.names import layer_grid, parse_name, short_labels
+from tests.helpers.planted import BERT_NAMES, KINDS
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from peft_linear.report import (
 from peft_linear.report.markdown import format_number, markdown_table
 from peft_linear.report.plots import CHOSEN, REST
 from peft_linear.selection import CRITERIA, Recommendation, recommend
-from tests.selection.planted import BERT_NAMES, planted_kernels
+from tests.helpers.planted import BERT_NAMES, planted_kernels
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from peft_linear.report import plot_predicted_against_measured
 from peft_linear.report.improvements import alike
 from peft_linear.report.plots import ALL, CHOSEN, new_figure
 from peft_linear.report.training_plots import draw_predicted_against_measured, measured_losses
-from tests.report.pages import HISTORY
+from tests.helpers.pages import HISTORY
 
 
 def test_a_logged_loss_belongs_to_the_middle_of_its_interval():

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from peft_linear import ModuleKernels, recommend, recommend_modules
 from peft_linear.errors import PeftLinearError, TargetError
+from peft_linear.recommendation.budget import Budget
 from peft_linear.selection.avoided import left_for_last
-from peft_linear.selection.budget import Budget
-from peft_linear.selection.search import STRATEGIES
-from tests.selection.planted import BERT_NAMES, planted_kernels
-from tests.small_models import bert, seeded, text_batches
+from peft_linear.selection.search.search import STRATEGIES
+from tests.helpers.planted import BERT_NAMES, planted_kernels
+from tests.helpers.small_models import bert, seeded, text_batches
 
 
 POOLER = "bert.pooler.dense"

@@ -8,7 +8,7 @@ from torch import nn
 from peft_linear.errors import BudgetError, CriterionError, TargetError
 from peft_linear.selection import BASELINES, baseline, equal_parameter_rank, kappa_order
 from peft_linear.selection.problem import Problem
-from tests.selection.planted import BERT_NAMES, KINDS, planted_kernels
+from tests.helpers.planted import BERT_NAMES, KINDS, planted_kernels
 
 
 @pytest.fixture(scope="module")

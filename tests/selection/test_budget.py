@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_linear.errors import BudgetError
-from peft_linear.selection.budget import Budget, fill, parse_budget
+from peft_linear.recommendation.budget import Budget, fill, parse_budget
 
 
 SIZES = {"a": 100, "b": 200, "c": 700}

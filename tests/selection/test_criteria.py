@@ -21,7 +21,7 @@ from peft_linear.selection.criteria import (
 )
 from peft_linear.selection.cross_validation import cross_validate, fold_indices
 from peft_linear.selection.problem import PROVIDES, Problem
-from tests.selection.planted import planted_kernels
+from tests.helpers.planted import planted_kernels
 
 
 RIDGE = 0.3

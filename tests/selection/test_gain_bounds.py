@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from peft_linear.kernels.module_kernels import ModuleKernels
 from peft_linear.selection.criteria import CRITERIA
 from peft_linear.selection.problem import Problem
-from peft_linear.selection.scoring import SubsetScorer
+from peft_linear.selection.search.scoring import SubsetScorer
 
 
 BOUNDED = [name for name, criterion in CRITERIA.items() if criterion.bound is not None]

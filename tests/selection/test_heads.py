@@ -14,9 +14,9 @@ from peft_linear.errors import KernelError, OutputError, PeftLinearError
 from peft_linear.selection.criteria import CRITERIA, score_modules
 from peft_linear.selection.heads import loss_kernels, over_heads
 from peft_linear.selection.problem import Problem
+from tests.helpers.planted import planted_kernels
+from tests.helpers.small_models import bert, gpt2, seeded, text_batches
 from tests.reference import gradient_shares
-from tests.selection.planted import planted_kernels
-from tests.small_models import bert, gpt2, seeded, text_batches
 
 
 ENERGY = CRITERIA["gradient_energy"]

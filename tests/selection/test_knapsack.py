@@ -6,7 +6,7 @@ import itertools
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_linear.selection.knapsack import best_set
+from peft_linear.selection.search.knapsack import best_set
 
 
 items = st.lists(st.tuples(st.integers(0, 40).map(lambda x: x / 8), st.integers(1, 9)), min_size=1, max_size=8)

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from peft_linear.errors import CriterionError, OutputError, TargetError
-from peft_linear.selection.model_baselines import MODEL_BASELINES, model_order, model_scores
-from tests import small_models as small
+from peft_linear.selection.baselines.by_model import MODEL_BASELINES, model_order, model_scores
+from tests.helpers import small_models as small
 
 
 NAMES = [f"bert.encoder.layer.{layer}.{kind}" for layer in (0, 1) for kind in ("attention.self.query", "output.dense")]

@@ -13,8 +13,8 @@ from peft_linear.errors import CriterionError, KernelError, OutputError, PeftLin
 from peft_linear.selection import AdamScales, adam_preconditioned, default_ridge
 from peft_linear.selection.criteria import CRITERIA
 from peft_linear.selection.problem import Problem
-from tests.selection.planted import planted_kernels
-from tests.small_models import bert, seeded, text_batches
+from tests.helpers.planted import planted_kernels
+from tests.helpers.small_models import bert, seeded, text_batches
 
 
 EXAMPLES, CLASSES, SIZES = 6, 3, {"a": 7, "b": 20}

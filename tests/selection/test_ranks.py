@@ -16,18 +16,18 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from peft_linear.errors import BudgetError, PeftLinearError
-from peft_linear.selection import Recommendation, recommend
-from peft_linear.selection.ranks import (
+from peft_linear.recommendation.ranks import (
     coverage,
     distribute_ranks,
     effective_dimensions,
     parse_rank_budget,
     rank_patterns,
 )
-from peft_linear.training.workflow import recommend_modules
+from peft_linear.selection import Recommendation, recommend
+from peft_linear.selection.workflow import recommend_modules
 from peft_linear.tuners.proximal_lora import ProximalLoraConfig, export_lora
-from tests.selection.planted import planted_kernels
-from tests.small_models import bert, seeded, text_batches
+from tests.helpers.planted import planted_kernels
+from tests.helpers.small_models import bert, seeded, text_batches
 
 
 SIZES = st.integers(1, 24)

@@ -19,7 +19,7 @@ from peft_linear.selection import CRITERIA, Recommendation, adam_preconditioned,
 from peft_linear.selection.criteria import DEFAULT_CRITERION
 from peft_linear.selection.prediction import before_training, predict
 from peft_linear.selection.problem import Problem
-from tests.selection.planted import BERT_NAMES, planted_kernels
+from tests.helpers.planted import BERT_NAMES, planted_kernels
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from peft_linear.selection import recommend
 from peft_linear.selection.criteria import CRITERIA
 from peft_linear.selection.problem import Problem
 from peft_linear.selection.reliability import Reliability, split_half_reliability
-from tests.selection.planted import BERT_NAMES, planted_kernels
+from tests.helpers.planted import BERT_NAMES, planted_kernels
 
 
 def reliability(kernels, criterion="gradient_energy", **settings):

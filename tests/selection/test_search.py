@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peft_linear.errors import BudgetError, CriterionError
-from peft_linear.selection.budget import Budget
+from peft_linear.recommendation.budget import Budget
 from peft_linear.selection.criteria import CRITERIA, Criterion, score_modules
 from peft_linear.selection.problem import Problem
-from peft_linear.selection.scoring import Move, Present, SubsetScorer
-from peft_linear.selection.search import STRATEGIES, check_strategy, rank_by_score, search
-from tests import reference_search
-from tests.selection.planted import BERT_NAMES, planted_kernels
+from peft_linear.selection.search.scoring import Move, Present, SubsetScorer
+from peft_linear.selection.search.search import STRATEGIES, check_strategy, rank_by_score, search
+from tests.helpers import reference_search
+from tests.helpers.planted import BERT_NAMES, planted_kernels
 
 
 RIDGE = 0.3

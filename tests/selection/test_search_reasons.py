@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from peft_linear.errors import BudgetError
+from peft_linear.recommendation.budget import Budget
 from peft_linear.selection import recommend
-from peft_linear.selection.budget import Budget
 from peft_linear.selection.criteria import CRITERIA
 from peft_linear.selection.problem import Problem
 from peft_linear.selection.reasons import explain
-from peft_linear.selection.search_result import SearchResult
-from tests.selection.planted import BERT_NAMES, planted_kernels
+from peft_linear.selection.search.search_result import SearchResult
+from tests.helpers.planted import BERT_NAMES, planted_kernels
 
 
 RIDGE = 0.3

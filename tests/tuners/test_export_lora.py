@@ -10,7 +10,6 @@ import subprocess
 import sys
 
 import pytest
-import small_models
 import torch
 from peft import LoraConfig, PeftModel, VeraConfig, get_peft_model
 from safetensors.torch import load_file
@@ -18,6 +17,7 @@ from torch import nn
 
 from peft_linear.errors import FileError
 from peft_linear.tuners.proximal_lora import ProximalLoraConfig, export_lora
+from tests.helpers import small_models
 
 
 IDS = torch.arange(1, 13).reshape(2, 6)

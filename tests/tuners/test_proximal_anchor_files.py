@@ -11,13 +11,13 @@ import warnings
 import pytest
 import torch
 from peft import PeftModel
-from proximal_bert import base, train, trained
 from safetensors.torch import load_file, save_file
 
 from peft_linear.errors import FileError
-from peft_linear.training.proximal import proximal_distance
+from peft_linear.proximal.hook import proximal_distance
 from peft_linear.tuners.proximal_lora.anchors import ANCHOR_NAME
 from peft_linear.tuners.proximal_lora.state import find_adapters
+from tests.helpers.proximal_bert import base, train, trained
 
 
 @pytest.fixture

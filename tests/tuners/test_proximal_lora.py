@@ -21,13 +21,13 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.tuners.lora import Linear
-from proximal_bert import OPTIONS, base, logits, proximal, train, trained
 from safetensors.torch import load_file
 
-from peft_linear.training.proximal import proximal_distance
+from peft_linear.proximal.hook import proximal_distance
 from peft_linear.tuners.proximal_lora import ProximalLoraConfig, ProximalLoraModel
 from peft_linear.tuners.proximal_lora.anchors import ANCHOR_NAME
 from peft_linear.tuners.proximal_lora.state import find_adapters
+from tests.helpers.proximal_bert import OPTIONS, base, logits, proximal, train, trained
 
 
 NEW_PEFT = pytest.mark.skipif(

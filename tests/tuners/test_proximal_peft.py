@@ -13,13 +13,13 @@ import torch
 from packaging import version
 from peft import LoraConfig, PeftMixedModel, PeftModel, get_peft_model
 from peft.tuners.lora import Linear
-from proximal_bert import OPTIONS, base, logits, proximal, train, trained
 from torch import nn
 from transformers import MambaConfig, MambaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from peft_linear.training.proximal import proximal_distance
+from peft_linear.proximal.hook import proximal_distance
 from peft_linear.tuners.proximal_lora import ProximalLoraConfig
 from peft_linear.tuners.proximal_lora.anchors import ANCHOR_NAME
+from tests.helpers.proximal_bert import OPTIONS, base, logits, proximal, train, trained
 
 
 SHARDS_WARN = version.parse(peft.__version__) >= version.parse("0.21")

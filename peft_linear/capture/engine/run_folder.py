@@ -1,0 +1,199 @@
+# SPDX-FileCopyrightText: 2026 The peft-linear authors
+# SPDX-License-Identifier: Apache-2.0
+"""The folder of a computation: files that are whole or absent, a record of those that are finished, and resumption.
+
+manifest.json             the fingerprint of the run
+finished.jsonl            one line a finished file, with its sha256; a line cut short by a crash does not count
+parts/000012.safetensors  what one batch leaves (Jacobian rows or their factors, outputs); removed at the end
+blocks/00003.safetensors  the kernel of one module
+kernels.safetensors       at the end: everything else, and which block lies where
+
+Where several ranks are asked for, blocks and kernels of each lie in a folder of their own, rank-8/blocks/… and
+rank-8/kernels.safetensors, which can be moved and loaded by itself; the kernel of the task head stays in blocks/.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import weakref
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ...errors import FileError, PeftLinearError
+from ...files import atomic_file, write_text
+from ...kernels.module_kernels import INDEX, ModuleKernels
+from ...kernels.tensor_files import save_file
+from .fingerprint import differences
+from .processes import Team
+
+
+MANIFEST, FINISHED, PARTS, BLOCKS = "manifest.json", "finished.jsonl", "parts", "blocks"
+FORMAT = "peft_linear.compute_ntk/1"
+
+
+class RunFolder:
+    """A folder that the user named (`kept`: checksummed, recorded, resumable) or a temporary one, made when needed."""
+
+    def __init__(self, team: Team, path: str | os.PathLike | None = None) -> None:
+        self.kept = path is not None
+        self.finished: dict[str, str] = {}  # relative path: sha256
+        self._team = team
+        self.owner: Any = None  # keeps a temporary folder alive
+        self._path = None if path is None else Path(path)
+
+    @property
+    def path(self) -> Path:
+        if self._path is None:
+            self.owner = _TemporaryFolder()
+            self._path = self.owner.path
+        return self._path
+
+    def open(self, fingerprints: Sequence[Mapping[str, Any]]) -> None:
+        """Agrees on one folder for all processes, and takes up what is finished in it: files whose checksum is right.
+
+        `fingerprints` are those of all processes; a temporary folder of the main process serves where none is named.
+
+        Raises:
+            PeftLinearError: the processes have different models, data or arguments.
+            FileError: the folder holds another run, or something else, or not every process sees it.
+        """
+        for rank, fingerprint in enumerate(fingerprints):
+            found = differences(fingerprints[0], fingerprint, ("process 0", f"process {rank}"))
+            if found:
+                raise PeftLinearError(
+                    f"process {rank} computes something else than process 0: it differs in {'; '.join(found)}. "
+                    "Give every process the same model, arguments and batches, not its own shard: the work is divided "
+                    "inside"
+                )
+        main = self._team.rank == 0
+        path, token = self._team.gather(
+            "opening the folder", lambda: self._start(fingerprints[0]) if main else ("", "")
+        )[0]
+        if not self.kept:
+            self._path = Path(path)
+        self._team.each("opening the folder", lambda: self._find(token))
+        recorded = self._recorded()
+        mine = list(recorded)[self._team.rank :: self._team.size]
+        right = self._team.gather(
+            "checking finished files", lambda: [name for name in mine if self._sha256(name) == recorded[name]]
+        )
+        self.finished = {name: recorded[name] for names in right for name in names}
+        if main:
+            (self.path / token).unlink(missing_ok=True)
+
+    def write(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
+        """Writes a file, whole or not at all; returns its sha256, to be passed to `record` ("" in a temporary one)."""
+        with atomic_file(self.path / name) as temporary:
+            return save_file(tensors, temporary, metadata, checksum=self.kept)
+
+    def record(self, files: Mapping[str, str]) -> None:
+        """Notes files that any of the processes has finished."""
+        self.finished |= files
+        if self.kept and self._team.rank == 0 and files:
+            lines = [json.dumps({"file": name, "sha256": sha}) for name, sha in files.items()]
+            with open(self.path / FINISHED, "a", encoding="utf-8") as record:
+                record.write("".join(f"\n{line}" for line in lines))
+                record.flush()
+                os.fsync(record.fileno())
+
+    def finish(self, results: Mapping[str, tuple[ModuleKernels, Mapping[str, str]]]) -> None:
+        """At the end of a run, called by all processes: writes the index, removes what the result does not need.
+
+        `results`: kernels and the file of each block, by the part of this folder in which they lie ("" for itself).
+        """
+        if self._path is None or self._team.rank != 0:
+            return
+        if self.kept:
+            for folder, (kernels, files) in results.items():
+                kernels.save_index(self.path / folder, files)
+                self.record({f"{folder}{INDEX}": self._sha256(f"{folder}{INDEX}") or ""})
+        if self.kept or any(kernels.lazy for kernels, _ in results.values()):
+            shutil.rmtree(self.path / PARTS, ignore_errors=True)
+        else:
+            self.discard()
+
+    def discard(self) -> None:
+        """Removes a temporary folder; one that the user named stays, for the run to be taken up again."""
+        if not self.kept and self._path is not None:
+            shutil.rmtree(self._path, ignore_errors=True)
+
+    def _start(self, fingerprint: Mapping[str, Any]) -> tuple[str, str]:
+        """On the main process: checks or begins the folder; its path, and the name of a file to find it by."""
+        path = self.path
+        if self.kept:
+            self._check(path, fingerprint)
+        handle, token = tempfile.mkstemp(prefix=".shared-", suffix=".token", dir=path)
+        os.close(handle)
+        return os.fspath(path), Path(token).name
+
+    def _check(self, path: Path, fingerprint: Mapping[str, Any]) -> None:
+        if path.exists() and not path.is_dir():
+            raise FileError(f"folder={os.fspath(path)!r} is a file; pass a folder, or a path that does not exist yet")
+        if (path / MANIFEST).is_file():
+            try:
+                there = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+            except json.JSONDecodeError as error:
+                raise FileError(f"{path / MANIFEST} is no JSON; pass another folder, or remove this one") from error
+            if there.get("format") != FORMAT:
+                raise FileError(f"{path / MANIFEST} holds {there.get('format')!r}, expected {FORMAT!r}")
+            found = differences(there["fingerprint"], fingerprint, ("there", "here"))
+            if found:
+                raise FileError(
+                    f"the folder {os.fspath(path)!r} holds the run of something else: it differs in "
+                    f"{'; '.join(found)}. Pass the same model, data and arguments to go on with it, or another folder"
+                )
+            for unfinished in [*path.glob("**/.*.tmp"), *path.glob(".*.token")]:
+                unfinished.unlink(missing_ok=True)
+        elif path.is_dir() and any(path.iterdir()):
+            raise FileError(
+                f"the folder {os.fspath(path)!r} is not empty and holds no run of compute_ntk; pass another one"
+            )
+        else:
+            write_text(path / MANIFEST, json.dumps({"format": FORMAT, "fingerprint": fingerprint}, indent=1))
+
+    def _recorded(self) -> dict[str, str]:
+        path = self.path / FINISHED
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        entries = [entry for entry in map(_parse, lines) if entry is not None]
+        return {entry["file"]: entry["sha256"] for entry in entries}
+
+    def _sha256(self, name: str) -> str | None:
+        try:
+            with open(self.path / name, "rb") as file:
+                digest = hashlib.sha256()
+                while chunk := file.read(2**24):
+                    digest.update(chunk)
+        except OSError:
+            return None
+        return digest.hexdigest()
+
+    def _find(self, token: str) -> None:
+        if not (self.path / token).exists():
+            raise FileError(
+                f"process {self._team.rank} does not see what process 0 writes to {os.fspath(self.path)!r}; pass "
+                "`folder` on a file system that all processes share"
+            )
+
+
+class _TemporaryFolder:
+    """A folder that goes when the last reference to this object does, or with the process."""
+
+    def __init__(self) -> None:
+        self.path = Path(tempfile.mkdtemp(prefix="peft_linear_ntk_"))
+        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
+
+
+def _parse(line: str) -> dict[str, str] | None:
+    """An entry of the record; None for an empty line, or one that a killed run has left unfinished."""
+    try:
+        entry = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return entry if isinstance(entry, dict) and {"file", "sha256"} <= entry.keys() else None

@@ -1,0 +1,43 @@
+# SPDX-FileCopyrightText: 2026 The peft-linear authors
+# SPDX-License-Identifier: Apache-2.0
+"""Callbacks of the Hugging Face Trainer; they report, and compute nothing themselves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..proximal.hook import proximal_summary
+
+
+class ProximalCallback(TrainerCallback):
+    """Adds to every log of a Trainer how far the adapter is from the pretrained model, and how often the term acted.
+
+    The keys are `proximal_distance` (‖θ−θ0‖ of the factors), `proximal_distance_delta` (of the weights),
+    `proximal_lambda` (λ of the last step, with its schedule; `proximal_lambda_<adapter>` where several adapters
+    differ) and `proximal_firing_rate` (fraction of the optimizer steps so far; left out before the first, and for
+    λ = 0). The term itself acts with or without this callback.
+
+    The values go into the log and into `trainer.state.log_history`. Trackers see them if their callback comes later:
+    `TrainingArguments(report_to="none")` with `callbacks=[ProximalCallback(), TensorBoardCallback()]`.
+    """
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Raises `PeftLinearError` before the first step if the model has no active ProximalLoRA adapter."""
+        proximal_summary(kwargs["model"])
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Adds the values to `logs` and to the entry of the log history that the Trainer made of them."""
+        values = proximal_summary(kwargs["model"])
+        for entry in ([] if logs is None else [logs]) + state.log_history[-1:]:
+            entry.update(values)

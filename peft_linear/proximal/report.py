@@ -1,0 +1,125 @@
+# SPDX-FileCopyrightText: 2026 The peft-linear authors
+# SPDX-License-Identifier: Apache-2.0
+"""What can be known about ProximalLoRA adapters while they train: distance, firing rate, present λ."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import PeftLinearError
+from ..functional.proximal import delta_squared_distance, squared_distance
+from ..tuners.proximal_lora.config import SPACES, variants_without_product
+from ..tuners.proximal_lora.state import find_adapters
+from ..tuners.proximal_lora.tracked import TrackedAdapter
+from .shards import local_part, part_of, total, whole
+from .stack import anchor_matrices, matrices
+
+
+def proximal_distance(model: nn.Module, adapter_name: str | None = None, space: str | None = None) -> float:
+    """‖θ−θ0‖, how far the adapter is from the pretrained model.
+
+    Args:
+        model: the model, or anything around it (PeftModel, DDP, a compiled model).
+        adapter_name: one adapter; default: all active ones together.
+        space: `"factors"` (root of Σ ‖A−A0‖² + ‖B−B0‖²) or `"delta"` (root of Σ ‖s·BA − s·B0A0‖_F², the distance of
+            the weights); default: the one that the adapter is configured with.
+
+    Returns:
+        The distance, accumulated in float64. O(number of adapter parameters · r) at most. Where processes hold parts
+        of the factors (FSDP2), that of the whole; all of them must then call this.
+
+    Raises:
+        PeftLinearError: no such adapter or space.
+    """
+    if space is not None and space not in SPACES:
+        raise PeftLinearError(f"space must be one of {', '.join(map(repr, SPACES))}, got {space!r}")
+    squares = [_squared(adapter, space) for adapter in find_adapters(model, adapter_name)]
+    return math.sqrt(sum(squares))
+
+
+def proximal_firing_rate(model: nn.Module, adapter_name: str | None = None) -> float:
+    """Fraction of the optimizer steps so far with λ > 0 at which the term acted (1 without the selective rule).
+
+    Of one adapter, or of all active ones together; NaN before the first step, and with λ = 0. A run that is resumed
+    with its optimizer's state goes on counting. With `proximal_mode="projection"`, which decides tensor by tensor, the
+    fraction of the tensors is meant, averaged over the steps.
+
+    Raises:
+        PeftLinearError: no such adapter.
+    """
+    counts = [adapter.statistics.total() for adapter in find_adapters(model, adapter_name)]
+    active = sum(float(each.active) for each in counts)
+    return sum(float(each.fired) for each in counts) / active if active else float("nan")
+
+
+def proximal_strength(model: nn.Module, adapter_name: str | None = None) -> dict[str, float]:
+    """λ of the last optimizer step (before the first: of that one), of the named adapter or of every active one.
+
+    By adapter name; `proximal_lambda` times what the schedule makes of it. What `proximal_lambda_pattern` gives to
+    single modules is multiplied alike.
+
+    Raises:
+        PeftLinearError: no such adapter.
+    """
+    return {
+        adapter.name: adapter.config.proximal_lambda
+        * adapter.strengths.factor(max(adapter.statistics.position - 1, 0))
+        for adapter in find_adapters(model, adapter_name)
+    }
+
+
+def proximal_summary(model: nn.Module) -> dict[str, float]:
+    """The quantities worth logging about the active adapters, by the names `ProximalCallback` logs them under.
+
+    Raises:
+        PeftLinearError: there is no active ProximalLoRA adapter.
+    """
+    adapters = find_adapters(model)
+    summary = {"proximal_distance": proximal_distance(model, space="factors")}
+    if not any(variants_without_product(adapter.config) for adapter in adapters):
+        summary["proximal_distance_delta"] = proximal_distance(model, space="delta")
+    strengths = proximal_strength(model)
+    if len(set(strengths.values())) == 1:
+        summary["proximal_lambda"] = next(iter(strengths.values()))
+    else:
+        summary.update({f"proximal_lambda_{name}": strength for name, strength in strengths.items()})
+    rate = proximal_firing_rate(model)
+    if not math.isnan(rate):
+        summary["proximal_firing_rate"] = rate
+    return summary
+
+
+def _squared(adapter: TrackedAdapter, space: str | None) -> float:
+    space = space or adapter.config.proximal_space
+    variants = variants_without_product(adapter.config)
+    if space == "delta" and variants:
+        raise PeftLinearError(
+            f"adapter {adapter.name!r} has {', '.join(variants)}, with which the change of the weight is not s·B·A; "
+            "use space='factors'"
+        )
+    factors = list(adapter.factors())
+    with torch.no_grad():
+        if space == "factors":
+            values = [value for f in factors for value in (f.a, f.b)]
+            starts = [start for f in factors for start in (f.anchor.a, f.anchor.b)]
+            return float(_squared_in_factors(values, starts))
+        square = 0.0
+        for f in factors:
+            a, b = matrices(f.layer, whole(f.a), whole(f.b))
+            a0, b0 = anchor_matrices(f) or (None, None)
+            scaling = float(f.layer.scaling[adapter.name])
+            square += float(delta_squared_distance(a, b, a0, b0, scaling).sum())
+        return square
+
+
+def _squared_in_factors(values: list[nn.Parameter], anchors: list[Tensor | None]) -> Tensor:
+    parts = [local_part(value) for value in values]
+    starts = [None if start is None else part_of(start, v) for v, start in zip(values, anchors, strict=True)]
+
+    def here(members: list[int]) -> Tensor:
+        return squared_distance([parts[i] for i in members], [starts[i] for i in members])
+
+    return total(values, here)

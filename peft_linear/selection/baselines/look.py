@@ -1,0 +1,122 @@
+# SPDX-FileCopyrightText: 2026 The peft-linear authors
+# SPDX-License-Identifier: Apache-2.0
+"""What selectors see of a network: the weights of the candidates, the inputs they get, the gradient of the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ...capture.batches import Batch, evaluate
+from ...capture.ntk import compute_ntk
+from ...capture.outputs import OutputFunction, label_shift
+from ...capture.parameters import differentiable
+from ...capture.passes import no_gradient
+from ...capture.recorder import recording
+from ...capture.targets import base_model, linear_shape
+from ...errors import TargetError
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a selector may look at: the candidates, the data, and the adapter it is asked about."""
+
+    model: nn.Module
+    modules: Mapping[str, nn.Module]
+    batches: Sequence[Batch]
+    rank: int = 8
+    lora_alpha: float = 16.0
+    seed: int = 0
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Ḡ (d_out, d_in) float64 of each module: the gradient of the mean loss of all examples."""
+        weights = {name: weight_parameter(name, module) for name, module in self.modules.items()}
+        function = OutputFunction("loss", shift=label_shift(base_model(self.model)))
+        totals = {name: torch.zeros(weight.shape, dtype=torch.float64) for name, weight in weights.items()}
+        count = sum(batch.size for batch in self.batches)
+        device = next(iter(weights.values())).device
+        with differentiable(self.model, list(weights.values())):
+            for number, batch in enumerate(self.batches):
+                loss = evaluate(self.model, batch.to(device), function, number).sum() / count
+                if not loss.requires_grad:
+                    raise no_gradient(self.modules, "loss")
+                gradients = torch.autograd.grad(
+                    loss, list(weights.values()), allow_unused=True, materialize_grads=True
+                )
+                for name, gradient in zip(weights, gradients, strict=True):
+                    totals[name] += gradient.cpu().double()
+        return {name: as_matrix(total, self.modules[name]) for name, total in totals.items()}
+
+    def squared_gradients(self, batch: Batch) -> dict[str, float]:
+        """`Σ g²` of each module's weights over the examples of a batch, from one backward pass."""
+        try:
+            kernels = compute_ntk(
+                self.model,
+                [{**batch.inputs, "labels": batch.labels}],
+                targets=list(self.modules),
+                space="weight",
+                outputs="loss",
+                always_trained=(),
+                progress=False,
+                product_dtype=torch.float64,
+                distributed=False,
+            )
+            return {name: float(kernels[name].trace()) for name in self.modules}
+        except TargetError:  # the model mixes the examples of a batch
+            single = [replace(self, batches=[_example(batch, i)]).gradients() for i in range(batch.size)]
+            return {name: sum(float(one[name].square().sum()) for one in single) for name in self.modules}
+
+    def inputs(self) -> dict[str, list[Tensor]]:
+        """The inputs (positions, d_in) that each module saw, one tensor a call; padding counts too."""
+        device = self.device
+        seen: dict[str, list[Tensor]] = {name: [] for name in self.modules}
+        with recording(self.model, self.modules) as recorder, torch.no_grad():
+            for batch in self.batches:
+                recorder.clear()
+                self.model(**batch.to(device).inputs)
+                for name, calls in recorder.calls.items():
+                    seen[name] += [call.inputs.reshape(-1, call.inputs.shape[-1]) for call in calls]
+        return seen
+
+
+def weight_parameter(name: str, module: nn.Module) -> nn.Parameter:
+    """The weight of a linear module.
+
+    Raises:
+        TargetError: it has none that is a matrix of floating-point numbers, as quantised ones.
+    """
+    weight = getattr(module, "weight", None)
+    if linear_shape(module) is None or not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
+        raise TargetError(
+            f"{name} ({type(module).__name__}) has no weight matrix of floating-point numbers, which this selector "
+            "looks at; leave it out of `targets`, or load the model without quantisation"
+        )
+    return weight
+
+
+def weight_matrix(module: nn.Module) -> Tensor:
+    """W (d_out, d_in), float64 on the CPU."""
+    return as_matrix(module.weight.detach().cpu().double(), module)  # type: ignore[operator, union-attr]
+
+
+def as_matrix(weight: Tensor, module: nn.Module) -> Tensor:
+    """(d_out, d_in), also of a Conv1D, which stores its transpose."""
+    return weight.T if isinstance(module, Conv1D) else weight
+
+
+def _example(batch: Batch, i: int) -> Batch:
+    """The batch of its example i alone."""
+
+    def one(value: Any) -> Any:
+        return value[i : i + 1] if isinstance(value, Tensor) and value.ndim and len(value) == batch.size else value
+
+    return Batch({key: one(value) for key, value in batch.inputs.items()}, one(batch.labels))
