@@ -16,9 +16,10 @@ from .integrations.recommendation_callback import NtkRecommendationCallback
 from .kernels.module_kernels import ModuleKernels
 from .kernels.regression import fit_kernel_regression
 from .proximal.hook import attach_proximal, proximal_distance
-from .recommendation.recommendation import Recommendation
+from .report.recommendation import Recommendation
 from .selection.recommend import recommend
-from .selection.workflow import recommend_modules
+from .selection.request import recommend_modules
+from .selection.training import Training
 from .tuners.proximal_lora import ProximalLoraConfig, ProximalLoraModel, export_lora
 
 
@@ -34,6 +35,7 @@ __all__ = [
     "ProximalLoraModel",
     "Recommendation",
     "Spectrum",
+    "Training",
     "attach_proximal",
     "compute_ntk",
     "export_lora",

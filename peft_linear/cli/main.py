@@ -64,42 +64,54 @@ def _add_recommend(commands: argparse._SubParsersAction) -> None:
         "--text-columns",
         nargs="+",
         metavar="NAME",
-        help="column(s) with the text; found if not given",
+        help="column(s) with the text; default: found by the usual names",
     )
-    what.add_argument("--label-column", metavar="NAME", help="column with the label; found if not given")
+    what.add_argument(
+        "--label-column", metavar="NAME", help="column with the label; default: found by the usual names"
+    )
     what.add_argument("--examples", type=int, default=64, help="examples to compute kernels on")
     what.add_argument("--batch-size", type=int, default=16, help="examples in a forward pass")
     what.add_argument("--max-length", type=int, default=128, help="tokens of an example at most")
     choice = parser.add_argument_group("choice")
     choice.add_argument(
-        "--budget", required=True, help="number of modules (8), fraction of parameters (0.25), parameters (1.5M, 200k)"
+        "--budget",
+        required=True,
+        help="number of modules (8), fraction of the candidates' adapter parameters (0.25), "
+        "adapter parameters (1.5M, 200k)",
     )
     choice.add_argument("--criterion", default="default-by-evidence", help=CRITERIA_HELP)
-    choice.add_argument("--strategy", default="greedy", help="greedy, backward, swap, top or exhaustive")
-    choice.add_argument("--ridge", type=float, help="λ in the unit of the kernel's eigenvalues; its mean if not given")
+    choice.add_argument("--strategy", default="greedy", help="greedy, or top (the best modules on their own)")
     choice.add_argument(
-        "--optimizer", choices=("adamw", "sgd"), help="of the training; adamw for the default criterion if not given"
+        "--ridge",
+        type=float,
+        help="λ in the unit of the kernel's eigenvalues; default: the one with the least leave-one-out error",
+    )
+    choice.add_argument(
+        "--optimizer", choices=("adamw", "sgd"), help="of the training; default: adamw for the default criterion"
     )
     choice.add_argument(
         "--head-steps",
         type=int,
-        help="steps that the head is trained before the (second) look; 20 for gradient energy if not given, else 0",
+        help="training steps of the task head before kernels are computed through it; default: 20 for gradient "
+        "energy, else 0",
     )
-    choice.add_argument("--train-batch-size", type=int, default=8, help="of the training; matters to adamw")
+    choice.add_argument("--train-batch-size", type=int, default=8, help="of the training; used with adamw")
     choice.add_argument("--targets", nargs="+", default=["all-linear"], help="candidates: names or suffixes")
     choice.add_argument(
-        "--avoid", nargs="*", help="parts of names of candidates that are left for last; pooler if not given"
+        "--exclude", nargs="*", help="name components of candidates that are not to be chosen; default: pooler"
     )
     choice.add_argument("--rank", type=int, default=8, help="rank of the adapter")
     choice.add_argument("--alpha", type=float, default=16.0, help="lora_alpha of the adapter")
     choice.add_argument("--space", choices=SPACES, default="lora", help="parameters that the kernels are of")
     choice.add_argument(
-        "--draws", type=int, help="draws of LoRA's random A to average over; 32 for causal-lm if not given, else 1"
+        "--draws",
+        type=int,
+        help="draws of LoRA's random A to average over; default: 32 for causal-lm, else 1, and 8 through heads",
     )
     choice.add_argument("--proximal-lambda", type=float, default=0.0, help="proximal_lambda of the adapter config")
     run = parser.add_argument_group("run")
     run.add_argument("--seed", type=int, default=0, help="of the sample, the head, LoRA's A and the folds")
-    run.add_argument("--device", help="cpu, cuda, …; cuda where there is one if not given")
+    run.add_argument("--device", help="cpu, cuda, …; default: cuda where there is one")
     run.add_argument("--output", default="recommendation", metavar="FOLDER", help="where the files go")
     run.add_argument("--quiet", action="store_true", help="no progress bars and no table")
 

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-"""Models and tokenizers by folder, Hub name or the word "minilm". Shared by the CLI and the examples."""
+"""Models and tokenizers by folder, Hub name or the word "minilm". Used by the CLI and the examples."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def load_model(
         where = "in this folder" if os.path.isdir(path) else "as a folder or on the Hub"
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise FileError(f"cannot load a {task} model {name!r} {where}: {reason}") from error
-    if tokenizer.pad_token is None:  # GPT-2 and its kin; padding is masked, so any token will do
+    if tokenizer.pad_token is None:  # GPT-2, for example; padding is masked, so any token will do
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id

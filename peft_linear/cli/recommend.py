@@ -13,16 +13,16 @@ from transformers.utils import logging as transformers_logging
 
 from ..errors import BudgetError, FileError
 from ..report.writer import write_report
-from ..selection.avoided import AVOIDED
-from ..selection.recommend import recommend
-from ..selection.workflow import check_request, look
+from ..selection.exclusion import DEFAULT_EXCLUDE
+from ..selection.request import ModuleRequest
+from ..selection.training import Training
 from ..tuners.proximal_lora import ProximalLoraConfig
 from .data import batches_of, collator, load_text_data, sample_rows, tokenize
 from .models import load_model
 
 
 KERNELS_NAME = "kernels.safetensors"
-HEAD_NAMES = ("losses_head_as_it_is.safetensors", "losses_warmed_head.safetensors")
+HEAD_NAMES = ("losses_untrained_head.safetensors", "losses_trained_head.safetensors")
 ADAPTER_NAME = "adapter"
 
 
@@ -51,7 +51,7 @@ def run_recommend(arguments: argparse.Namespace) -> None:
     """Runs the subcommand with its parsed arguments.
 
     Raises:
-        PeftLinearError: or one of its kin; nothing has been written then.
+        PeftLinearError: or a subclass; nothing has been written then.
     """
     budget = parse_budget_argument(arguments.budget)
     adapter = {
@@ -69,48 +69,12 @@ def run_recommend(arguments: argparse.Namespace) -> None:
     data = load_text_data(arguments.dataset, arguments.task, arguments.text_column, arguments.label_column)
     rows = sample_rows(data, arguments.examples, arguments.split, arguments.seed)
     model, tokenizer = load_model(arguments.model, arguments.task, data.label_names, arguments.seed, arguments.device)
-    ntk: dict[str, Any] = {
-        "outputs": "log_likelihood" if arguments.task == "causal-lm" else "logits",
-        "targets": arguments.targets[0] if arguments.targets == ["all-linear"] else arguments.targets,
-        "space": arguments.space,
-        "rank": arguments.rank,
-    }
-    if arguments.draws is not None:
-        ntk["draws"] = arguments.draws
-    check_request(
-        model,
-        budget,
-        arguments.criterion,
-        arguments.ridge,
-        arguments.strategy,
-        arguments.optimizer,
-        arguments.head_steps,
-        arguments.train_batch_size,
-        **ntk,
-    )
+    request = _request(arguments, budget)
+    request.candidates(model)
     features = tokenize(data, rows, tokenizer, arguments.max_length)
-    kernels, heads = look(
-        model,
-        batches_of(features, collator(data, tokenizer), arguments.batch_size),
-        arguments.criterion,
-        arguments.head_steps,
-        lora_alpha=arguments.alpha,
-        seed=arguments.seed,
-        progress=not arguments.quiet,
-        **ntk,
-    )
-    recommendation = recommend(
-        kernels,
-        budget,
-        arguments.criterion,
-        arguments.ridge,
-        arguments.strategy,
-        arguments.seed,
-        heads=heads,
-        avoid=AVOIDED if arguments.avoid is None else arguments.avoid,
-        optimizer=arguments.optimizer,
-        train_batch_size=arguments.train_batch_size,
-    )
+    batches = batches_of(features, collator(data, tokenizer), arguments.batch_size)
+    kernels, heads = request.compute_kernels(model, batches)
+    recommendation = request.choose(kernels, heads)
     config = recommendation.to_config(**adapter)
     kernels.save(output / KERNELS_NAME)
     for name, of_losses in zip(HEAD_NAMES, heads, strict=False):
@@ -124,3 +88,27 @@ def run_recommend(arguments: argparse.Namespace) -> None:
             f"next: config = PeftConfig.from_pretrained({str(output / ADAPTER_NAME)!r}); "
             "model = get_peft_model(model, config)"
         )
+
+
+def _request(arguments: argparse.Namespace, budget: int | float | str) -> ModuleRequest:
+    kernels: dict[str, Any] = {
+        "outputs": "log_likelihood" if arguments.task == "causal-lm" else "logits",
+        "targets": arguments.targets[0] if arguments.targets == ["all-linear"] else arguments.targets,
+        "space": arguments.space,
+        "rank": arguments.rank,
+        "lora_alpha": arguments.alpha,
+        "progress": not arguments.quiet,
+    }
+    if arguments.draws is not None:
+        kernels["draws"] = arguments.draws
+    return ModuleRequest(
+        budget=budget,
+        criterion=arguments.criterion,
+        ridge=arguments.ridge,
+        strategy=arguments.strategy,
+        seed=arguments.seed,
+        head_steps=arguments.head_steps,
+        exclude=DEFAULT_EXCLUDE if arguments.exclude is None else arguments.exclude,
+        training=Training(optimizer=arguments.optimizer, batch_size=arguments.train_batch_size),
+        kernels=kernels,
+    )

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-"""Reads rows from files, folders and the Hub; what the columns mean is `data`'s business."""
+"""Reads rows from files, folders and the Hub; `data` finds out what the columns mean."""
 
 from __future__ import annotations
 

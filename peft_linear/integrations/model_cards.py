@@ -12,8 +12,8 @@ from weakref import WeakKeyDictionary
 from peft import PeftModel
 from transformers import Trainer
 
-from ..recommendation.recommendation import Recommendation
 from ..report.model_card import update_model_card
+from ..report.recommendation import Recommendation
 from ..tuners.proximal_lora.peft_compat import wrap
 from .restrict import adapted_modules, adapter_name_of
 

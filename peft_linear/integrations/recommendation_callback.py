@@ -17,10 +17,13 @@ from transformers.utils import logging
 
 from ..errors import FileError, PeftLinearError, TargetError
 from ..files import write_text
-from ..recommendation.recommendation import JSON_NAME, Recommendation
+from ..recommendation.data import JSON_NAME
+from ..recommendation.ranks import plain_alpha
+from ..report.recommendation import Recommendation
 from ..report.writer import HTML_NAME, write_report
 from ..selection.criteria import DEFAULT_NAME
-from ..selection.workflow import recommend_modules
+from ..selection.request import ModuleRequest
+from ..selection.training import Training
 from .calibration import calibration_batches
 from .logs import know_handler, log_to_all
 from .main_process import on_main_process
@@ -72,15 +75,16 @@ class NtkRecommendationCallback(TrainerCallback):
             `data_collator` makes into batches.
         budget: As for `recommend`.
         action: "report" or "restrict".
-        criterion, ridge, strategy, seed: As for `recommend`.
+        criterion, seed: As for `recommend`.
         data_collator, examples, batch_size: As for `training.calibration.calibration_batches`.
         adapter_name: Default: the active adapter.
         resume_from_checkpoint: A checkpoint's folder; True: the last one in `output_dir`; False: none.
-        **options: Other arguments of `recommend_modules` and `compute_ntk` (`space`, `rank`, `outputs`, `steps`, …).
+        **options: Other arguments of `recommend_modules`, those of `compute_ntk` among them (`exclude`, `space`,
+            `outputs`, …). `training` is read from the Trainer's arguments unless it is passed.
 
     Raises:
         PeftLinearError: when the Trainer is made: whatever `recommend_modules` refuses; "restrict" with a model that
-            has no LoRA adapter on a linear map, or with an optimizer that exists already. When training begins:
+            has no LoRA adapter on a linear layer, or with an optimizer that exists already. When training begins:
             "restrict" in a callback that was added later (`trainer.add_callback`), or a model that is not the
             restricted one (`model_init`).
     """
@@ -91,9 +95,7 @@ class NtkRecommendationCallback(TrainerCallback):
         budget: int | float | str,
         action: str = "report",
         *,
-        criterion: str = "default-by-evidence",
-        ridge: float | None = None,
-        strategy: str = "greedy",
+        criterion: str = DEFAULT_NAME,
         seed: int = 0,
         data_collator: Any = None,
         examples: int | None = None,
@@ -111,7 +113,7 @@ class NtkRecommendationCallback(TrainerCallback):
         self.resume_from_checkpoint = resume_from_checkpoint
         self.recommendation: Recommendation | None = None  # None before, and after a resume without a saved one
         self.modules: tuple[str, ...] = ()  # the choice, from the kernels or from the checkpoint
-        self._choosing = {"criterion": criterion, "ridge": ridge, "strategy": strategy, "seed": seed, **options}
+        self._choosing = {"criterion": criterion, "seed": seed, **options}
         self._sampling = {
             "data_collator": data_collator,
             "examples": examples,
@@ -162,7 +164,7 @@ class NtkRecommendationCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Puts what was measured beside what was predicted, in report.html."""
+        """Adds the measured values to report.html."""
         history = [
             e for e in state.log_history if any(math.isfinite(e.get(k, math.nan)) for k in ("loss", "eval_loss"))
         ]
@@ -182,14 +184,18 @@ class NtkRecommendationCallback(TrainerCallback):
             if earlier is not None:
                 return earlier
             batches = calibration_batches(self.data, model, processing_class=processing, **self._sampling)
-            options = {**candidates, **_of_training(args, self._choosing["criterion"]), **self._choosing}
-            found = recommend_modules(model, batches, self.budget, **options)
+            found = self._request(args, candidates).recommend(model, batches)
             write_report(found, output)
             return found, found.modules
 
         self.recommendation, self.modules = on_main_process(decide, state.is_world_process_zero)
         if self.recommendation is not None and isinstance(model, PeftModel):
             keep_in_model_cards(model, self.recommendation, self.adapter_name)
+
+    def _request(self, args: TrainingArguments, candidates: dict[str, Any]) -> ModuleRequest:
+        options = {"training": planned_training(args, self._choosing["criterion"]), **candidates, **self._choosing}
+        own = {name: options.pop(name) for name in list(options) if name in ModuleRequest.__dataclass_fields__}
+        return ModuleRequest(budget=self.budget, **own, kernels=options)
 
     def _require_checkpoint(self, model: PeftModel, checkpoint: Path, adapter: str) -> None:
         saved = checkpoint_modules(model, checkpoint, adapter)
@@ -240,7 +246,7 @@ def summary(recommendation: Recommendation) -> dict[str, float]:
         "ntk_modules": float(len(rec.modules)),
         "ntk_candidates": float(len(rec.scores)),
         "ntk_parameters": float(rec.parameters),
-        "ntk_score": float(rec.settings.get("set_score", float("nan"))),
+        "ntk_score": float(math.nan if rec.settings.set_score is None else rec.settings.set_score),
     }
     if chosen is not None:
         values["ntk_condition_number"] = chosen.condition_number(rec.ridge)
@@ -257,20 +263,17 @@ def _candidates(model: PeftModel, adapter: str) -> dict[str, Any]:
     modules = list(adapted_modules(model, adapter))
     if not modules:
         raise TargetError(
-            f"adapter {adapter!r} ({config.peft_type}) is on no linear map as LoRA is, so there is nothing to choose; "
+            f"adapter {adapter!r} ({config.peft_type}) is not LoRA on any linear layer: there is nothing to choose; "
             "use a LoraConfig or a ProximalLoraConfig"
         )
-    # compute_ntk scales by lora_alpha/r, an adapter with use_rslora by lora_alpha/sqrt(r)
-    alpha = config.lora_alpha * (math.sqrt(config.r) if getattr(config, "use_rslora", False) else 1)
-    return {"targets": modules, "rank": config.r, "lora_alpha": alpha}
+    return {"targets": modules, "rank": config.r, "lora_alpha": plain_alpha(config)}
 
 
-def _of_training(args: TrainingArguments, criterion: str) -> dict[str, Any]:
-    """How the run will train, as far as the choice depends on it; every optimizer but SGD normalises as Adam does."""
-    found: dict[str, Any] = {"train_batch_size": args.train_batch_size * args.gradient_accumulation_steps}
-    if criterion == DEFAULT_NAME and str(getattr(args.optim, "value", args.optim)).startswith("sgd"):
-        found["optimizer"] = "sgd"
-    return found
+def planned_training(args: TrainingArguments, criterion: str) -> Training:
+    """The training that the arguments describe; every optimizer but SGD normalises its steps as Adam does."""
+    sgd = criterion == DEFAULT_NAME and str(getattr(args.optim, "value", args.optim)).startswith("sgd")
+    batch_size = args.train_batch_size * args.gradient_accumulation_steps
+    return Training(optimizer="sgd" if sgd else None, batch_size=batch_size)
 
 
 know_handler(NtkRecommendationCallback)

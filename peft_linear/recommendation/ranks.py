@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-"""Ranks that differ by module: a budget of adapter parameters, shared out by effective dimension.
+"""Ranks that differ by module: a budget of adapter parameters, distributed by effective dimension.
 
 **What rank a module needs.** Fitting k outputs with the linearised model while keeping the change of the weights small
 (the sum of nuclear norms, which is what a penalty on LoRA's factors amounts to) is a semidefinite program with k
@@ -127,14 +127,6 @@ def coverage(rank: int, dimension: float) -> float:
     return rank * (rank + 1) / (2 * dimension) if dimension > 0 else math.inf
 
 
-def rank_basis(kernels: ModuleKernels, modules: Iterable[str], ridge: float) -> dict[str, Any]:
-    """What `distribute_ranks` needs later, as JSON-able settings: d_m of the choice, shapes of all candidates."""
-    return {
-        "effective_dimension": effective_dimensions(kernels, modules, ridge),
-        "shapes": {name: list(kernels.shapes[name]) for name in kernels.names},
-    }
-
-
 def rank_patterns(
     ranks: Mapping[str, int], uniform: int, lora_alpha: float, use_rslora: bool = False
 ) -> tuple[dict[str, int], dict[str, float]]:
@@ -147,6 +139,11 @@ def rank_patterns(
     keys = {name: f"^{re.escape(name)}" for name in ranks}
     alphas = {keys[name]: plain_number(lora_alpha * (rank / uniform) ** power) for name, rank in ranks.items()}
     return {keys[name]: rank for name, rank in ranks.items()}, alphas
+
+
+def plain_alpha(config: Any) -> float:
+    """α by which α/r is the scaling of an adapter with this config: with `use_rslora` α·√r, whose scaling is α/√r."""
+    return config.lora_alpha * (math.sqrt(config.r) if getattr(config, "use_rslora", False) else 1)
 
 
 def plain_number(value: float) -> Any:
@@ -168,7 +165,7 @@ def parse_rank_budget(budget: float | str | None, uniform: int, everything: int)
     if budget is None:
         return uniform
     if isinstance(budget, bool) or not isinstance(budget, (float, str)):
-        raise BudgetError(f"the budget of adaptive ranks is one of parameters, got {budget!r}; {_FORMS}")
+        raise BudgetError(f"the budget of adaptive ranks is a number of parameters, got {budget!r}; {_FORMS}")
     if isinstance(budget, str):
         return parse_parameters(budget, _FORMS)
     if not (math.isfinite(budget) and 0 < budget <= 1):

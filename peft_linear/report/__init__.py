@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A recommendation for people: Markdown, HTML, figures, model cards. Takes any object shaped like it."""
 
-from .html import recommendation_html
+from .html.page import recommendation_html
 from .markdown import recommendation_markdown, score_table
 from .model_card import model_card_section, update_model_card, with_model_card_section
 from .plots import plot_recommendation, recommendation_figure

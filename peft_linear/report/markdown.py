@@ -6,13 +6,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .improvements import criterion_label, direction
+from ..recommendation.data import RecommendationData
+from ..recommendation.values import ModuleScore
+from .formatting import criterion_label, direction, known
 
-
-if TYPE_CHECKING:
-    from ..recommendation.recommendation import ModuleScore, Recommendation
 
 # Key in `Recommendation.predicted`, words, format.
 PREDICTIONS = (
@@ -31,7 +30,7 @@ _SHOWN_REJECTED = 12
 _SHORT = 12  # entries of a nested setting that are still listed
 
 
-def score_table(recommendation: Recommendation) -> str:
+def score_table(recommendation: RecommendationData) -> str:
     """The choice and the runners-up in fixed-width columns, what the theory predicts, and the notes."""
     rec = recommendation
     by_name = {row.name: row for row in rec.scores}
@@ -62,7 +61,7 @@ def score_table(recommendation: Recommendation) -> str:
     return "\n".join(lines)
 
 
-def recommendation_markdown(recommendation: Recommendation) -> str:
+def recommendation_markdown(recommendation: RecommendationData) -> str:
     """The whole report: choice, predictions, notes, every candidate with its reason, settings."""
     rec = recommendation
     sections = [
@@ -89,7 +88,7 @@ def recommendation_markdown(recommendation: Recommendation) -> str:
     return "\n\n".join(sections) + "\n"
 
 
-def choice_table(recommendation: Recommendation) -> str:
+def choice_table(recommendation: RecommendationData) -> str:
     """Markdown table of the chosen modules, in the order in which they were taken."""
     by_name = {row.name: row for row in recommendation.scores}
     return markdown_table(
@@ -137,21 +136,21 @@ def format_number(value: float) -> str:
     return "∞" if math.isinf(value) else f"{value:.4g}"
 
 
-def _headline(rec: Recommendation) -> str:
+def _headline(rec: RecommendationData) -> str:
     total = sum(row.parameters for row in rec.scores)
     return (
         f"{len(rec.modules)} of {len(rec.scores)} modules, {rec.parameters:,} of {total:,} adapter parameters "
-        f"({rec.parameters / total:.0%}) at rank {rec.settings.get('rank', '?')}; budget {rec.budget!r}."
+        f"({rec.parameters / total:.0%}) at rank {rec.settings.rank}; budget {rec.budget!r}."
     )
 
 
-def _how(rec: Recommendation) -> str:
+def _how(rec: RecommendationData) -> str:
     s = rec.settings
     return (
-        f"Criterion {rec.criterion}: {s.get('formula', '')} ({direction(rec)}), {s.get('strategy', '?')} search, "
-        f"ridge {rec.ridge:.4g}, {s.get('examples', '?')} examples "
-        f"× {s.get('outputs', '?')} {s.get('output_kind', '')}, "
-        f'space "{s.get("space", "?")}".'
+        f"Criterion {rec.criterion}: {s.formula or ''} ({direction(rec)}), {known(s.strategy)} search, "
+        f"ridge {rec.ridge:.4g}, {known(s.examples)} examples "
+        f"× {known(s.outputs)} {s.output_kind or ''}, "
+        f'space "{known(s.space)}".'
     )
 
 
@@ -179,11 +178,11 @@ def interval_words(row: ModuleScore) -> str:
     return "" if row.interval is None else f" [{row.interval[0]:.3g}, {row.interval[1]:.3g}]"
 
 
-def setting_rows(recommendation: Recommendation) -> list[tuple[str, str]]:
+def setting_rows(recommendation: RecommendationData) -> list[tuple[str, str]]:
     """(name, value) of every setting that is short; parts of a nested one as `kernels: versions: torch`."""
     rec = recommendation
     rows = [("criterion", rec.criterion), ("budget", repr(rec.budget)), ("ridge", f"{rec.ridge:.6g}")]
-    return rows + _flat("", rec.settings)
+    return rows + _flat("", rec.settings.to_dict())
 
 
 def _flat(prefix: str, values: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -191,12 +190,12 @@ def _flat(prefix: str, values: Mapping[str, Any]) -> list[tuple[str, str]]:
     for key, value in values.items():
         if isinstance(value, Mapping):
             rows += _flat(f"{prefix}{key}: ", value) if not prefix or len(value) <= _SHORT else []
-        elif not isinstance(value, (list, tuple)):
+        elif value is not None and not isinstance(value, (list, tuple)):
             rows.append((f"{prefix}{key}", str(value)))
-        elif 0 < len(value) <= _SHORT:
+        elif value is not None and 0 < len(value) <= _SHORT:
             rows.append((f"{prefix}{key}", ", ".join(map(str, value))))
     return rows
 
 
-def _settings_table(rec: Recommendation) -> str:
+def _settings_table(rec: RecommendationData) -> str:
     return markdown_table(("setting", "value"), setting_rows(rec))

@@ -8,21 +8,19 @@ import os
 import re
 from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ..files import write_text
+from ..recommendation.data import RecommendationData
+from .formatting import criterion_label
 from .markdown import choice_table, prediction_table
 
-
-if TYPE_CHECKING:
-    from ..recommendation.recommendation import Recommendation
 
 BEGIN = "<!-- peft_linear:recommendation:begin -->"
 END = "<!-- peft_linear:recommendation:end -->"
 _SECTION = re.compile(f"{re.escape(BEGIN)}(?:(?!{re.escape(BEGIN)}).)*?{re.escape(END)}", re.DOTALL)
 
 
-def model_card_section(recommendation: Recommendation, adapted: Collection[str] | None = None) -> str:
+def model_card_section(recommendation: RecommendationData, adapted: Collection[str] | None = None) -> str:
     """The section's Markdown, between two comments by which it is found again.
 
     Args:
@@ -31,7 +29,7 @@ def model_card_section(recommendation: Recommendation, adapted: Collection[str] 
             default: those.
     """
     rec = recommendation
-    label = rec.settings.get("criterion_label", rec.criterion)
+    label = criterion_label(rec)
     notes = "".join(f"\n- {note}" for note in rec.notes)
     followed = adapted is None or set(adapted) == set(rec.modules)
     chosen = f"{len(rec.modules)} of {len(rec.scores)} candidate modules were"
@@ -47,7 +45,9 @@ def model_card_section(recommendation: Recommendation, adapted: Collection[str] 
     )
 
 
-def with_model_card_section(card: str, recommendation: Recommendation, adapted: Collection[str] | None = None) -> str:
+def with_model_card_section(
+    card: str, recommendation: RecommendationData, adapted: Collection[str] | None = None
+) -> str:
     """`card` with the section appended, or in the place of the one that is there: doing it twice changes nothing.
 
     A section is what lies between the two comments with neither of them inside; nothing else of the card is touched.
@@ -61,7 +61,7 @@ def with_model_card_section(card: str, recommendation: Recommendation, adapted: 
 
 
 def update_model_card(
-    path: str | os.PathLike, recommendation: Recommendation, adapted: Collection[str] | None = None
+    path: str | os.PathLike, recommendation: RecommendationData, adapted: Collection[str] | None = None
 ) -> None:
     """Writes the section into the model card at `path` (a README.md), which is made if it does not exist."""
     file = Path(path)

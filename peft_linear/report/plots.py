@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import PeftLinearError
 from ..files import atomic_file
+from ..recommendation.data import RecommendationData
 from ..recommendation.names import Grid, layer_grid, short_labels
-from .improvements import improvements
+from .formatting import improvements
 
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from ..recommendation.recommendation import Recommendation
 
 CHOSEN, ALL, REST, HEAD, INK = "#d1495b", "#30638e", "#b8c4cc", "#8d99a6", "#22303c"
 _MAX_BARS = 60
@@ -31,7 +31,7 @@ def matplotlib_available() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def plot_recommendation(recommendation: Recommendation, path: str | os.PathLike) -> None:
+def plot_recommendation(recommendation: RecommendationData, path: str | os.PathLike) -> None:
     """Spectra, scores by layer and kind, and sorted scores, written to `path` (its suffix says the format).
 
     Raises:
@@ -54,7 +54,7 @@ def write_figure(figure: Figure, path: str | os.PathLike) -> None:
         figure.savefig(temporary, format=kind, dpi=160)
 
 
-def recommendation_figure(recommendation: Recommendation) -> Figure:
+def recommendation_figure(recommendation: RecommendationData) -> Figure:
     """The figure itself, not attached to any window.
 
     Raises:
@@ -94,7 +94,7 @@ def new_figure(size: tuple[float, float]) -> Figure:
     return Figure(figsize=size, layout=layout, facecolor="white")
 
 
-def draw_spectra(axes: Axes, recommendation: Recommendation) -> None:
+def draw_spectra(axes: Axes, recommendation: RecommendationData) -> None:
     """Eigenvalues of the kernels of the choice, of all candidates and of the always-trained parameters, log scale.
 
     With always-trained parameters the first two are of the adapters alone: the head's kernel would cover both.
@@ -140,7 +140,7 @@ def draw_spectra(axes: Axes, recommendation: Recommendation) -> None:
     finish(axes, "Spectrum of the kernel")
 
 
-def draw_heat_map(axes: Axes, recommendation: Recommendation) -> None:
+def draw_heat_map(axes: Axes, recommendation: RecommendationData) -> None:
     """Each candidate by layer and kind, coloured by the rank of its score; the choice is framed and numbered.
 
     Ranks, not scores, so that one outstanding module does not make all others look alike; the colour bar has scores.
@@ -179,7 +179,7 @@ def draw_heat_map(axes: Axes, recommendation: Recommendation) -> None:
         side.set_visible(False)
 
 
-def draw_scores(axes: Axes, recommendation: Recommendation) -> None:
+def draw_scores(axes: Axes, recommendation: RecommendationData) -> None:
     """Sorted candidates, the choice highlighted; longer is better.
 
     Where the score without any adapter is known, a bar is the improvement over it (logarithmic if improvements span
@@ -213,13 +213,13 @@ def draw_scores(axes: Axes, recommendation: Recommendation) -> None:
     finish(axes, "Each candidate alone, best first; red: chosen" + (f" ({hidden} more not shown)" if hidden else ""))
 
 
-def _grid(recommendation: Recommendation) -> Grid:
+def _grid(recommendation: RecommendationData) -> Grid:
     names = [row.name for row in recommendation.scores]
-    in_model = recommendation.settings.get("candidates") or names
+    in_model = recommendation.settings.candidates or names
     return layer_grid([name for name in in_model if name in set(names)])
 
 
-def _best_and_chosen(recommendation: Recommendation) -> list[Any]:
+def _best_and_chosen(recommendation: RecommendationData) -> list[Any]:
     budget = _MAX_BARS - len(recommendation.modules)
     rejected = {row.name for row in [row for row in recommendation.scores if not row.chosen][: max(budget, 0)]}
     return [row for row in recommendation.scores if row.chosen or row.name in rejected]

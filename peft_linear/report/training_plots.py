@@ -9,13 +9,12 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import PeftLinearError
+from ..functional.simulation import TrainingCurve
 from .plots import ALL, CHOSEN, INK, finish, new_figure, write_figure
 
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-    from ..functional.simulation import TrainingCurve
 
 History = Sequence[Mapping[str, Any]]
 

@@ -1,18 +1,29 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-"""Numbers in, decision out: criteria, budgets, the search for a set of modules, and what theory predicts for it."""
+"""From kernels to a decision: criteria, budgets, the search for a set of modules, predictions and notes."""
 
 from ..recommendation.budget import Budget, parse_budget
 from ..recommendation.ranks import distribute_ranks, effective_dimensions
-from ..recommendation.recommendation import ModuleScore, Recommendation
-from .baselines.by_kernels import BASELINES, baseline, equal_parameter_rank, kappa_order
-from .baselines.by_model import MODEL_BASELINES, model_order, model_scores
-from .criteria import CRITERIA, DEFAULT_CRITERION, Criterion, applicable_criteria, score_modules
+from ..recommendation.values import ModuleScore, Reliability, Settings
+from ..report.recommendation import Recommendation
+from .baselines import (
+    BASELINES,
+    MODEL_BASELINES,
+    baseline,
+    equal_parameter_rank,
+    kappa_order,
+    model_order,
+    model_scores,
+)
+from .criteria import CRITERIA, DEFAULT_CRITERION, Criterion, View, applicable_criteria, score_modules
 from .preconditioning import AdamScales, adam_preconditioned
 from .prediction import predict
 from .problem import Problem
-from .recommend import default_ridge, recommend
-from .reliability import Reliability, split_half_reliability
+from .recommend import recommend
+from .reliability import split_half_reliability
+from .request import ModuleRequest, recommend_modules
+from .training import Training
+from .views import default_ridge
 
 
 __all__ = [
@@ -23,10 +34,14 @@ __all__ = [
     "AdamScales",
     "Budget",
     "Criterion",
+    "ModuleRequest",
     "ModuleScore",
     "Problem",
     "Recommendation",
     "Reliability",
+    "Settings",
+    "Training",
+    "View",
     "adam_preconditioned",
     "applicable_criteria",
     "baseline",
@@ -40,6 +55,7 @@ __all__ = [
     "parse_budget",
     "predict",
     "recommend",
+    "recommend_modules",
     "score_modules",
     "split_half_reliability",
 ]

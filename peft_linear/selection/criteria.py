@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The criteria: one number for a subset kernel `K_S = K_0 + Σ_{m∈S} K_m`, so that each ranks modules and sets alike.
 
-`K_0` is the block of the parameters that are trained whatever is chosen. Notation: λ the ridge, λ1 ≥ … ≥ λn the
+`K_0` is the block of the always-trained parameters. Notation: λ the ridge, λ1 ≥ … ≥ λn the
 eigenvalues, r0 the residual and e the loss gradient of `Problem`. Sources: the spectrum of the restricted kernel as a
 predictor of fine-tuning is the paper's (*Linearization Explains Fine-Tuning in Large Language Models*, arXiv
 2602.08239, section 4); the docstring of each function has its formula.
@@ -22,12 +22,6 @@ from ..functional.regression import leave_one_out_residuals, solve_ridge
 from ..kernels.module_kernels import ModuleKernels
 from .cross_validation import cross_validate
 from .problem import PROVIDES, Problem
-from .search.gain_bounds import (
-    BoundFunction,
-    condition_number_bound,
-    effective_dimension_bound,
-    risk_reduction_bound,
-)
 
 
 # What `criterion="default-by-evidence"` means: the first of these whose need the outputs provide. The evidence is rank
@@ -37,6 +31,14 @@ DEFAULT_CRITERION = DEFAULTS_BY_NEED["logits"]
 DEFAULT_NAME = "default-by-evidence"
 
 CriterionFunction = Callable[[Tensor, Problem], float]
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """Kernels, and the problem by which they are scored."""
+
+    kernels: ModuleKernels
+    problem: Problem
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,6 @@ class Criterion:
         needs: What the outputs must provide ("kernel" is always there); see `problem.PROVIDES`.
         additive: The number of a union is the number of K_0 plus what each module adds, so the best set is the best
             modules.
-        bound: Of what a change of the set can give, where one is proved; see `gain_bounds`.
-        monotone: A module that is added never makes it worse.
         extensive: A sum over rows, twice as large for twice the examples, and not a mean.
     """
 
@@ -64,14 +64,7 @@ class Criterion:
     higher_is_better: bool
     needs: str = "kernel"
     additive: bool = False
-    bound: BoundFunction | None = None
-    monotone: bool = False
     extensive: bool = False
-
-    @property
-    def branches(self) -> bool:
-        """Whether an exhaustive search can leave branches out."""
-        return self.monotone and self.bound is not None
 
     def __call__(self, gram: Tensor, problem: Problem) -> float:
         return self.function(gram, problem)
@@ -93,7 +86,7 @@ def _criterion(label: str, formula: str, **properties: Any) -> Callable[[Criteri
     return register
 
 
-@_criterion("condition number", "(λ1 + λ)/(λn + λ)", higher_is_better=False, bound=condition_number_bound)
+@_criterion("condition number", "(λ1 + λ)/(λn + λ)", higher_is_better=False)
 def condition_number(gram: Tensor, problem: Problem) -> float:
     """`(λ1 + λ)/(λn + λ)`, the paper's predictor (arXiv 2602.08239, section 4); lower is better. O(n³).
 
@@ -103,13 +96,13 @@ def condition_number(gram: Tensor, problem: Problem) -> float:
     return problem.spectrum(gram).condition_number(problem.ridge)
 
 
-@_criterion("trace", "Σ λi", higher_is_better=True, additive=True, monotone=True, extensive=True)
+@_criterion("trace", "Σ λi", higher_is_better=True, additive=True, extensive=True)
 def trace(gram: Tensor, problem: Problem) -> float:
     """`tr K = Σ λi = ‖J‖_F²`: how far all outputs move for a unit step in all parameters; higher is better. O(n)."""
     return float(gram.trace())
 
 
-@_criterion("gradient energy", "eᵀ K e", higher_is_better=True, needs="error", additive=True, monotone=True)
+@_criterion("gradient energy", "eᵀ K e", higher_is_better=True, needs="error", additive=True)
 def gradient_energy(gram: Tensor, problem: Problem) -> float:
     """`eᵀ K e = ‖Jᵀ e‖²`, the squared norm of the loss gradient in the trained parameters; higher is better. O(n²)."""
     return float(problem.error @ gram @ problem.error)
@@ -119,8 +112,6 @@ def gradient_energy(gram: Tensor, problem: Problem) -> float:
     "effective dimension",
     "Σ λi/(λi + λ)",
     higher_is_better=True,
-    bound=effective_dimension_bound,
-    monotone=True,
     extensive=True,
 )
 def effective_dimension(gram: Tensor, problem: Problem) -> float:
@@ -158,8 +149,6 @@ def leave_one_out(gram: Tensor, problem: Problem) -> float:
     "1 − λ r0ᵀ(K + λI)⁻¹r0/‖r0‖²",
     higher_is_better=True,
     needs="residual",
-    bound=risk_reduction_bound,
-    monotone=True,
 )
 def risk_reduction(gram: Tensor, problem: Problem) -> float:
     """`1 − λ·Q_K/‖r0‖²` with `Q_K = r0ᵀ(K + λI)⁻¹r0`; in [0, 1), higher is better. O(n³).
@@ -213,11 +202,12 @@ def resolve_criterion(name: str, problem: Problem) -> Criterion:
     return CRITERIA[name]
 
 
-def score_modules(kernels: ModuleKernels, criterion: Criterion, problem: Problem) -> dict[str, float]:
+def score_modules(view: View, criterion: Criterion) -> dict[str, float]:
     """The score of every candidate alone, `K_S = K_0 + K_m`."""
-    return {name: criterion(kernels.base + kernels[name], problem) for name in kernels.names}
+    kernels = view.kernels
+    return {name: criterion(kernels.base + kernels[name], view.problem) for name in kernels.names}
 
 
-def rank_by_score(scores: dict[str, float], criterion: Criterion) -> tuple[str, ...]:
+def rank_by_score(scores: Mapping[str, float], criterion: Criterion) -> tuple[str, ...]:
     """Names, best first; equal scores stay in model order."""
     return tuple(sorted(scores, key=lambda name: -criterion.utility(scores[name])))

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-"""Gradient energy through two heads: the new one that training begins with, and what it becomes in a few steps."""
+"""Gradient energy over several task heads: the new one, and the same after a few training steps."""
 
 from __future__ import annotations
 
@@ -46,38 +46,38 @@ def _of_losses(gram: Tensor, errors: Tensor) -> Tensor:
     return torch.einsum("ia,iajb,jb->ij", errors, gram.view(*errors.shape, *errors.shape), errors)
 
 
-def over_heads(looks: Sequence[ModuleKernels]) -> ModuleKernels:
-    """For every module, of its kernels through several heads the one through which it matters least.
+def over_heads(heads: Sequence[ModuleKernels]) -> ModuleKernels:
+    """For every module, of its kernels through several heads the one in which its share is least.
 
-    Each look becomes the kernels of its losses, divided by the gradient energy of all its candidates together, so that
-    the gradient energy of a module is its share and no head outweighs another. A module's block is that of the look in
-    which its share is least; the base is the mean over the looks. So the score of a module is the least of its shares:
-    one that matters only through a random head, or only through a fitted one, does not count as one that always does
-    (docs/decisions/0011). Least shares add up to 1 at most, and sets have the sum of their modules'.
+    Each becomes the kernels of its losses, divided by the gradient energy of all its candidates together, so that
+    the gradient energy of a module is its share and no head outweighs another. A module's block is that of the head in
+    which its share is least; the base is the mean over the heads. So a module that matters only through a random head,
+    or only through a fitted one, scores low (docs/decisions/0011). Least shares add up to 1 at most, and sets have the
+    sum of their modules'.
 
     Raises:
-        KernelError: no looks, looks of different modules or numbers of examples, or one without any loss gradient.
+        KernelError: no heads, kernels of different modules or numbers of examples, or one without any loss gradient.
         OutputError: as `loss_kernels`.
     """
-    of_losses = [loss_kernels(look) for look in looks]
+    of_losses = [loss_kernels(kernels) for kernels in heads]
     if not of_losses:
-        raise KernelError("there are no kernels to look at")
+        raise KernelError("`heads` is empty; pass the kernels through each head")
     first, energies = of_losses[0], []
-    for look in of_losses:
-        if look.names != first.names or look.num_examples != first.num_examples:
+    for kernels in of_losses:
+        if kernels.names != first.names or kernels.num_examples != first.num_examples:
             raise KernelError(
-                f"kernels through another head must be of the same modules and examples, got {len(look)} modules and "
-                f"{look.num_examples} examples beside {len(first)} and {first.num_examples}"
+                f"kernels through another head must be of the same modules and examples, got {len(kernels)} modules and "
+                f"{kernels.num_examples} examples beside {len(first)} and {first.num_examples}"
             )
-        problem = Problem.of(look, ridge=1.0)
-        energies.append({name: gradient_energy(look[name], problem) for name in look.names})
+        problem = Problem.of(kernels, ridge=1.0)
+        energies.append({name: gradient_energy(kernels[name], problem) for name in kernels.names})
         if not sum(energies[-1].values()) > 0:
             raise KernelError("the loss has no gradient in any candidate, so there is nothing to choose")
     totals = [sum(of_modules.values()) for of_modules in energies]
 
     def least(name: str) -> Tensor:
-        number = min(range(len(looks)), key=lambda i: energies[i][name] / totals[i])
+        number = min(range(len(heads)), key=lambda i: energies[i][name] / totals[i])
         return of_losses[number][name] / totals[number]
 
-    base = torch.stack([look.base / total for look, total in zip(of_losses, totals, strict=True)]).mean(dim=0)
+    base = torch.stack([kernels.base / total for kernels, total in zip(of_losses, totals, strict=True)]).mean(dim=0)
     return replace(first, blocks={name: least(name) for name in first.names}, base=base)

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-"""Kernels as an optimizer sees them: Adam gives every module its own step size."""
+"""Kernels preconditioned by an optimizer: Adam gives every module its own step size."""
 
 from __future__ import annotations
 
@@ -11,39 +11,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..errors import CriterionError, KernelError, OutputError, PeftLinearError
+from ..errors import KernelError, PeftLinearError
 from ..kernels.module_kernels import ModuleKernels
 from ..kernels.tensor_files import LazyBlocks, ScaledBlocks
-from .criteria import DEFAULT_NAME
 from .problem import Problem
 
 
-OPTIMIZERS = ("sgd", "adamw")
 BATCH_SIZE = 8
-
-
-def check_optimizer(
-    optimizer: str | None, criterion: str, problem: Problem, train_batch_size: int = BATCH_SIZE
-) -> str:
-    """One of `OPTIMIZERS`; None is "adamw" for the default criterion where the outputs determine a loss, else "sgd".
-
-    Raises:
-        CriterionError: there is no such optimizer.
-        OutputError: the outputs do not determine the loss whose gradient Adam divides by.
-        PeftLinearError: train_batch_size < 1.
-    """
-    if train_batch_size < 1:
-        raise PeftLinearError(f"train_batch_size must be at least 1, got {train_batch_size}")
-    if optimizer is None:
-        return "adamw" if criterion == DEFAULT_NAME and "error" in problem.provides else "sgd"
-    if optimizer not in OPTIMIZERS:
-        raise CriterionError(f"unknown optimizer {optimizer!r}; there are: {', '.join(OPTIMIZERS)}")
-    if optimizer == "adamw" and "error" not in problem.provides:
-        raise OutputError(
-            f"optimizer='adamw' cannot be computed from {problem.what}, which determine no loss; compute kernels of "
-            "labelled logits, or pass optimizer='sgd'"
-        )
-    return optimizer
 
 
 @dataclass(frozen=True)
@@ -96,8 +70,8 @@ def _scale(name: str, gram: Tensor, error: Tensor, batch_size: int, parameters: 
         raise KernelError(f"the kernel of {name} is not finite; check the model's outputs for NaN or inf")
     if energy < -1e-12 * abs(alone):
         raise KernelError(
-            f"the kernel of {name} has gradient energy {energy:.3g}, so it is no product J Jᵀ; optimizer='adamw' "
-            "needs kernels that compute_ntk made with kernel='gradient'"
+            f"the kernel of {name} has gradient energy {energy:.3g}, so it is not J Jᵀ; optimizer='adamw' "
+            "needs kernels of compute_ntk, not of compute_sign_kernel"
         )
     return math.sqrt(energy / parameters) if energy > 0 else 1.0
 

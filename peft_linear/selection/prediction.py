@@ -11,23 +11,19 @@ import torch.nn.functional as F
 
 from ..functional.regression import dual_distance, leave_one_out_residuals, solve_ridge
 from ..functional.simulation import simulate_training
-from ..kernels.module_kernels import ModuleKernels
+from .criteria import View
 from .cross_validation import cross_validate
 from .problem import Problem
 
 
-View = tuple[ModuleKernels, Problem]
-
-
-def predict(
-    kernels: ModuleKernels, names: Iterable[str], problem: Problem, trained: View | None = None
-) -> dict[str, float]:
+def predict(plain: View, names: Iterable[str], optimizer: View | None = None) -> dict[str, float]:
     """Predictions of linearised fine-tuning for `names` (and the always-trained parameters).
 
     Args:
-        kernels, names, problem: What is regressed with, the set, and the ridge.
-        trained: Kernels as the optimizer sees them, and the problem with the learning rate of the simulated training;
-            default: the same kernels and problem.
+        plain: Kernels and ridge of the regression.
+        names: The set.
+        optimizer: Kernels preconditioned by the optimizer, and the learning rate of the simulated training; default:
+            `plain`.
 
     Returns:
         `parameters`: adapter parameters. With a target to regress to (kernel ridge regression with λ from θ0, the
@@ -39,11 +35,12 @@ def predict(
         `training_accuracy` (trained on all examples).
     """
     names = tuple(names)
+    kernels, problem = plain.kernels, plain.problem
     predicted: dict[str, float] = {"parameters": float(sum(kernels.num_parameters[name] for name in names))}
     if "logits" in problem.provides:
         assert problem.labels is not None
-        seen, training = trained or (kernels, problem)
-        gram = seen.subset(names)
+        optimizer = optimizer or plain
+        training, gram = optimizer.problem, optimizer.kernels.subset(names)
         if problem.num_examples > 1:
             held_out = cross_validate(gram, training)
             predicted |= {"loss": held_out.loss, "accuracy": held_out.accuracy}

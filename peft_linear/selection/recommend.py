@@ -5,66 +5,30 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import replace
-
-import torch
+from typing import Any
 
 from ..errors import KernelError, PeftLinearError
-from ..functional.regression import select_ridge
-from ..functional.simulation import SMOOTHNESS
 from ..kernels.module_kernels import ModuleKernels
-from ..recommendation.budget import Budget, parse_budget
-from ..recommendation.ranks import rank_basis
-from ..recommendation.recommendation import ModuleScore, Recommendation
-from .avoided import AVOIDED, check_avoid, left_for_last
-from .criteria import DEFAULT_NAME, Criterion, resolve_criterion, score_modules
-from .heads import over_heads
-from .preconditioning import BATCH_SIZE, adam_preconditioned, check_optimizer
-from .prediction import before_training, predict
+from ..recommendation.budget import parse_budget
+from ..recommendation.ranks import effective_dimensions
+from ..recommendation.values import ModuleScore, Settings
+from ..report.recommendation import Recommendation
+from .choice import choose
+from .criteria import DEFAULT_NAME, Criterion, rank_by_score, resolve_criterion, score_modules
+from .evidence import Evidence, collect_evidence
+from .exclusion import DEFAULT_EXCLUDE, check_exclude
+from .notes import notes_on
 from .problem import Problem
-from .reasons import explain, notes_on
-from .reliability import Reliability, split_half_reliability
-from .search.search import SearchResult, SubsetScorer, check_strategy, rank_by_score, search
+from .reasons import explain
+from .search.search import check_strategy
+from .training import Training
+from .views import Views, check_ridge
 
 
-# The default ridge is looked for within these multiples of the mean eigenvalue tr(K)/n, and is the plain mean where
-# the outputs have nothing to regress to.
-RIDGE_RANGE = (1e-3, 10.0)
-RIDGE_STEPS = 17
-BY_HEADS = "gradient_energy"  # the criterion that is taken over heads where several are given
+BY_HEADS = "gradient_energy"  # the criterion that combines kernels through several heads
 SHARE, SHARE_FORMULA = "share of the gradient energy", "least over heads of eᵀ K_m e/Σ_m eᵀ K_m e"
-
-
-def check_ridge(ridge: float | None) -> None:
-    """Raises `KernelError` unless the ridge is above 0, or None for the default."""
-    if ridge is not None and not (math.isfinite(ridge) and ridge > 0):
-        raise KernelError(f"ridge must be a finite number > 0 (unit: eigenvalues of the kernel), got {ridge}")
-
-
-def default_ridge(kernels: ModuleKernels) -> float:
-    """One λ for every subset: the ridge with the least leave-one-out error of the kernel K of all candidates.
-
-    17 values, log-spaced from 1e-3 to 10 times the mean eigenvalue `tr(K)/n`; that mean itself where there is no
-    residual (logits without labels, random projections). O(n³).
-
-    Raises:
-        KernelError: the kernel is zero.
-    """
-    gram = kernels.subset()
-    mean = float(gram.trace()) / len(gram)
-    if not mean > 0:
-        raise KernelError(
-            f"the kernel of all {len(kernels)} candidates has trace {mean * len(gram):.3g}: the outputs do not depend "
-            "on them, so there is nothing to choose; check that the candidates take a gradient"
-        )
-    problem = Problem.of(kernels, ridge=mean)
-    if "residual" not in problem.provides or kernels.num_examples < 2:
-        return mean
-    low, high = (math.log10(factor) for factor in RIDGE_RANGE)
-    ridges = [mean * factor for factor in torch.logspace(low, high, RIDGE_STEPS, dtype=torch.float64).tolist()]
-    return select_ridge(gram, problem.residual, kernels.num_outputs, ridges)
 
 
 def recommend(
@@ -76,22 +40,18 @@ def recommend(
     seed: int = 0,
     *,
     heads: Sequence[ModuleKernels] = (),
-    avoid: str | Sequence[str] = AVOIDED,
-    optimizer: str | None = None,
-    train_batch_size: int = BATCH_SIZE,
-    learning_rate: float | None = None,
-    steps: int = 100,
-    folds: int = 4,
+    exclude: str | Sequence[str] = DEFAULT_EXCLUDE,
+    training: Training | None = None,
 ) -> Recommendation:
     """The best set of modules within the budget by one criterion on `K_S = K_0 + Σ_{m∈S} K_m`, with its evidence.
 
     The budget is used up: as many modules are taken as fit, also where the criterion no longer improves (a note says
-    so). Whether the examples tell the candidates apart at all is asked of random halves of them
-    (`Recommendation.signal`); where they do not, a note says so and names the alternative, all candidates at a lower
-    rank. Cost: one criterion evaluation for each candidate and round of the search that no bound rules out (O(n³) for
-    most; additive criteria need one for each candidate, O(n²)), twenty on n/2 rows and one eigendecomposition for each
-    candidate, whose condition number is always shown. 8 of 37 candidates with n = 512 rows take about 2 s on one CPU
-    core by an additive criterion, 5 s by leave-one-out error and 11 s by predicted loss; it grows as n³.
+    so). Whether the ranking of the candidates is stable is tested on random halves of the examples
+    (`Recommendation.signal`); where it is not, a note says so and names the alternative, all candidates at a lower
+    rank. Cost: one criterion evaluation for each candidate and round of the search (O(n³) for most; additive criteria
+    need one for each candidate, O(n²)), twenty on n/2 rows and one eigendecomposition for each candidate, whose
+    condition number is always shown. 8 of 37 candidates with n = 512 rows take about 2 s on one CPU core by an
+    additive criterion, 5 s by leave-one-out error and 11 s by predicted loss; it grows as n³.
 
     Args:
         kernels: Of the candidates, from `compute_ntk`.
@@ -99,180 +59,126 @@ def recommend(
             parameters, "1.5M", "200k".
         criterion: A name of `CRITERIA`, or "default-by-evidence".
         ridge: λ > 0 of the ridge regression, in the unit of the kernel's eigenvalues; default: `default_ridge`. With
-            optimizer="adamw" the criterion's is in the same proportion to the default of the kernels that it sees.
-        strategy: "greedy" (forward selection, also called "forward"), "backward" (elimination), "swap" (greedy, then
-            exchanges of one module until none improves), "top" (best on their own) or "exhaustive"; see `search`.
-        seed: Of the cross-validation folds.
+            an Adam-preconditioned kernel the criterion's ridge is in the same proportion to the default of that kernel.
+        strategy: "greedy" (exact for additive criteria) or "top" (the best on their own); see `search`.
+        seed: Of the cross-validation folds and the random halves.
         heads: Kernels of the same modules and examples, of losses or logits, through the head as it is and through one
-            that was trained for a moment (`training.workflow.through_heads`; `recommend_modules` makes them). Gradient
-            energy is then the least of a module's shares through them (`selection.heads`), in place of its energy in
-            `kernels`; predictions and spectra stay those of `kernels`.
-        avoid: Components of the names of candidates that are scored, but not chosen while others can use the budget:
+            that was trained for a few steps (`recommend_modules` computes them). The score of a module is then the
+            least of its shares of the gradient energy (`selection.heads`); predictions and spectra stay those of
+            `kernels`.
+        exclude: Components of the names of candidates that are scored, but not chosen while others can use the budget:
             by default BERT's pooler (docs/decisions/0012). (): none.
-        optimizer: What the modules are to be trained with: "adamw" (Adam too) divides the kernel of every module by
-            the size of its gradient, as Adam does its steps (`adam_preconditioned`); "sgd" takes kernels as they are,
-            as the formulas of `CRITERIA` do. Default: "adamw" for "default-by-evidence", where the outputs determine
-            a loss, and "sgd" for a criterion by name. What the criterion says and the simulated training follow it;
-            spectra, condition numbers, distances and ranks do not.
-        train_batch_size: Of that training; read with optimizer="adamw" only.
-        learning_rate: Of simulated training on the mean cross-entropy, by that optimizer. Default: the largest that
-            cannot diverge with all candidates, `2N/λ1(K)`; the same for every subset.
-        steps: Of simulated training.
-        folds: Of its cross-validation over examples.
+        training: The planned training; default: `Training()`.
 
     Raises:
-        BudgetError: the budget selects nothing, more than there is, or cannot be read; or it leaves too many sets for
-            an exhaustive search.
-        CriterionError: an unknown criterion or strategy.
-        OutputError: the outputs do not provide what the criterion needs.
+        BudgetError: the budget selects nothing, more than there is, or cannot be read.
+        CriterionError: an unknown criterion, strategy or optimizer.
+        OutputError: the outputs do not provide what the criterion or the optimizer needs.
         KernelError: ridge ≤ 0, a kernel that is zero or not finite, or `heads` of other modules or examples.
-        PeftLinearError: `heads` with another criterion than gradient energy; `avoid` that is no names.
+        PeftLinearError: `heads` with another criterion than gradient energy; `exclude` that is no names.
     """
     limit = parse_budget(budget, kernels.num_parameters)
-    as_it_is = Problem.of(kernels, ridge=1.0)
-    chosen_criterion = resolve_criterion(criterion, as_it_is)
-    strategy = check_strategy(strategy, len(kernels), limit, chosen_criterion)
-    check_ridge(ridge)
-    check_avoid(avoid)
-    optimizer = check_optimizer(optimizer, criterion, as_it_is, train_batch_size)
+    problem = Problem.of(kernels, ridge=1.0)
+    resolved = resolve_criterion(criterion, problem)
+    check_strategy(strategy)
+    ridge = check_ridge(ridge)
+    check_exclude(exclude)
+    training = (training or Training()).resolved(criterion, problem)
     if heads:
-        if chosen_criterion.name != BY_HEADS:
-            raise PeftLinearError(
-                f"looks through several heads are for {BY_HEADS!r}, not for {chosen_criterion.name!r}; leave `heads` "
-                "out, or pass the kernels through one of them as the only ones"
-            )
-        if any(look.names != kernels.names or look.num_examples != kernels.num_examples for look in heads):
-            raise KernelError("`heads` must be of the modules and examples that `kernels` are of, in the same order")
-        chosen_criterion = replace(chosen_criterion, label=SHARE, formula=SHARE_FORMULA)
-    if steps < 1 or folds < 2 or (learning_rate is not None and not 0 < learning_rate < math.inf):
-        raise PeftLinearError(
-            f"simulated training needs steps ≥ 1, folds ≥ 2 and a finite learning rate > 0, got steps={steps}, "
-            f"folds={folds}, learning_rate={learning_rate}"
-        )
-    seen = adam_preconditioned(kernels, train_batch_size) if optimizer == "adamw" else kernels
-    plain = Problem.of(kernels, default_ridge(kernels) if ridge is None else float(ridge), seed=seed)
-    everything = kernels.spectrum()
-    if learning_rate is None:
-        largest = float((everything if seen is kernels else seen.spectrum()).eigenvalues[0])
-        curvature = SMOOTHNESS["cross_entropy"] * largest / kernels.num_examples
-        learning_rate = 1.0 / curvature if curvature > 0 else 1.0
-    seen_ridge = _seen_ridge(seen, kernels, ridge, plain.ridge)
-    problem = replace(plain, ridge=seen_ridge, learning_rate=learning_rate, steps=steps, folds=folds)
+        resolved = _by_heads(resolved, kernels, heads)
 
-    judged, judged_problem = seen, problem
-    if heads:
-        as_trained = [adam_preconditioned(look, train_batch_size) if optimizer == "adamw" else look for look in heads]
-        judged = over_heads(as_trained)
-        judged_problem = replace(problem, outputs=judged.outputs, output_kind=judged.output_kind)
-    singles = score_modules(judged, chosen_criterion, judged_problem)
-    avoided = left_for_last(kernels.num_parameters, limit, avoid)
-    free = {name: score for name, score in singles.items() if name not in avoided}
-    candidates = judged.select_modules(free) if avoided else judged
-    result = search(SubsetScorer(candidates, chosen_criterion, judged_problem, free), limit, strategy)
-    result = replace(result, evaluations=result.evaluations + len(avoided))
-    shown = singles
-    if chosen_criterion.name != "condition_number" or seen is not kernels:
-        shown = {name: kernels.spectrum([name]).condition_number(plain.ridge) for name in kernels.names}
-    reliability = split_half_reliability(judged, chosen_criterion, judged_problem, scores=singles)
-    reasons = explain(result, singles, chosen_criterion, limit, kernels.num_parameters, strategy, avoided)
+    views = Views.of(kernels, heads, training, ridge, seed)
+    scores = score_modules(views.scoring, resolved)
+    choice = choose(views.scoring, scores, resolved, limit, strategy, exclude)
+    return _recommendation(collect_evidence(views, choice, scores, resolved), budget, criterion)
+
+
+def _by_heads(criterion: Criterion, kernels: ModuleKernels, heads: Sequence[ModuleKernels]) -> Criterion:
+    """The criterion as it is labelled over several heads."""
+    if criterion.name != BY_HEADS:
+        raise PeftLinearError(
+            f"`heads` requires criterion={BY_HEADS!r}, got {criterion.name!r}; leave `heads` out, or pass the kernels "
+            "through one of them as the only ones"
+        )
+    if any(each.names != kernels.names or each.num_examples != kernels.num_examples for each in heads):
+        raise KernelError("`heads` must be of the modules and examples that `kernels` are of, in the same order")
+    return replace(criterion, label=SHARE, formula=SHARE_FORMULA)
+
+
+def _recommendation(evidence: Evidence, budget: int | float | str, asked_for: str) -> Recommendation:
+    choice, criterion = evidence.choice, evidence.criterion
+    kernels = evidence.views.plain.kernels
+    reasons = explain(choice, evidence.scores, criterion, kernels.num_parameters)
+    intervals = evidence.reliability.score_intervals if evidence.reliability else {}
     scores = tuple(
         ModuleScore(
             name=name,
-            score=singles[name],
+            score=evidence.scores[name],
             rank=rank,
             parameters=kernels.num_parameters[name],
-            chosen=name in result.order,
+            chosen=name in choice.modules,
             reason=reasons[name],
-            condition_number=shown[name],
-            interval=None if reliability is None else reliability.score_intervals[name],
+            condition_number=evidence.condition_numbers[name],
+            interval=intervals.get(name),
         )
-        for rank, name in enumerate(rank_by_score(singles, chosen_criterion), start=1)
+        for rank, name in enumerate(rank_by_score(evidence.scores, criterion), start=1)
     )
-    spectra = {"chosen": kernels.spectrum(result.order), "all": everything}
-    trained = (seen, problem)
-    predicted: dict[str, object] = dict(predict(kernels, result.order, plain, trained))
-    predicted["all_candidates"] = predict(kernels, kernels.names, plain, trained)
-    if bool(kernels.base.any()):
-        spectra["always trained"] = kernels.spectrum([])
-        spectra["chosen, adapters"] = plain.spectrum(kernels.subset(result.order) - kernels.base)
-        spectra["all, adapters"] = plain.spectrum(kernels.subset() - kernels.base)
-        predicted["always_trained_only"] = predict(kernels, [], plain, trained)
-    predicted["before_training"] = before_training(problem)
     return Recommendation(
-        modules=result.order,
+        modules=choice.modules,
         scores=scores,
-        predicted=predicted,
-        criterion=chosen_criterion.name,
+        predicted=evidence.predicted,
+        criterion=criterion.name,
         budget=budget,
-        ridge=plain.ridge,
-        settings=_settings(seen, problem, chosen_criterion, limit, strategy, criterion, result, reliability)
-        | _how_seen(optimizer, train_batch_size, chosen_criterion, heads)
-        | {"avoided": list(avoided)}
-        | rank_basis(kernels, result.order, plain.ridge),
-        notes=notes_on(
-            kernels, result, singles, chosen_criterion, judged_problem, spectra["chosen"], reliability, avoided
-        ),
-        spectra=spectra,
+        ridge=evidence.views.plain.problem.ridge,
+        settings=_settings(evidence, asked_for),
+        notes=notes_on(evidence),
+        spectra=evidence.spectra,
     )
 
 
-def _seen_ridge(seen: ModuleKernels, kernels: ModuleKernels, asked_for: float | None, plain: float) -> float:
-    """λ for the kernels that the optimizer sees: what `plain` is to the default of `kernels`, to their own default."""
-    if seen is kernels:
-        return plain
-    return default_ridge(seen) * (1.0 if asked_for is None else asked_for / default_ridge(kernels))
+def _settings(evidence: Evidence, asked_for: str) -> Settings:
+    views, choice, criterion = evidence.views, evidence.choice, evidence.criterion
+    kernels, problem = views.plain.kernels, views.optimizer.problem
+    adam = views.training.optimizer == "adamw"
+    reliability = evidence.reliability
+    return Settings(
+        asked_for=asked_for,
+        criterion_label=criterion.label,
+        formula=f"{criterion.formula}, with Adam-preconditioned K_m/s_m" if adam else criterion.formula,
+        higher_is_better=criterion.higher_is_better,
+        criterion_ridge=problem.ridge,
+        start_score=choice.result.start,
+        set_score=choice.result.path[-1],
+        strategy=choice.strategy,
+        evaluations=choice.result.evaluations,
+        candidates=kernels.names,
+        excluded=choice.excluded,
+        budget_modules=choice.budget.modules,
+        budget_parameters=choice.budget.parameters,
+        seed=problem.seed,
+        optimizer=views.training.optimizer,
+        train_batch_size=views.training.batch_size if adam else None,
+        learning_rate=problem.learning_rate,
+        steps=problem.steps,
+        examples=kernels.num_examples,
+        outputs=kernels.num_outputs,
+        output_kind=kernels.output_kind,
+        space=kernels.space,
+        rank=kernels.rank,
+        lora_alpha=kernels.lora_alpha,
+        always_trained=bool(kernels.base.any()),
+        heads=tuple(_head(each) for each in views.heads),
+        reliability=None if reliability is None else replace(reliability, score_intervals={}),
+        kernels=_as_in_a_file(views.optimizer.kernels.provenance),
+        effective_dimension=effective_dimensions(kernels, choice.modules, views.plain.problem.ridge),
+        shapes=kernels.shapes,
+    )
 
 
-def _how_seen(
-    optimizer: str, train_batch_size: int, criterion: Criterion, heads: Sequence[ModuleKernels]
-) -> dict[str, object]:
-    """Settings that say through whose eyes the criterion saw the kernels, and its formula then."""
-    settings: dict[str, object] = {"optimizer": optimizer}
-    if optimizer == "adamw":
-        formula = f"{criterion.formula}, with K_m/s_m as AdamW sees it"
-        settings |= {"train_batch_size": train_batch_size, "formula": formula}
-    if heads:
-        told = ((look.provenance.get("head_steps", 0), look.provenance.get("draws")) for look in heads)
-        settings["heads"] = [{"head_steps": head_steps, "draws": draws} for head_steps, draws in told]
-    return settings
+def _head(kernels: ModuleKernels) -> dict[str, int | None]:
+    return {"head_steps": kernels.provenance.get("head_steps", 0), "draws": kernels.provenance.get("draws")}
 
 
-def _settings(
-    kernels: ModuleKernels,
-    problem: Problem,
-    criterion: Criterion,
-    limit: Budget,
-    strategy: str,
-    asked_for: str,
-    result: SearchResult,
-    reliability: Reliability | None,
-) -> dict[str, object]:
-    settings = {
-        "asked_for": asked_for,
-        "criterion_label": criterion.label,
-        "formula": criterion.formula,
-        "higher_is_better": criterion.higher_is_better,
-        "strategy": strategy,
-        "evaluations": result.evaluations,
-        "skipped": result.skipped,
-        "start_score": result.start,
-        "set_score": result.path[-1],
-        "candidates": list(kernels.names),
-        "budget_modules": limit.modules,
-        "budget_parameters": limit.parameters,
-        "seed": problem.seed,
-        "learning_rate": problem.learning_rate,
-        "steps": problem.steps,
-        "folds": problem.folds,
-        "criterion_ridge": problem.ridge,
-        "examples": kernels.num_examples,
-        "outputs": kernels.num_outputs,
-        "output_kind": kernels.output_kind,
-        "space": kernels.space,
-        "rank": kernels.rank,
-        "lora_alpha": kernels.lora_alpha,
-        "always_trained": bool(kernels.base.any()),
-        "reliability": None if reliability is None else reliability.to_dict(),
-        "kernels": dict(kernels.provenance),
-    }
-    return json.loads(json.dumps(settings, default=str))  # what a file gives back, so that a saved copy is equal
+def _as_in_a_file(provenance: Any) -> Any:
+    """Through JSON, so that a saved copy is equal."""
+    return json.loads(json.dumps(dict(provenance), default=str))

@@ -1,84 +1,30 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-"""Does the data say anything about the order of the candidates? Two halves of the examples answer independently."""
+"""Is the ranking of the candidates stable? Two halves of the examples are scored independently."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from ..kernels.module_kernels import ModuleKernels
-from .criteria import Criterion, score_modules
-from .problem import Problem
+from ..recommendation.values import Reliability
+from .criteria import Criterion, View, score_modules
 
 
 LEAST_EXAMPLES = 8
 # Splits of the examples: for additive criteria of few rows (kernels of losses), of more, and for other criteria.
 MANY_SPLITS, SPLITS, FEW_SPLITS = 50, 10, 3
 FEW_ROWS = 256
-ONE_SIDED = 1.645  # standard deviations of a normal distribution that 5 % lie above
-
-
-@dataclass(frozen=True)
-class Reliability:
-    """How far the order of the candidates is that of the data's, and not of the sample's.
-
-    Args:
-        halves: Mean Spearman correlation between the candidates' scores in two disjoint halves of the examples.
-        splits: Number of random splits that it is the mean of.
-        rank_intervals: {module: (low, high)}, between which 90 % of its ranks in single halves lie; 1 is the best.
-        score_intervals: {module: (low, high)}, of its score: the score of all examples, and around it 90 % of how far
-            scores of single halves lie from their mean. The mean over half of the examples, drawn without replacement,
-            varies around that over all as the latter does around the mean of their distribution (half-sampling,
-            McCarthy 1969): it is the interval that a bootstrap gives, without repeated examples, which would make
-            leave-one-out errors vanish.
-    """
-
-    halves: float
-    splits: int
-    rank_intervals: Mapping[str, tuple[int, int]]
-    score_intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-
-    @property
-    def full(self) -> float:
-        """The correlation to be expected between two samples as large as all examples (Spearman–Brown's formula)."""
-        return 2 * self.halves / (1 + self.halves) if self.halves > -1 else -1.0
-
-    @property
-    def threshold(self) -> float:
-        """What `halves` exceeds with a probability of 5 % at most where orders are random: 1.645/sqrt(M − 1).
-
-        The standard deviation of Spearman's coefficient of M independent values is 1/sqrt(M − 1). The mean over splits
-        of one sample varies less than a single split does, so the test errs towards "no signal".
-        """
-        return ONE_SIDED / math.sqrt(max(1, len(self.rank_intervals) - 1))
-
-    @property
-    def signal(self) -> bool:
-        """Whether the order can be told from a random one."""
-        return self.halves > self.threshold
-
-    def to_dict(self) -> dict[str, object]:
-        """For settings; intervals of scores stand with the scores (`ModuleScore.interval`)."""
-        return {
-            "halves": self.halves,
-            "full": self.full,
-            "threshold": self.threshold,
-            "signal": self.signal,
-            "splits": self.splits,
-            "rank_intervals": {name: list(interval) for name, interval in self.rank_intervals.items()},
-        }
 
 
 def split_half_reliability(
-    kernels: ModuleKernels,
+    view: View,
     criterion: Criterion,
-    problem: Problem,
     splits: int | None = None,
     scores: Mapping[str, float] | None = None,
 ) -> Reliability | None:
@@ -91,6 +37,7 @@ def split_half_reliability(
     Args:
         scores: Of all examples, which the intervals of scores lie around; default: computed.
     """
+    kernels, problem = view.kernels, view.problem
     count = kernels.num_examples
     if count < LEAST_EXAMPLES or len(kernels) < 3 or kernels.lazy:
         return None
@@ -102,8 +49,7 @@ def split_half_reliability(
     for _ in range(splits):
         order = torch.randperm(count, generator=generator)
         one, other = (
-            _utilities(kernels, criterion, problem, half)
-            for half in (order[: count // 2], order[count // 2 : 2 * (count // 2)])
+            _utilities(view, criterion, half) for half in (order[: count // 2], order[count // 2 : 2 * (count // 2)])
         )
         constant = one.min() == one.max() or other.min() == other.max()
         correlations.append(0.0 if constant else float(spearmanr(one, other).statistic))
@@ -115,7 +61,7 @@ def split_half_reliability(
         name: (math.floor(a), math.ceil(b))
         for name, a, b in zip(kernels.names, low.tolist(), high.tolist(), strict=True)
     }
-    scores = score_modules(kernels, criterion, problem) if scores is None else scores
+    scores = score_modules(view, criterion) if scores is None else scores
     return Reliability(
         sum(correlations) / splits,
         splits,
@@ -137,10 +83,11 @@ def _around(
     }
 
 
-def _utilities(kernels: ModuleKernels, criterion: Criterion, problem: Problem, examples: Tensor) -> Tensor:
+def _utilities(view: View, criterion: Criterion, examples: Tensor) -> Tensor:
+    kernels, problem = view.kernels, view.problem
     labels = None if problem.labels is None else problem.labels[examples]
     half = replace(problem, outputs=problem.outputs[examples], labels=labels)
-    scores = score_modules(kernels.select_examples(examples), criterion, half)
+    scores = score_modules(View(kernels.select_examples(examples), half), criterion)
     return torch.tensor([criterion.utility(scores[name]) for name in kernels.names], dtype=torch.float64)
 
 

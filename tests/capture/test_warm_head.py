@@ -110,7 +110,7 @@ def test_recommendations_see_the_model_through_the_warmed_head():
     before = state(model)
     rec = recommend_modules(model, (b for b in batches), 2, "leave_one_out", head_steps=4, progress=False)
     assert_same(before, state(model))
-    assert rec.settings["kernels"]["head_steps"] == 4
+    assert rec.settings.kernels["head_steps"] == 4
     with warmed_head(model, batches, 4):
         kernels = compute_ntk(model, batches, progress=False)
     plain = recommend_modules(model, batches, 2, "leave_one_out", progress=False)

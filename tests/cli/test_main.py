@@ -53,8 +53,8 @@ def test_recommend_writes_everything_and_it_fits_together(place, tmp_path, capsy
     assert sorted(path.name for path in out.iterdir()) == [
         "adapter",
         "kernels.safetensors",
-        "losses_head_as_it_is.safetensors",
-        "losses_warmed_head.safetensors",
+        "losses_trained_head.safetensors",
+        "losses_untrained_head.safetensors",
         "recommendation.json",
         "recommendation.md",
         "recommendation.png",
@@ -66,7 +66,7 @@ def test_recommend_writes_everything_and_it_fits_together(place, tmp_path, capsy
     assert str(rec) in printed and "get_peft_model(model, config)" in printed
     kernels = ModuleKernels.load(out / "kernels.safetensors")
     assert kernels.num_examples == 12 and kernels.num_outputs == 3
-    heads = [ModuleKernels.load(out / f"losses_{head}.safetensors") for head in ("head_as_it_is", "warmed_head")]
+    heads = [ModuleKernels.load(out / f"losses_{head}.safetensors") for head in ("untrained_head", "trained_head")]
     assert recommend(kernels, 3, seed=3, heads=heads) == rec
     config = PeftConfig.from_pretrained(out / "adapter")
     assert (config.peft_type.value, config.r, config.proximal_lambda) == ("PROXIMAL_LORA", 2, 0.5)
@@ -79,9 +79,9 @@ def test_the_training_that_is_planned(place, tmp_path):
     options = {"optimizer": "adamw", "train_batch_size": 4, "head_steps": 2, "criterion": "gradient_energy"}
     assert main([*arguments(place, output=tmp_path, **options), "--quiet"]) == 0
     rec = Recommendation.load(tmp_path)
-    assert rec.settings["optimizer"] == "adamw" and rec.settings["train_batch_size"] == 4
-    assert [head.get("head_steps", 0) for head in rec.settings["heads"]] == [0, 2]
-    assert ModuleKernels.load(tmp_path / "losses_warmed_head.safetensors").provenance["head_steps"] == 2
+    assert rec.settings.optimizer == "adamw" and rec.settings.train_batch_size == 4
+    assert [head.get("head_steps", 0) for head in rec.settings.heads] == [0, 2]
+    assert ModuleKernels.load(tmp_path / "losses_trained_head.safetensors").provenance["head_steps"] == 2
     options["criterion"] = "leave_one_out"
     assert main([*arguments(place, output=tmp_path / "other", **options), "--quiet"]) == 0
     assert ModuleKernels.load(tmp_path / "other" / "kernels.safetensors").provenance["head_steps"] == 2
@@ -93,7 +93,7 @@ def test_recommend_for_a_language_model(place, tmp_path, capsys):
     assert main([*given, "--quiet"]) == 0
     assert capsys.readouterr().out == ""
     rec = Recommendation.load(out)
-    assert rec.settings["output_kind"] == "log_likelihood"
+    assert rec.settings.output_kind == "log_likelihood"
     total = sum(row.parameters for row in rec.scores)
     assert 0 < rec.parameters <= 0.25 * total
     assert PeftConfig.from_pretrained(out / "adapter").task_type == "CAUSAL_LM"
@@ -114,7 +114,7 @@ def test_the_same_seed_gives_the_same_files(place, tmp_path):
         ({"budget": "9M"}, "a budget of 9,000,000 parameters"),
         ({"criterion": "best"}, "unknown criterion 'best'"),
         ({"head_steps": -1}, "head_steps must be at least 0, got -1"),
-        ({"train_batch_size": 0}, "train_batch_size must be at least 1, got 0"),
+        ({"train_batch_size": 0}, "batch_size of the training must be at least 1, got 0"),
         ({"strategy": "best"}, "unknown strategy 'best'"),
         ({"dataset": "missing.jsonl"}, "there is no file or folder 'missing.jsonl'"),
         ({"model": "./missing"}, "cannot load a classification model './missing'"),

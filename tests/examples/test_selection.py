@@ -176,7 +176,7 @@ def test_the_look_through_both_heads_is_what_recommend_modules_scores_by(parts, 
     batches = digits.calibration(parts.scores.count_examples(digits, model), 0)
     settings = {"rank": options.protocol.rank, "lora_alpha": options.protocol.lora_alpha, "progress": False}
     rec = recommend_modules(model, batches, 2, **settings)
-    start = rec.settings["start_score"]
+    start = rec.settings.start_score
     table = scores["gradient energy, least share over both heads, AdamW"]
     for row in rec.scores:
         assert table[f"single {row.name}"] == pytest.approx(row.score - start, rel=1e-6)

@@ -5,7 +5,7 @@
 import re
 from html.parser import HTMLParser
 
-from peft_linear.report.html import PAPER
+from peft_linear.report.html.page import PAPER
 from peft_linear.selection import ModuleScore, Recommendation
 from tests.helpers.planted import BERT_NAMES
 

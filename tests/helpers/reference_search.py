@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-"""Slow, obviously right twins of the searches: every kernel summed afresh, every set scored, nothing skipped."""
+"""Slow, obviously right twins of the searches: every kernel summed afresh, every set scored."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def best_set(kernels, criterion, problem, budget):
     )
 
 
-def forward(kernels, criterion, problem, budget, per_parameter, names=()):
+def forward(kernels, criterion, problem, budget, per_parameter):
     sizes = kernels.num_parameters
 
     def utility(chosen):
         return criterion.utility(score_of(kernels, criterion, problem, chosen))
 
-    names = list(names)
+    names = []
     while True:
         used = sum(sizes[n] for n in names)
         fitting = [n for n in kernels.names if n not in names and budget.fits(len(names) + 1, used + sizes[n])]
@@ -46,45 +46,8 @@ def forward(kernels, criterion, problem, budget, per_parameter, names=()):
         names.append(max(fitting, key=gains.get))
 
 
-def backward(kernels, criterion, problem, budget, per_parameter):
-    sizes = kernels.num_parameters
-
-    def utility(chosen):
-        return criterion.utility(score_of(kernels, criterion, problem, chosen))
-
-    names = list(kernels.names)
-    while not budget.fits(len(names), sum(sizes[n] for n in names)):
-        losses = {n: utility(names) - utility([o for o in names if o != n]) for n in names}
-        if per_parameter:
-            losses = {n: loss / sizes[n] if loss > 0 else loss for n, loss in losses.items()}
-        names.remove(min(names, key=losses.get))
-    return forward(kernels, criterion, problem, budget, per_parameter, names)
-
-
-def better(kernels, criterion, problem, budget, run):
-    found = [run(kernels, criterion, problem, budget, False)]
+def greedy(kernels, criterion, problem, budget):
+    found = [forward(kernels, criterion, problem, budget, False)]
     if budget.parameters is not None:
-        found.append(run(kernels, criterion, problem, budget, True))
+        found.append(forward(kernels, criterion, problem, budget, True))
     return max(found, key=lambda names: criterion.utility(score_of(kernels, criterion, problem, names)))
-
-
-def swaps(kernels, criterion, problem, budget, names):
-    sizes = kernels.num_parameters
-
-    def utility(chosen):
-        return criterion.utility(score_of(kernels, criterion, problem, chosen))
-
-    while True:
-        tried = {}
-        for out in names:
-            rest = [n for n in names if n != out]
-            for into in kernels.names:
-                used = sum(sizes[n] for n in [*rest, into])
-                if into not in names and budget.fits(len(names), used):
-                    tried[(*rest, into)] = utility([*rest, into])
-        if not tried:
-            return names
-        found = forward(kernels, criterion, problem, budget, False, max(tried, key=tried.get))
-        if max(tried.values()) <= utility(names) + 1e-10 or utility(found) <= utility(names) + 1e-10:
-            return names
-        names = found

@@ -24,7 +24,7 @@ from peft_linear.integrations.model_cards import keep_in_model_cards
 from peft_linear.integrations.recommendation_callback import NtkRecommendationCallback
 from peft_linear.integrations.restrict import adapted_modules
 from peft_linear.report.model_card import BEGIN, END, with_model_card_section
-from peft_linear.selection.workflow import recommend_modules
+from peft_linear.selection.request import recommend_modules
 from peft_linear.tuners.proximal_lora import ProximalLoraConfig
 from tests.helpers.callback_runs import BATCHES, base_model, callback, peft_bert, trainer_for
 from tests.helpers.small_models import causal_batches, llama, seeded

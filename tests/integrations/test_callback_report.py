@@ -10,7 +10,7 @@ from transformers.integrations import integration_utils
 from peft_linear.errors import TargetError
 from peft_linear.integrations.recommendation_callback import summary
 from peft_linear.integrations.restrict import adapted_modules
-from peft_linear.selection import Recommendation, recommend
+from peft_linear.selection import Recommendation, Training, recommend
 from tests.helpers.callback_runs import base_model, callback, lora_parameters, peft_bert, trainer_for
 from tests.helpers.planted import planted_kernels
 
@@ -51,16 +51,16 @@ def test_after_training_the_report_has_what_was_measured(tmp_path):
     [
         ({}, {}, ("adamw", 8)),
         ({"optim": "sgd"}, {}, ("sgd", None)),
-        ({"optim": "adafactor"}, {"optimizer": "sgd"}, ("sgd", None)),
-        ({}, {"train_batch_size": 3}, ("adamw", 3)),
-        ({"optim": "sgd"}, {"criterion": "leave_one_out", "optimizer": "adamw"}, ("adamw", 8)),
+        ({"optim": "adafactor"}, {"training": Training("sgd")}, ("sgd", None)),
+        ({}, {"training": Training(batch_size=3)}, ("adamw", 3)),
+        ({"optim": "sgd"}, {"criterion": "leave_one_out", "training": Training("adamw")}, ("adamw", 8)),
     ],
 )
 def test_the_default_criterion_sees_how_the_trainer_trains(tmp_path, arguments, asked, expected):
     ours = callback("report", **{"criterion": "default-by-evidence", **asked})
     trainer_for(peft_bert(), tmp_path, [ours], gradient_accumulation_steps=2, **arguments)
     settings = ours.recommendation.settings
-    assert (settings["optimizer"], settings.get("train_batch_size")) == expected
+    assert (settings.optimizer, settings.train_batch_size) == expected
 
 
 def test_report_on_a_model_without_adapters(tmp_path):

@@ -12,7 +12,7 @@ from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from peft_linear.errors import BudgetError, CriterionError, PeftLinearError, TargetError
 from peft_linear.integrations.recommendation_callback import NtkRecommendationCallback
 from peft_linear.integrations.restrict import adapted_modules, checkpoint_modules, restrict_adapter
-from peft_linear.selection.workflow import recommend_modules
+from peft_linear.selection.request import recommend_modules
 from peft_linear.tuners.proximal_lora import ProximalLoraConfig
 from tests.helpers.callback_runs import BATCHES, base_model, callback, lora_parameters, peft_bert, trainer_for
 
@@ -177,7 +177,7 @@ def test_two_active_adapters_need_a_name():
 @pytest.mark.parametrize("action", ["report", "restrict"])
 def test_adapters_that_are_not_lora_are_refused(action, tmp_path):
     model = get_peft_model(base_model(), LoHaConfig(r=2, target_modules=["query"], task_type="SEQ_CLS"))
-    with pytest.raises(TargetError, match=r"adapter 'default' \(.*LOHA\) is on no linear map as LoRA is"):
+    with pytest.raises(TargetError, match=r"adapter 'default' \(.*LOHA\) is not LoRA on any linear layer"):
         trainer_for(model, tmp_path, [callback(action)])
 
 
@@ -189,5 +189,5 @@ def test_the_kernels_are_those_of_the_adapter_that_is_there(use_rslora, tmp_path
     scaling = {layer.scaling["default"] for layer in adapted_modules(model, "default").values()}
     trainer_for(model, tmp_path, [ours])
     settings = ours.recommendation.settings
-    assert [pytest.approx(settings["lora_alpha"] / settings["rank"])] == list(scaling)
-    assert settings["lora_alpha"] == pytest.approx(4 * math.sqrt(2) if use_rslora else 4)
+    assert [pytest.approx(settings.lora_alpha / settings.rank)] == list(scaling)
+    assert settings.lora_alpha == pytest.approx(4 * math.sqrt(2) if use_rslora else 4)

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-"""The HTML report: what is in it, that nothing in a name can break it, and that it is one file that loads nothing."""
+"""The HTML report: what is in it, that nothing in a name can break it, and that it is self-contained."""
 
 import base64
 import hashlib
@@ -14,8 +14,8 @@ import torch
 
 from peft_linear.errors import PeftLinearError
 from peft_linear.functional.simulation import simulate_training
-from peft_linear.report.html_style import SCRIPT
-from peft_linear.selection import ModuleScore, Recommendation, recommend
+from peft_linear.report.html.style import SCRIPT
+from peft_linear.selection import ModuleScore, Recommendation, Reliability, Settings, recommend
 from tests.helpers.pages import HISTORY, MODELS, Page, check_page, made
 from tests.helpers.planted import BERT_NAMES, planted_kernels
 
@@ -74,17 +74,17 @@ def test_code_of_ambiguous_names_is_a_regular_expression():
 @pytest.mark.parametrize(
     ("reliability", "words"),
     [
-        ({"signal": True, "halves": 0.8, "threshold": 0.3}, "✓ The examples tell the candidates apart"),
-        ({"signal": False, "halves": 0.1, "threshold": 0.3}, "⚠ No signal: this order could be chance"),
-        (None, "? Not known whether the examples tell the candidates apart"),
+        (Reliability(0.8, 10, dict.fromkeys(MODELS["bert"], (1, 2))), "✓ The ranking of the candidates is stable"),
+        (Reliability(0.1, 10, dict.fromkeys(MODELS["bert"], (1, 9))), "⚠ No signal: this ranking could be chance"),
+        (None, "? Not known whether the ranking is stable"),
     ],
 )
 def test_whether_there_is_a_signal_is_said_in_words(rec, reliability, words):
-    page = replace(rec, settings={**rec.settings, "reliability": reliability}, notes=()).to_html()
+    page = replace(rec, settings=replace(rec.settings, reliability=reliability), notes=()).to_html()
     assert words in page
     wavering = ", without a clear signal</h1>" in page
-    assert wavering == (reliability is not None and not reliability["signal"])
-    assert ("rank correlation of 0." in page) == (reliability is not None)
+    assert wavering == (reliability is not None and not reliability.signal)
+    assert ("rank the candidates with a correlation of 0." in page) == (reliability is not None)
     check_page(page)
 
 
@@ -115,7 +115,7 @@ def test_the_heat_map_reads_as_a_table(rec, parsed):
             assert f"rank {by_name[name].rank}" in found
             pick = f"pick {rec.modules.index(name) + 1}" if name in rec.modules else ""
             assert found.endswith(pick) and ("pick" in found) == bool(pick)
-            gain = by_name[name].score - rec.settings["start_score"]
+            gain = by_name[name].score - rec.settings.start_score
             shown = float(re.match(r"[−\d.e]+", found)[0].split("rank")[0].replace("−", "-"))
             assert shown == pytest.approx(gain, rel=0.06)
 
@@ -147,19 +147,18 @@ HOSTILE = "layer.0.</script><script>alert(1)</script><img src=x onerror=\"alert(
 
 def test_no_name_gets_out_of_its_place():
     rows = (ModuleScore(HOSTILE, 1.0, 1, 10, True, HOSTILE, 1.0), ModuleScore("layer.1.q", 0.5, 2, 10, False, "", 1.0))
-    settings = {
-        "criterion_label": HOSTILE,
-        "formula": HOSTILE,
-        "strategy": HOSTILE,
-        "output_kind": HOSTILE,
-        "examples": HOSTILE,
-        "rank": 4,
-        "kernels": {"model_class": HOSTILE, "device": HOSTILE, HOSTILE: HOSTILE, "seconds_gram": 1.0},
-        "reliability": {"signal": True, "halves": 0.5, "rank_intervals": {HOSTILE: [1, 2]}},
-        HOSTILE: HOSTILE,
-    }
+    settings = Settings(
+        criterion_label=HOSTILE,
+        formula=HOSTILE,
+        strategy=HOSTILE,
+        output_kind=HOSTILE,
+        examples=HOSTILE,
+        rank=4,
+        kernels={"model_class": HOSTILE, "device": HOSTILE, HOSTILE: HOSTILE, "seconds_gram": 1.0},
+        reliability=Reliability(2.0, 10, {HOSTILE: (1, 2)}),
+    )
     rec = Recommendation((HOSTILE,), rows, {}, HOSTILE, HOSTILE, 0.1, settings, (HOSTILE,))
-    plain = check_page(replace(rec, settings={"rank": 4}, notes=()).to_html())
+    plain = check_page(replace(rec, settings=Settings(rank=4), notes=()).to_html())
     page = rec.to_html()
     parsed = check_page(page)
     assert page.count("<script") == 1 and not parsed.attributes("img")
@@ -178,7 +177,7 @@ def test_predictions_beside_what_was_measured(rec):
     assert rows["held-out cross-entropy of simulated training"] == [f"{rec.predicted['loss']:.4f}", "0.1234"]
     assert rows["held-out accuracy of simulated training"][1] == "75.0%"
     assert rows["leave-one-out squared loss"][1] == ""
-    said = f"trained on {rec.settings['examples']} examples; a run that sees more"
+    said = f"trained on {rec.settings.examples} examples; a run on more"
     assert "Measured loss" in page and said in page and "runtime" not in page
     assert "Measured loss" not in rec.to_html() and said not in rec.to_html()
 
@@ -203,13 +202,13 @@ def test_what_cannot_be_shown_is_refused(rec, monkeypatch):
         rec.to_html(measured={"eval_runtime": 1.0})
     with pytest.raises(PeftLinearError, match=r"a predicted curve is drawn against what was measured: pass history="):
         rec.to_html(curve=curve)
-    monkeypatch.setattr("peft_linear.report.html_charts.matplotlib_available", lambda: False)
+    monkeypatch.setattr("peft_linear.report.html.charts.matplotlib_available", lambda: False)
     with pytest.raises(PeftLinearError, match=r"the history holds no loss: pass trainer.state.log_history"):
         rec.to_html(history=[{"learning_rate": 0.1, "step": 1}])
 
 
 def test_without_matplotlib_the_rest_is_there_and_the_page_says_so(rec, monkeypatch):
-    monkeypatch.setattr("peft_linear.report.html_charts.matplotlib_available", lambda: False)
+    monkeypatch.setattr("peft_linear.report.html.charts.matplotlib_available", lambda: False)
     page = rec.to_html(history=HISTORY)
     parsed = check_page(page)
     assert page.count("matplotlib was not installed") == 2 and not parsed.attributes("svg")
@@ -228,7 +227,7 @@ def test_without_labels_there_is_no_prediction_and_the_page_says_so():
     rec = recommend(planted_kernels(names=MODELS["gpt2"][:6], output_kind="random_projection", examples=6), 2, "trace")
     page = rec.to_html()
     check_page(page)
-    assert "no labels to hold a prediction against" in page and "Predicted loss" not in page
+    assert "no labels, so only the size is predicted" in page and "Predicted loss" not in page
 
 
 def test_language_models_and_budgets_in_parameters():

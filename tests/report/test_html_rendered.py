@@ -12,7 +12,7 @@ from html import escape, unescape
 import matplotlib.image
 import pytest
 
-from peft_linear.selection import recommend
+from peft_linear.selection import Settings, recommend
 from tests.helpers.pages import HISTORY, MODELS, made
 from tests.helpers.planted import planted_kernels
 
@@ -87,11 +87,12 @@ def page():
 
 def test_nothing_sticks_out_at_any_width(page, tmp_path):
     long = "encoder_with_a_name_that_has_no_dots_and_does_not_end_" * 3
+    about = {"model_class": long}
     pages = {
         "bert": page,
         "t5": made(MODELS["t5"]).to_html(),
         "experts": made(MODELS["experts"]).to_html(),
-        "long": made([f"{long}.0.{long}", long], notes=(long,), settings={"kernels": {"model_class": long}}).to_html(),
+        "long": made([f"{long}.0.{long}", long], notes=(long,), settings=Settings(kernels=about)).to_html(),
     }
     frames = [(name, width, content) for name, content in pages.items() for width in WIDTHS]
     found = what_it_found(run_browser(tmp_path, in_frames(frames, MEASURE), "--dump-dom"))

@@ -22,7 +22,7 @@ from peft_linear.report import (
 )
 from peft_linear.report.markdown import format_number, markdown_table
 from peft_linear.report.plots import CHOSEN, REST
-from peft_linear.selection import CRITERIA, Recommendation, recommend
+from peft_linear.selection import CRITERIA, Recommendation, Settings, recommend
 from tests.helpers.planted import BERT_NAMES, planted_kernels
 
 
@@ -128,7 +128,7 @@ def test_bars_are_longer_for_better_modules(rec):
     widths = [bar.get_width() for bar in recommendation_figure(rec).axes[3].patches]
     assert widths == sorted(widths, reverse=True)
     utility = CRITERIA[rec.criterion].utility
-    assert widths[0] == pytest.approx(utility(rec.scores[0].score) - utility(rec.settings["start_score"]))
+    assert widths[0] == pytest.approx(utility(rec.scores[0].score) - utility(rec.settings.start_score))
     for criterion in ("trace", "condition_number"):
         other = recommend(planted_kernels(), 2, criterion)
         widths = [bar.get_width() for bar in recommendation_figure(other).axes[3].patches]
@@ -163,7 +163,7 @@ def test_figures_of_all_kinds_are_written_without_touching_pyplot(tmp_path):
 
 
 def test_a_recommendation_without_spectra_or_start_is_drawn(rec, tmp_path):
-    bare = replace(rec, spectra={}, settings={})
+    bare = replace(rec, spectra={}, settings=Settings(higher_is_better=False))
     plot_recommendation(bare, tmp_path / "bare.png")
     flat = Spectrum(torch.tensor([1.0, 1e-15, 0.0], dtype=torch.float64))
     tiny = {"chosen": flat, "all": flat}

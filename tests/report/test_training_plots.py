@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from peft_linear.errors import PeftLinearError
 from peft_linear.functional.simulation import simulate_training
 from peft_linear.report import plot_predicted_against_measured
-from peft_linear.report.improvements import alike
+from peft_linear.report.formatting import alike
 from peft_linear.report.plots import ALL, CHOSEN, new_figure
 from peft_linear.report.training_plots import draw_predicted_against_measured, measured_losses
 from tests.helpers.pages import HISTORY

@@ -15,6 +15,7 @@ from peft_linear.selection.criteria import (
     CRITERIA,
     DEFAULT_CRITERION,
     DEFAULT_NAME,
+    View,
     applicable_criteria,
     resolve_criterion,
     score_modules,
@@ -77,7 +78,7 @@ def test_formulas(kernels, problem, names):
 @pytest.mark.parametrize("name", LABELLED)
 def test_planted_modules_come_first_and_the_reversed_ranking_is_wrong(kernels, problem, name):
     criterion = CRITERIA[name]
-    scores = score_modules(kernels, criterion, problem)
+    scores = score_modules(View(kernels, problem), criterion)
     ranked = sorted(scores, key=lambda module: -criterion.utility(scores[module]))
     planted = {kernels.names[2], kernels.names[5]}
     assert set(ranked[:2]) == planted
@@ -89,7 +90,7 @@ def test_additive_criteria_add(kernels, problem, name):
     criterion = CRITERIA[name]
     assert criterion.additive
     start = criterion(kernels.base, problem)
-    singles = score_modules(kernels, criterion, problem)
+    singles = score_modules(View(kernels, problem), criterion)
     chosen = kernels.names[1:4]
     total = start + sum(singles[module] - start for module in chosen)
     assert criterion(kernels.subset(chosen), problem) == pytest.approx(total, rel=1e-12)
@@ -99,7 +100,7 @@ def test_additive_criteria_add(kernels, problem, name):
 def test_the_others_do_not_add(kernels, problem, name):
     criterion = CRITERIA[name]
     start = criterion(kernels.base, problem)
-    singles = score_modules(kernels, criterion, problem)
+    singles = score_modules(View(kernels, problem), criterion)
     chosen = kernels.names[1:4]
     total = start + sum(singles[module] - start for module in chosen)
     assert criterion(kernels.subset(chosen), problem) != pytest.approx(total, rel=1e-3)

@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_linear import ModuleKernels, compute_ntk, recommend, recommend_modules
+from peft_linear import ModuleKernels, Training, compute_ntk, recommend, recommend_modules
 from peft_linear.capture.warm_head import warmed_head
 from peft_linear.errors import KernelError, OutputError, PeftLinearError
-from peft_linear.selection.criteria import CRITERIA, score_modules
+from peft_linear.selection.criteria import CRITERIA, View, score_modules
 from peft_linear.selection.heads import loss_kernels, over_heads
 from peft_linear.selection.problem import Problem
 from tests.helpers.planted import planted_kernels
@@ -23,7 +23,7 @@ ENERGY = CRITERIA["gradient_energy"]
 
 
 def shares_of(kernels):
-    scores = score_modules(kernels, ENERGY, Problem.of(kernels, ridge=1.0))
+    scores = score_modules(View(kernels, Problem.of(kernels, ridge=1.0)), ENERGY)
     start = ENERGY(kernels.base, Problem.of(kernels, ridge=1.0))
     return {name: score - start for name, score in scores.items()}
 
@@ -66,36 +66,36 @@ def test_scores_are_the_least_shares_of_the_gradient_through_both_heads(optimize
     """Against autograd: the gradient of the mean loss, through the head as it is and the warmed one."""
     model, batches = seeded(bert), text_batches()
     rec = recommend_modules(
-        model, batches, 2, "gradient_energy", optimizer=optimizer, train_batch_size=99, head_steps=3, progress=False
+        model, batches, 2, "gradient_energy", training=Training(optimizer, 99), head_steps=3, progress=False
     )
-    assert [head.get("head_steps", 0) for head in rec.settings["heads"]] == [0, 3]
-    assert [head["draws"] for head in rec.settings["heads"]] == [8, 8] and rec.settings["kernels"]["draws"] == 1
+    assert [head.get("head_steps", 0) for head in rec.settings.heads] == [0, 3]
+    assert [head["draws"] for head in rec.settings.heads] == [8, 8] and rec.settings.kernels["draws"] == 1
     warm = copy.deepcopy(model)
     with warmed_head(model, batches, 3):
         warm.classifier.load_state_dict(copy.deepcopy(model.classifier.state_dict()))
     names = [row.name for row in rec.scores]
     expected = gradient_shares([model, warm], batches, names, 8, 16.0, draws=8, by_adam=optimizer == "adamw")
-    start = rec.settings["start_score"]
+    start = rec.settings.start_score
     found = {row.name: row.score - start for row in rec.scores}
     assert found == pytest.approx(expected, rel=1e-9, abs=1e-12)
     assert 0.5 < sum(found.values()) < 1.0
-    assert "head_steps" not in rec.settings["kernels"]
-    assert "share of the gradient energy" in rec.to_markdown() and "over heads" in rec.settings["formula"]
+    assert "head_steps" not in rec.settings.kernels
+    assert "share of the gradient energy" in rec.to_markdown() and "over heads" in rec.settings.formula
     alone = recommend_modules(
-        model, batches, 2, "gradient_energy", optimizer=optimizer, train_batch_size=99, head_steps=0, progress=False
+        model, batches, 2, "gradient_energy", training=Training(optimizer, 99), head_steps=0, progress=False
     )
     for of in ("before_training", "always_trained_only", "all_candidates"):
         assert rec.predicted[of] == alone.predicted[of], "predictions are those of the head as it is"
-    assert "heads" not in alone.settings
+    assert not alone.settings.heads
 
 
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 10_000), scale=st.floats(1e-3, 1e3))
-def test_no_look_outweighs_another_and_least_shares_add_up(seed, scale):
+def test_no_head_outweighs_another_and_least_shares_add_up(seed, scale):
     one, other = random_kernels(seed), random_kernels(seed + 1, kind="loss")
     judged = over_heads([one, other])
     shares = shares_of(judged)
-    through_one, through_other = (shares_of(over_heads([look])) for look in (one, other))
+    through_one, through_other = (shares_of(over_heads([head])) for head in (one, other))
     for through in (through_one, through_other):
         assert sum(through.values()) == pytest.approx(1.0) and min(through.values()) >= 0
     assert shares == pytest.approx({n: min(through_one[n], through_other[n]) for n in shares}, rel=1e-10, abs=1e-14)
@@ -110,7 +110,7 @@ def test_no_look_outweighs_another_and_least_shares_add_up(seed, scale):
 
 
 @pytest.mark.parametrize("order", [1, -1])
-def test_what_one_head_does_not_see_is_not_chosen(order):
+def test_a_module_that_matters_through_one_head_only_is_not_chosen(order):
     kernels = planted_kernels()
     of_losses = loss_kernels(kernels)
     best = recommend(kernels, 1, "gradient_energy").modules[0]
@@ -124,20 +124,26 @@ def test_what_one_head_does_not_see_is_not_chosen(order):
 def test_the_default_takes_both_heads_where_there_are_two():
     model, batches = seeded(bert), text_batches()
     default = recommend_modules(model, batches, 2, progress=False)
-    assert default.settings["heads"][1]["head_steps"] == 20 and default.settings["optimizer"] == "adamw"
-    assert "heads" not in recommend_modules(model, batches, 2, head_steps=0, progress=False).settings
-    assert "heads" not in recommend_modules(model, batches, 2, always_trained=(), progress=False).settings
-    assert "heads" not in recommend_modules(model, batches, 2, "leave_one_out", progress=False).settings
+    assert default.settings.heads[1]["head_steps"] == 20 and default.settings.optimizer == "adamw"
+    assert not recommend_modules(model, batches, 2, head_steps=0, progress=False).settings.heads
+    assert not recommend_modules(model, batches, 2, always_trained=(), progress=False).settings.heads
+    assert not recommend_modules(model, batches, 2, "leave_one_out", progress=False).settings.heads
     unlabelled = [{key: value for key, value in batch.items() if key != "labels"} for batch in batches]
     rec = recommend_modules(model, unlabelled, 2, progress=False)
-    assert rec.criterion == "trace" and "heads" not in rec.settings
+    assert rec.criterion == "trace" and not rec.settings.heads
     causal = [{**batch, "labels": batch["input_ids"]} for batch in batches]
-    assert "heads" not in recommend_modules(seeded(gpt2, causal=True), causal, 2, progress=False).settings
+    assert not recommend_modules(seeded(gpt2, causal=True), causal, 2, progress=False).settings.heads
+
+
+def test_draws_that_are_passed_are_taken_everywhere():
+    model, batches = seeded(bert), text_batches()
+    rec = recommend_modules(model, batches, 2, draws=4, head_steps=2, progress=False)
+    assert [head["draws"] for head in rec.settings.heads] == [4, 4] and rec.settings.kernels["draws"] == 4
 
 
 def test_refusals():
     kernels = random_kernels(0)
-    with pytest.raises(PeftLinearError, match="are for 'gradient_energy', not for 'leave_one_out'"):
+    with pytest.raises(PeftLinearError, match="`heads` requires criterion='gradient_energy', got 'leave_one_out'"):
         recommend(kernels, 1, "leave_one_out", heads=[kernels])
     with pytest.raises(KernelError, match="`heads` must be of the modules and examples that `kernels` are of"):
         recommend(kernels, 1, "gradient_energy", heads=[kernels, random_kernels(0, examples=4)])
@@ -147,7 +153,7 @@ def test_refusals():
         over_heads([kernels, random_kernels(0, names=("a", "b"))])
     with pytest.raises(OutputError, match="logits without labels have no cross-entropy"):
         loss_kernels(replace(kernels, labels=None))
-    with pytest.raises(KernelError, match="no kernels to look at"):
+    with pytest.raises(KernelError, match="`heads` is empty"):
         over_heads([])
     nothing = replace(kernels, blocks={name: torch.zeros_like(block) for name, block in kernels.blocks.items()})
     with pytest.raises(KernelError, match="no gradient in any candidate"):

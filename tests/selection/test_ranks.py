@@ -24,7 +24,7 @@ from peft_linear.recommendation.ranks import (
     rank_patterns,
 )
 from peft_linear.selection import Recommendation, recommend
-from peft_linear.selection.workflow import recommend_modules
+from peft_linear.selection.request import recommend_modules
 from peft_linear.tuners.proximal_lora import ProximalLoraConfig, export_lora
 from tests.helpers.planted import planted_kernels
 from tests.helpers.small_models import bert, seeded, text_batches
@@ -147,8 +147,8 @@ def test_budgets_of_parameters(written, meant):
 @pytest.mark.parametrize(
     ("written", "message"),
     [
-        (8, r'is one of parameters, got 8; pass adapter parameters \("1.5M"'),
-        (True, "is one of parameters, got True"),
+        (8, r'is a number of parameters, got 8; pass adapter parameters \("1.5M"'),
+        (True, "is a number of parameters, got True"),
         (0.0, r"a fraction must be in \(0, 1\], got 0.0"),
         (math.nan, "got nan"),
         ("much", "cannot read the budget 'much'; pass adapter parameters"),
@@ -224,9 +224,9 @@ def test_peft_makes_exactly_these_ranks_at_one_scaling(rec, budget, use_rslora, 
     scaling = 6 / 2 if use_rslora else 6 / 4
     assert all(layer.scaling["default"] == pytest.approx(scaling, rel=1e-12) for layer in adapters(model).values())
     spent = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
-    everything = sum(4 * sum(shape) for shape in rec.settings["shapes"].values())
+    everything = sum(4 * sum(shape) for shape in rec.settings.shapes.values())
     allowed = {None: rec.parameters, "2k": 2000, 0.5: everything // 2}[budget]
-    assert allowed - min(map(sum, rec.settings["shapes"].values())) < spent <= allowed
+    assert allowed - min(map(sum, rec.settings.shapes.values())) < spent <= allowed
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(seeded(bert, dtype=torch.float32), tmp_path)
     assert {name: layer.r["default"] for name, layer in adapters(loaded).items()} == ranks
@@ -278,11 +278,14 @@ def test_the_basis_is_saved_and_one_without_it_says_what_to_do(rec, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"r": "adaptive", "rank_pattern": {}}, "rank_pattern is what the recommendation decides"),
-        ({"r": "adaptive", "alpha_pattern": {}, "target_modules": []}, "alpha_pattern, target_modules is what"),
+        ({"r": "adaptive", "rank_pattern": {}}, "the recommendation sets rank_pattern"),
+        (
+            {"r": "adaptive", "alpha_pattern": {}, "target_modules": []},
+            "sets alpha_pattern, target_modules",
+        ),
         ({"r": "auto"}, "r is a rank, \"adaptive\" or None, got 'auto'"),
-        ({"r": 4, "budget": "2k"}, "budget='2k' is shared out by r=\"adaptive\"; got r=4"),
-        ({"budget": 0.5}, 'budget=0.5 is shared out by r="adaptive"; got r=None'),
+        ({"r": 4, "budget": "2k"}, "budget='2k' is distributed by r=\"adaptive\"; got r=4"),
+        ({"budget": 0.5}, 'budget=0.5 is distributed by r="adaptive"; got r=None'),
     ],
 )
 def test_configs_that_contradict_themselves(rec, arguments, message):

@@ -15,8 +15,8 @@ from torch import nn
 
 from peft_linear.errors import BudgetError, CriterionError, FileError, KernelError, OutputError, PeftLinearError
 from peft_linear.functional.regression import leave_one_out_residuals
-from peft_linear.selection import CRITERIA, Recommendation, adam_preconditioned, default_ridge, recommend
-from peft_linear.selection.criteria import DEFAULT_CRITERION
+from peft_linear.selection import CRITERIA, Recommendation, Training, adam_preconditioned, default_ridge, recommend
+from peft_linear.selection.criteria import DEFAULT_CRITERION, View
 from peft_linear.selection.prediction import before_training, predict
 from peft_linear.selection.problem import Problem
 from tests.helpers.planted import BERT_NAMES, planted_kernels
@@ -48,14 +48,14 @@ def test_a_reversed_criterion_fails_the_plant(kernels, monkeypatch):
 
 
 @pytest.mark.parametrize("budget", [3, 0.375, "3k"])
-@pytest.mark.parametrize("strategy", ["greedy", "top", "exhaustive"])
+@pytest.mark.parametrize("strategy", ["greedy", "top"])
 def test_budgets_and_strategies(kernels, budget, strategy):
     rec = recommend(kernels, budget, strategy=strategy)
     assert len(rec.modules) == 3
     assert rec.parameters == 3000
     assert {kernels.names[2], kernels.names[5]} <= set(rec.modules)
     assert rec.budget == budget and type(rec.budget) is type(budget)
-    assert rec.settings["strategy"] == strategy
+    assert rec.settings.strategy == strategy
 
 
 @pytest.mark.parametrize("criterion", sorted(CRITERIA))
@@ -68,7 +68,7 @@ def test_every_criterion_gives_a_whole_recommendation(kernels, criterion):
     ordered = [CRITERIA[criterion].utility(row.score) for row in rec.scores]
     assert ordered == sorted(ordered, reverse=True)
     assert all(row.condition_number >= 1 for row in rec.scores)
-    assert rec.settings["higher_is_better"] == CRITERIA[criterion].higher_is_better
+    assert rec.settings.higher_is_better == CRITERIA[criterion].higher_is_better
     json.dumps(rec.to_dict(), allow_nan=False)
 
 
@@ -116,21 +116,20 @@ def test_reasons_tell_what_did_not_fit():
     large = next(row for row in rec.scores if row.parameters == 5000)
     assert "its 5,000 parameters do not fit beside the choice" in large.reason
     assert "do not fit" not in "".join(row.reason for row in rec.scores if row.chosen)
-    exhaustive = recommend(kernels, budget=1, criterion="leave_one_out", strategy="exhaustive")
-    assert any("not in the best set" in row.reason for row in exhaustive.scores if not row.chosen)
     top = recommend(kernels, budget=1, criterion="gradient_energy", strategy="top")
     assert any("not chosen: gradient energy alone" in row.reason for row in top.scores)
 
 
 def test_predictions_are_of_the_choice_and_of_the_rest(kernels, rec):
     problem = Problem.of(kernels, rec.ridge)
-    training = {"learning_rate": rec.settings["learning_rate"], "steps": rec.settings["steps"]}
+    plain = View(kernels, problem)
+    training = {"learning_rate": rec.settings.learning_rate, "steps": rec.settings.steps}
     seen = adam_preconditioned(kernels)
-    trained = seen, Problem.of(seen, rec.settings["criterion_ridge"], **training)
-    for key, value in predict(kernels, rec.modules, problem, trained).items():
+    trained = View(seen, Problem.of(seen, rec.settings.criterion_ridge, **training))
+    for key, value in predict(plain, rec.modules, trained).items():
         assert rec.predicted[key] == value
-    assert rec.predicted["all_candidates"] == predict(kernels, kernels.names, problem, trained)
-    assert rec.predicted["always_trained_only"] == predict(kernels, [], problem, trained)
+    assert rec.predicted["all_candidates"] == predict(plain, kernels.names, trained)
+    assert rec.predicted["always_trained_only"] == predict(plain, [], trained)
     assert rec.predicted["before_training"] == before_training(problem)
     assert rec.predicted["parameters"] == 2000
     assert rec.predicted["adapter_distance"] < rec.predicted["distance"]
@@ -198,7 +197,7 @@ def test_same_seed_same_answer_and_order_of_examples_does_not_matter(kernels, re
     assert recommend(kernels, 2) == rec
     shuffled = kernels.select_examples(torch.randperm(36, generator=torch.Generator().manual_seed(1)))
     for criterion in ("default-by-evidence", "leave_one_out"):
-        one, other = (recommend(of, 2, criterion, optimizer="adamw") for of in (kernels, shuffled))
+        one, other = (recommend(of, 2, criterion, training=Training(optimizer="adamw")) for of in (kernels, shuffled))
         assert one.modules == other.modules
         for ours, theirs in zip(one.scores, other.scores, strict=True):
             assert ours.score == pytest.approx(theirs.score, rel=1e-8)
@@ -214,9 +213,6 @@ def test_same_seed_same_answer_and_order_of_examples_does_not_matter(kernels, re
         ({"strategy": "best"}, CriterionError, "unknown strategy 'best'"),
         ({"ridge": 0.0}, KernelError, "ridge must be a finite number > 0"),
         ({"ridge": float("nan")}, KernelError, "ridge must be a finite number > 0"),
-        ({"steps": 0}, PeftLinearError, "steps ≥ 1"),
-        ({"folds": 1}, PeftLinearError, "folds ≥ 2"),
-        ({"learning_rate": -1.0}, PeftLinearError, "a finite learning rate > 0, got"),
     ],
 )
 def test_refused_before_work(kernels, arguments, error, message, monkeypatch):
@@ -225,9 +221,24 @@ def test_refused_before_work(kernels, arguments, error, message, monkeypatch):
 
     module = sys.modules["peft_linear.selection.recommend"]  # the package's attribute of this name is the function
     monkeypatch.setattr(module, "score_modules", work)
-    monkeypatch.setattr(module, "default_ridge", work)
+    monkeypatch.setattr(module, "Views", work)
     with pytest.raises(error, match=message):
         recommend(kernels, **{"budget": 2, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"steps": 0}, PeftLinearError, "steps ≥ 1"),
+        ({"learning_rate": -1.0}, PeftLinearError, "a finite learning rate > 0, got"),
+        ({"learning_rate": float("nan")}, PeftLinearError, "a finite learning rate > 0, got"),
+        ({"batch_size": 0}, PeftLinearError, "batch_size of the training must be at least 1, got 0"),
+        ({"optimizer": "lion"}, CriterionError, "unknown optimizer 'lion'; there are: sgd, adamw"),
+    ],
+)
+def test_a_training_that_cannot_be_is_refused(arguments, error, message):
+    with pytest.raises(error, match=message):
+        Training(**arguments)
 
 
 def test_a_zero_kernel_is_refused(kernels):
@@ -246,7 +257,7 @@ def test_notes(kernels, rec):
     spread = replace(kernels, spread={kernels.names[0]: 0.5, kernels.names[1]: 0.01})
     assert any("The kernels of 1 of 8 modules differ by more than 30%" in note for note in recommend(spread, 2).notes)
     wide = recommend(kernels, 6, "leave_one_out", ridge=0.05)
-    assert any("is best with the first" in note and "A smaller budget may do" in note for note in wide.notes)
+    assert any("is best with the first" in note and "A smaller budget may be enough" in note for note in wide.notes)
     noise = planted_kernels(names=BERT_NAMES[:1], informative=(), head=1e-4)
     assert any(
         "predicts no gain on unseen examples" in n for n in recommend(noise, 1, "leave_one_out", ridge=1e-3).notes
@@ -257,7 +268,7 @@ def test_notes(kernels, rec):
     assert any("numerical rank 2 of 108: its condition number is λ1/ridge + 1" in note for note in notes)
     uneven = {n: (1.0 if i < 2 else 1e-5) * kernels[n] for i, n in enumerate(kernels.names)}
     notes = recommend(replace(kernels, blocks=uneven), 2, "trace").notes
-    assert any(note.startswith("6 of 8 candidates, each alone, move the trace by less than 1%") for note in notes)
+    assert any(note.startswith("6 of 8 candidates, each alone, change the trace by less than 1%") for note in notes)
 
 
 def test_saved_and_loaded_it_is_equal(rec, tmp_path):
@@ -279,8 +290,10 @@ def test_saved_and_loaded_it_is_equal(rec, tmp_path):
 def test_it_is_a_value(rec):
     with pytest.raises(FrozenInstanceError):
         rec.modules = ()
+    with pytest.raises(FrozenInstanceError):
+        rec.settings.seed = 3
     with pytest.raises(TypeError):
-        rec.settings["seed"] = 3
+        rec.predicted["loss"] = 0.0
     assert pickle.loads(pickle.dumps(rec)) == rec
     assert copy.deepcopy(rec) == rec
     assert "Recommendation(2 of 8 modules, 2,000 parameters" in repr(rec)
@@ -298,7 +311,7 @@ def test_loading_what_is_not_one(rec, tmp_path):
     with pytest.raises(FileError, match="is missing or not the one"):
         Recommendation.load(tmp_path)
     (tmp_path / "recommendation.json").write_text('{"format": "other"}')
-    with pytest.raises(FileError, match="holds 'other', expected 'peft_linear.Recommendation/1'"):
+    with pytest.raises(FileError, match="holds 'other', expected 'peft_linear.Recommendation/2'"):
         Recommendation.load(tmp_path)
     (tmp_path / "recommendation.json").write_text("[]")
     with pytest.raises(FileError, match="holds None, expected"):
@@ -324,7 +337,7 @@ def test_config_defaults_and_overrides(rec):
     assert set(config.target_modules) == set(rec.modules)
     other = rec.to_config(r=4, lora_alpha=4, proximal_lambda=0.5, task_type="SEQ_CLS")
     assert (other.r, other.lora_alpha, other.proximal_lambda, other.task_type) == (4, 4, 0.5, "SEQ_CLS")
-    with pytest.raises(PeftLinearError, match="target_modules is what the recommendation decides"):
+    with pytest.raises(PeftLinearError, match="the recommendation sets target_modules"):
         rec.to_config(target_modules=["q"])
 
 
@@ -355,7 +368,7 @@ def test_many_candidates_stay_quick():
     kernels = planted_kernels(names=BERT_NAMES, informative=range(8), examples=64, classes=4)
     rec = recommend(kernels, 8, "leave_one_out", ridge=30.0)
     assert set(rec.modules) == set(BERT_NAMES[:8])
-    assert rec.settings["evaluations"] == 1 + sum(range(29, 37))
+    assert rec.settings.evaluations == 1 + sum(range(29, 37))
 
 
 @pytest.mark.parametrize("criterion", ["condition_number", "effective_dimension", "default-by-evidence"])

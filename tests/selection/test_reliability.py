@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-"""Whether the examples tell the candidates apart."""
+"""Whether the ranking of the candidates is stable under resampling."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
+from peft_linear.recommendation.values import Reliability
 from peft_linear.selection import recommend
-from peft_linear.selection.criteria import CRITERIA
+from peft_linear.selection.criteria import CRITERIA, View
 from peft_linear.selection.problem import Problem
-from peft_linear.selection.reliability import Reliability, split_half_reliability
+from peft_linear.selection.reliability import split_half_reliability
 from tests.helpers.planted import BERT_NAMES, planted_kernels
 
 
 def reliability(kernels, criterion="gradient_energy", **settings):
-    return split_half_reliability(kernels, CRITERIA[criterion], Problem.of(kernels, 1.0, **settings))
+    return split_half_reliability(View(kernels, Problem.of(kernels, 1.0, **settings)), CRITERIA[criterion])
 
 
 def noise(seed, examples=32, names=BERT_NAMES):
@@ -52,9 +53,9 @@ def test_halves_are_disjoint_and_the_number_is_the_mean_of_spearmans():
             error = Problem.of(kernels.select_examples(half), 1.0).error
             scores.append([float(error @ kernels[name][rows][:, rows] @ error) for name in kernels.names])
         slow.append(spearmanr(*scores).statistic)
-    found = split_half_reliability(kernels, CRITERIA["gradient_energy"], problem, splits=10)
+    found = split_half_reliability(View(kernels, problem), CRITERIA["gradient_energy"], splits=10)
     assert found.halves == pytest.approx(sum(slow) / 10)
-    assert split_half_reliability(kernels, CRITERIA["gradient_energy"], problem).splits == 50
+    assert split_half_reliability(View(kernels, problem), CRITERIA["gradient_energy"]).splits == 50
 
 
 def test_where_there_is_no_signal_the_recommendation_says_so_and_names_the_alternative():
@@ -82,7 +83,7 @@ def test_intervals_of_scores_are_as_wide_as_a_bootstrap_of_the_examples_says(cri
     """
     kernels = planted_kernels(names=BERT_NAMES[:3], examples=120, informative=(1,))
     chosen, problem = CRITERIA[criterion], Problem.of(kernels, 1.0)
-    found = split_half_reliability(kernels, chosen, problem, splits=60)
+    found = split_half_reliability(View(kernels, problem), chosen, splits=60)
     name = kernels.names[1]
     generator = torch.Generator().manual_seed(1)
     drawn = []
@@ -107,7 +108,7 @@ def test_too_little_to_halve_is_not_known():
     assert reliability(noise(0, examples=6)) is None
     assert reliability(noise(0, names=BERT_NAMES[:2])) is None
     rec = recommend(noise(0, examples=6), 2)
-    assert rec.signal is None and rec.settings["reliability"] is None
+    assert rec.signal is None and rec.settings.reliability is None
     assert all(row.interval is None for row in rec.scores)
 
 

@@ -1,9 +1,9 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-"""The rivals: what people use to choose modules without kernels, and the cheapest things that kernels give.
+"""Baselines: what people use to choose modules without kernels, and the cheapest numbers that kernels give.
 
-Each baseline is an order of the candidates, best first, that is then cut to a budget, so that every rival is compared
-at the same budget as a recommendation.
+Each baseline is an order of the candidates, best first, that is then cut to a budget, so that all are
+compared at the same budget as a recommendation.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def baseline(name: str, kernels: ModuleKernels, budget: int | float | str, seed:
 def kappa_order(model: nn.Module, kernels: ModuleKernels) -> tuple[str, ...]:
     """KappaTune, by peft's own `KappaTuneSelector`: ascending condition number of the *weights*; candidates only.
 
-    It looks at `nn.Linear` alone, so candidates of other types (Conv1D) are missing from its order.
+    It ranks `nn.Linear` alone, so candidates of other types (Conv1D) are missing from its order.
 
     Raises:
         TargetError: it ranks none of the candidates.

@@ -1,9 +1,9 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-"""Selectors of others that look at the network itself: its weights, the features they see, the gradient of the loss.
+"""Published selectors that use the network itself: its weights, their input features, the gradient of the loss.
 
 Each gives a score a module, larger is better, from the formula of its source; `model_order` is the order of the
-candidates that it makes. The baselines that need no network are in `baselines`.
+candidates that it makes. The baselines that need no network are in `by_kernels`.
 """
 
 from __future__ import annotations
@@ -21,72 +21,72 @@ from ...capture.batches import read_batches
 from ...capture.recorder import recording
 from ...capture.targets import Targets, base_model, resolve_always_trained, resolve_targets
 from ...errors import CriterionError
-from .look import Look, weight_matrix, weight_parameter
+from .model_statistics import ModelStatistics, weight_matrix, weight_parameter
 
 
 _IQR_OF_A_NORMAL = 1.3489795003921634  # width of the middle half of a standard normal distribution
 
 
-Score = Callable[[Look], dict[str, float]]
+Score = Callable[[ModelStatistics], dict[str, float]]
 
 
-def gradient_norm(look: Look) -> dict[str, float]:
+def gradient_norm(model: ModelStatistics) -> dict[str, float]:
     """`‖Ḡ‖_F`."""
-    return {name: float(gradient.norm()) for name, gradient in look.gradients().items()}
+    return {name: float(gradient.norm()) for name, gradient in model.gradients().items()}
 
 
-def page(look: Look) -> dict[str, float]:
+def page(model: ModelStatistics) -> dict[str, float]:
     """`s²·r/(3·d_in)·‖Ḡ‖²`, s = lora_alpha/r: the expected squared norm of LoRA's gradient at its start.
 
     The gradient in B is s·Ḡ·Aᵀ, and A has r rows with independent entries of variance 1/(3·d_in).
     """
-    scaling = look.lora_alpha / look.rank
+    scaling = model.lora_alpha / model.rank
     return {
-        name: scaling**2 * look.rank / (3 * gradient.shape[1]) * float(gradient.square().sum())
-        for name, gradient in look.gradients().items()
+        name: scaling**2 * model.rank / (3 * gradient.shape[1]) * float(gradient.square().sum())
+        for name, gradient in model.gradients().items()
     }
 
 
-def relative_gradient_norm(look: Look) -> dict[str, float]:
+def relative_gradient_norm(model: ModelStatistics) -> dict[str, float]:
     """`‖Ḡ‖_F / ‖W‖_F`."""
     return {
-        name: float(gradient.norm() / weight_matrix(look.modules[name]).norm())
-        for name, gradient in look.gradients().items()
+        name: float(gradient.norm() / weight_matrix(model.modules[name]).norm())
+        for name, gradient in model.gradients().items()
     }
 
 
-def gora(look: Look) -> dict[str, float]:
+def gora(model: ModelStatistics) -> dict[str, float]:
     """`mean |W ⊙ Ḡ|`: the importance by which GoRA (arXiv 2502.12171) distributes ranks."""
     return {
-        name: float((weight_matrix(look.modules[name]) * gradient).abs().mean())
-        for name, gradient in look.gradients().items()
+        name: float((weight_matrix(model.modules[name]) * gradient).abs().mean())
+        for name, gradient in model.gradients().items()
     }
 
 
-def fisher(look: Look) -> dict[str, float]:
+def fisher(model: ModelStatistics) -> dict[str, float]:
     """`Σ g²` over examples and weights: the trace of the empirical Fisher information of the weights, times N.
 
     The squared norms of the examples' gradients are the diagonal of the kernel of the loss in all weights, so one
     forward and one backward pass a batch give them.
     """
-    total = dict.fromkeys(look.modules, 0.0)
-    for batch in look.batches:
-        for name, part in look.squared_gradients(batch).items():
+    total = dict.fromkeys(model.modules, 0.0)
+    for batch in model.batches:
+        for name, part in model.squared_gradients(batch).items():
             total[name] += part
     return total
 
 
-def plop(look: Look) -> dict[str, float]:
+def plop(model: ModelStatistics) -> dict[str, float]:
     """`mean‖W ẑ‖ / mean‖W û‖` over inputs ẑ and random û, both of norm 1 (PLoP, arXiv 2506.20629).
 
-    Large where a module is aligned with what it sees. The source adapts the modules of the smallest numbers;
+    Large where a module is aligned with its inputs. The source adapts the modules of the smallest numbers;
     `plop_low` is that order, and this is the other.
     """
-    generator = torch.Generator().manual_seed(look.seed)
+    generator = torch.Generator().manual_seed(model.seed)
     scores = {}
-    for name, seen in look.inputs().items():
-        weight = weight_matrix(look.modules[name])
-        features = torch.cat(seen).cpu().double() if seen else torch.zeros(1, weight.shape[1], dtype=torch.float64)
+    for name, calls in model.inputs().items():
+        weight = weight_matrix(model.modules[name])
+        features = torch.cat(calls).cpu().double() if calls else torch.zeros(1, weight.shape[1], dtype=torch.float64)
         features = nn.functional.normalize(features[features.norm(dim=1) > 0], dim=1)
         directions = torch.randn(256, weight.shape[1], generator=generator, dtype=torch.float64)
         directions = nn.functional.normalize(directions, dim=1)
@@ -95,19 +95,19 @@ def plop(look: Look) -> dict[str, float]:
     return scores
 
 
-def plop_low(look: Look) -> dict[str, float]:
+def plop_low(model: ModelStatistics) -> dict[str, float]:
     """The order of PLoP itself: ascending alignment."""
-    return {name: -score for name, score in plop(look).items()}
+    return {name: -score for name, score in plop(model).items()}
 
 
-def signal_to_noise(look: Look) -> dict[str, float]:
+def signal_to_noise(model: ModelStatistics) -> dict[str, float]:
     """Spectrum's ratio (arXiv 2406.06623): singular values of W above a Marchenko–Pastur threshold, over those below.
 
     The threshold is `σ·(1 + sqrt(β))`, β the lesser dimension over the greater, σ the interquartile range of the
-    singular values over 1.349; the ratio of sums is divided by the largest singular value. It looks at no data.
+    singular values over 1.349; the ratio of sums is divided by the largest singular value. It uses no data.
     """
     scores = {}
-    for name, module in look.modules.items():
+    for name, module in model.modules.items():
         values = torch.linalg.svdvals(weight_matrix(module))
         low, high = torch.quantile(values, torch.tensor([0.25, 0.75], dtype=torch.float64))
         shape = sorted(weight_matrix(module).shape)
@@ -119,22 +119,22 @@ def signal_to_noise(look: Look) -> dict[str, float]:
     return scores
 
 
-def eva(look: Look) -> dict[str, float]:
+def eva(model: ModelStatistics) -> dict[str, float]:
     """The ranks that peft's own EVA (arXiv 2410.07170) distributes by explained variance of the inputs, rho = 2."""
-    names = list(look.modules)
+    names = list(model.modules)
     config = LoraConfig(
-        r=look.rank,
-        lora_alpha=look.lora_alpha,  # type: ignore[arg-type]
+        r=model.rank,
+        lora_alpha=model.lora_alpha,  # type: ignore[arg-type]
         target_modules=names,
         init_lora_weights="eva",
         eva_config=EvaConfig(rho=2.0),
     )
-    root = base_model(look.model)
+    root = base_model(model.model)
     with recording(root, {}), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(look.seed)
+        torch.manual_seed(model.seed)
         found = get_eva_state_dict(
             root,
-            [batch.to(look.device).inputs for batch in look.batches],
+            [batch.to(model.device).inputs for batch in model.batches],
             config,
             prepare_model_inputs_fn=lambda inputs, _: inputs.get("attention_mask"),
             prepare_layer_inputs_fn=_unpadded,
@@ -168,7 +168,7 @@ def model_scores(
     lora_alpha: float = 16.0,
     seed: int = 0,
 ) -> dict[str, float]:
-    """The scores of the rival selector `name`, larger is better, by module in model order.
+    """The scores of the selector `name`, larger is better, by module in model order.
 
     Args:
         name: one of `MODEL_BASELINES`.
@@ -189,7 +189,7 @@ def model_scores(
         weight_parameter(module_name, module)
     needs_labels = name not in ("plop", "plop_low", "signal_to_noise", "eva")
     read = read_batches(batches, model, needs_labels, f"the selector {name!r}")
-    return MODEL_BASELINES[name](Look(model, modules, read, rank, lora_alpha, seed))
+    return MODEL_BASELINES[name](ModelStatistics(model, modules, read, rank, lora_alpha, seed))
 
 
 def model_order(name: str, model: nn.Module, batches: Iterable[Mapping[str, Any]], **kwargs: Any) -> tuple[str, ...]:

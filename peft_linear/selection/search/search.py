@@ -4,86 +4,150 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
-from ...errors import BudgetError, CriterionError
+from torch import Tensor
+
+from ...errors import CriterionError
 from ...recommendation.budget import Budget, fill
-from ..criteria import Criterion, rank_by_score
-from .exhaustive import best_of_all
-from .scoring import SubsetScorer
-from .search_result import SearchResult
-from .strategies import backward, best_of_additive, greedy, in_order, ordered, swap
+from ..criteria import Criterion, View, rank_by_score
+from .knapsack import best_set
 
 
-STRATEGIES = ("greedy", "backward", "swap", "top", "exhaustive")
-OTHER_NAMES = {"forward": "greedy"}
-MAX_SUBSETS = 20_000  # of an exhaustive search
-MAX_BOUNDED_SUBSETS = 200_000  # where branch and bound scores about one in ten or fewer
+STRATEGIES = ("greedy", "top")
 
 
-def check_strategy(strategy: str, candidates: int, budget: Budget, criterion: Criterion | None = None) -> str:
-    """Refuses what `search` cannot do, before kernels are scored; the strategy's name in `STRATEGIES`.
+@dataclass(frozen=True)
+class SearchResult:
+    """The set that a search chose, and the scores on the way.
 
     Args:
-        criterion: What is searched by, where that is known. For additive criteria an exhaustive search enumerates
-            nothing; for those that are monotone and have a bound it leaves most sets out.
-
-    Raises:
-        CriterionError: an unknown strategy.
-        BudgetError: an exhaustive search of more than 20,000 sets, or 200,000 by such a bound.
+        order: The modules, best first: in the order in which greedy selection among them takes them.
+        start: Score of the always-trained parameters alone (nothing chosen).
+        path: Score of the set after each module of `order`.
+        last_round: Score that the final set would have had with a rejected module in place of the last chosen one;
+            only of modules that fitted.
+        evaluations: Kernels that were scored.
     """
-    strategy = OTHER_NAMES.get(strategy, strategy)
+
+    order: tuple[str, ...]
+    start: float
+    path: tuple[float, ...]
+    last_round: Mapping[str, float] = field(default_factory=dict)
+    evaluations: int = 0
+
+
+def check_strategy(strategy: str) -> None:
+    """Raises `CriterionError` for a strategy that does not exist."""
     if strategy not in STRATEGIES:
         raise CriterionError(f"unknown strategy {strategy!r}; there are: {', '.join(STRATEGIES)}")
-    if strategy != "exhaustive" or (criterion is not None and criterion.additive):
-        return strategy
-    most = MAX_BOUNDED_SUBSETS if criterion is not None and criterion.branches else MAX_SUBSETS
-    sets = math.comb(candidates, budget.modules) if budget.modules is not None else 2**candidates
-    if sets > most:
-        raise BudgetError(
-            f"an exhaustive search over {candidates} candidates with a budget of {budget} is {sets:,} sets, more than "
-            f'{most:,}; use strategy="swap", whose answer no exchange of one module improves, or "greedy", or fewer '
-            "candidates"
-        )
-    return strategy
 
 
-def search(scorer: SubsetScorer, budget: Budget, strategy: str) -> SearchResult:
+def search(
+    view: View, criterion: Criterion, singles: Mapping[str, float], budget: Budget, strategy: str = "greedy"
+) -> SearchResult:
     """The best set within the budget, which is always used up: no further candidate fits.
 
     Args:
-        strategy: "greedy" (or "forward"): forward selection, one module a round. "backward": all candidates, less one
-            module a round until the rest fits; then what still fits beside it. "swap": greedy, then the best exchange
-            of a chosen module for another, until none improves the set. "top": the best modules on their own.
-            "exhaustive": every set that fits and to which nothing can be added; with criteria that are monotone and
-            have a bound, by branch and bound.
+        view: Kernels of the candidates, and the problem.
+        singles: Score of every candidate alone.
+        strategy: "greedy": forward selection, one module a round. For additive criteria, where gains add, it is the
+            best set there is: the best modules, or the solution of the knapsack problem. With other criteria and a
+            budget in parameters it runs by score and by score per parameter, and the better set is kept (neither
+            alone is safe when modules differ in size). "top": the best modules on their own.
 
-            Greedy and backward search with a budget in parameters run twice, by score and by score per parameter, and
-            keep the better set (neither alone is safe when modules differ in size). For additive criteria all but
-            "top" give the best set there is: the best modules, or the solution of the knapsack problem.
-
-            Where the criterion has a bound (`gain_bounds`), sets that cannot be the best of a round are not scored;
-            the answer is the same.
+    Cost: with additive criteria no evaluation beyond `singles`; else one for each candidate and round.
 
     Raises:
-        CriterionError, BudgetError: as `check_strategy`.
+        CriterionError: as `check_strategy`.
     """
-    strategy = check_strategy(strategy, len(scorer.kernels), budget, scorer.criterion)
+    check_strategy(strategy)
+    scorer = _Scorer(view, criterion, singles)
+    sizes = view.kernels.num_parameters
     if strategy == "top":
-        result = in_order(
-            scorer, fill(rank_by_score(scorer.singles, scorer.criterion), budget, scorer.kernels.num_parameters)
-        )
-    elif scorer.criterion.additive:
-        result = best_of_additive(scorer, budget)
-    elif strategy == "exhaustive":
-        goal = -math.inf
-        if scorer.criterion.branches:
-            goal = scorer.criterion.utility(swap(scorer, budget, greedy(scorer, budget)).path[-1])
-        result = ordered(scorer, best_of_all(scorer, budget, goal))
-    elif strategy == "backward":
-        result = backward(scorer, budget)
+        result = _in_order(scorer, fill(rank_by_score(singles, criterion), budget, sizes))
+    elif criterion.additive:
+        result = _best_of_additive(scorer, budget)
     else:
-        result = greedy(scorer, budget)
-        result = swap(scorer, budget, result) if strategy == "swap" else result
-    return replace(result, evaluations=scorer.evaluations, skipped=scorer.skipped)
+        runs = [_greedy(scorer, budget, per_parameter=False)]
+        if budget.parameters is not None and len(set(sizes.values())) > 1:
+            runs.append(_greedy(scorer, budget, per_parameter=True))
+        result = max(runs, key=lambda run: criterion.utility(run.path[-1]))
+    return replace(result, evaluations=scorer.evaluations)
+
+
+class _Scorer:
+    """Scores kernels of sets by one criterion, and counts."""
+
+    def __init__(self, view: View, criterion: Criterion, singles: Mapping[str, float]) -> None:
+        self.kernels, self.criterion, self.singles = view.kernels, criterion, singles
+        self._problem = view.problem
+        self.start = criterion(view.kernels.base, view.problem)
+        self.evaluations = len(singles) + 1
+
+    def score(self, gram: Tensor) -> float:
+        self.evaluations += 1
+        return self.criterion(gram, self._problem)
+
+
+def _best_of_additive(scorer: _Scorer, budget: Budget) -> SearchResult:
+    """Gains add: the best modules, or the solution of the knapsack problem."""
+    sizes, ranked = scorer.kernels.num_parameters, rank_by_score(scorer.singles, scorer.criterion)
+    order = ranked[: budget.modules]
+    if budget.parameters is not None:
+        utility = scorer.criterion.utility
+        gains = {name: utility(scorer.singles[name]) - utility(scorer.start) for name in ranked}
+        order = best_set(gains, sizes, budget.parameters)
+    result = _in_order(scorer, order)
+    used, last = sum(sizes[name] for name in order), order[-1]
+    others = {
+        name: result.path[-1] + scorer.singles[name] - scorer.singles[last]
+        for name in scorer.kernels.names
+        if name not in order and budget.fits(len(order), used - sizes[last] + sizes[name])
+    }
+    return replace(result, last_round=others)
+
+
+def _in_order(scorer: _Scorer, order: Sequence[str]) -> SearchResult:
+    """The score of each leading part of a set in the order given."""
+    path: list[float] = []
+    gram = scorer.kernels.base
+    for name in order:
+        if scorer.criterion.additive:
+            path.append((path[-1] if path else scorer.start) + scorer.singles[name] - scorer.start)
+        else:
+            gram = gram + scorer.kernels[name]
+            path.append(scorer.score(gram) if path else scorer.singles[name])
+    return SearchResult(tuple(order), scorer.start, tuple(path))
+
+
+def _greedy(scorer: _Scorer, budget: Budget, per_parameter: bool) -> SearchResult:
+    """Adds the best module to the set, by what the score gains (for each of its parameters), until none fits."""
+    kernels, utility = scorer.kernels, scorer.criterion.utility
+    sizes = kernels.num_parameters
+    gram, used, current = kernels.base, 0, scorer.start
+    order: list[str] = []
+    path: list[float] = []
+    last_round: dict[str, float] = {}
+
+    def worth(name: str) -> float:
+        gain = utility(scores[name]) - utility(current)
+        return gain / sizes[name] if per_parameter and gain > 0 else gain
+
+    while True:
+        fitting = [
+            name for name in kernels.names if name not in order and budget.fits(len(order) + 1, used + sizes[name])
+        ]
+        if not fitting:
+            return SearchResult(tuple(order), scorer.start, tuple(path), last_round)
+        scores = (
+            {name: scorer.score(gram + kernels[name]) for name in fitting}
+            if order
+            else {name: scorer.singles[name] for name in fitting}
+        )
+        pick = max(fitting, key=worth)
+        gram, used, current = gram + kernels[pick], used + sizes[pick], scores[pick]
+        order.append(pick)
+        path.append(current)
+        last_round = {name: score for name, score in scores.items() if name != pick}

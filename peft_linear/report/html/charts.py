@@ -8,26 +8,25 @@ import io
 import re
 from typing import TYPE_CHECKING
 
-from .html_elements import Markup, text
-from .plots import ALL, CHOSEN, HEAD, INK, draw_spectra, matplotlib_available, new_figure
-from .training_plots import History, draw_predicted_against_measured, measured_losses
+from ...functional.simulation import TrainingCurve
+from ...recommendation.data import RecommendationData
+from ..plots import ALL, CHOSEN, HEAD, INK, draw_spectra, matplotlib_available, new_figure
+from ..training_plots import History, draw_predicted_against_measured, measured_losses
+from .elements import Markup, text
 
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from ..functional.simulation import TrainingCurve
-    from ..recommendation.recommendation import Recommendation
-
 _SIZE = (6.0, 3.7)
 _NO_MATPLOTLIB = Markup(
-    '<p class="soft">There is no figure here, for matplotlib was not installed where this page was made '
+    '<p class="soft">No figure: matplotlib was not installed when this page was made '
     "(<code>pip install 'peft-linear[plot]'</code>).</p>"
 )
 _VARIABLES = {CHOSEN: "--chosen", ALL: "--all", HEAD: "--head", INK: "--ink", "#000000": "--ink", "#eceff1": "--track"}
 
 
-def spectra_figure(recommendation: Recommendation) -> Markup:
+def spectra_figure(recommendation: RecommendationData) -> Markup:
     """Eigenvalues of the choice, of all candidates and of the head."""
     if not matplotlib_available():
         return _NO_MATPLOTLIB
@@ -37,7 +36,7 @@ def spectra_figure(recommendation: Recommendation) -> Markup:
         figure,
         "spectra",
         "Eigenvalues of the kernels by index, on a logarithmic scale; the table beside has their numbers",
-        "Directions above the ridge λ are learned, those below hardly.",
+        "Directions far above the ridge λ are learned; those far below hardly change.",
     )
 
 
@@ -52,7 +51,7 @@ def training_figure(history: History, curve: TrainingCurve | None, predicted_los
         figure,
         "training",
         "Loss by optimizer step, predicted and measured",
-        "Solid: measured by the Trainer. Broken lines: predicted before training.",
+        "Solid: measured by the Trainer. Dashed: predicted before training.",
     )
 
 

@@ -1,34 +1,32 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-"""A `Recommendation` as one HTML page that loads nothing: to be kept, printed, and sent to a colleague."""
+"""A `Recommendation` as one self-contained HTML file, to be kept, printed and sent."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..errors import PeftLinearError
+from ...errors import PeftLinearError
+from ...functional.simulation import TrainingCurve
+from ...recommendation.data import RecommendationData
+from ..formatting import criterion_label, direction, known
+from ..markdown import PREDICTIONS
+from ..training_plots import History
+from .charts import spectra_figure, training_figure
+from .elements import Markup, breakable, text
 from .heat_map import heat_map_html
-from .html_charts import spectra_figure, training_figure
-from .html_elements import Markup, breakable, text
-from .html_style import SCRIPT, STYLE, content_policy
-from .html_tables import candidates_table, predictions_table, settings_table, spectra_table
-from .improvements import criterion_label, direction
-from .markdown import PREDICTIONS
-from .training_plots import History
+from .style import SCRIPT, STYLE, content_policy
+from .tables import candidates_table, predictions_table, settings_table, spectra_table
 
-
-if TYPE_CHECKING:
-    from ..functional.simulation import TrainingCurve
-    from ..recommendation.recommendation import Recommendation
 
 PAPER = "https://arxiv.org/abs/2602.08239"
 _PREFIXES = ("eval_", "test_")  # what the Trainer puts before the names of what it measures
 
 
 def recommendation_html(
-    recommendation: Recommendation,
+    recommendation: RecommendationData,
     *,
     measured: Mapping[str, Any] | None = None,
     history: History | None = None,
@@ -43,7 +41,7 @@ def recommendation_html(
         _headline(rec, values),
         _signal(rec),
         _code(rec),
-        "<h2>Scores, layer by layer</h2>",
+        "<h2>Scores by layer</h2>",
         f"<p>Each candidate alone, by {text(criterion_label(rec))} ({text(direction(rec))}).</p>",
         heat_map_html(rec),
         _predicted(rec, values),
@@ -104,15 +102,15 @@ def _named(values: Mapping[str, Any]) -> dict[str, Any]:
     return {names[key]: value for key, value in values.items()}
 
 
-def _headline(rec: Recommendation, measured: Mapping[str, float]) -> str:
+def _headline(rec: RecommendationData, measured: Mapping[str, float]) -> str:
     total = sum(row.parameters for row in rec.scores)
     share = f"{rec.parameters / total:.0%} of all candidates' {total:,}" if total else ""
     halves, chance = _agreement(rec)
     signal = f"rank correlation {halves}, chance {chance or '?'}" if halves else ""
     facts = [
         ("Modules", f"{len(rec.modules)} of {len(rec.scores)}", f"budget: {_budget(rec.budget)}"),
-        ("Adapter parameters", f"{rec.parameters:,}", f"{share} at rank {rec.settings.get('rank', '?')}"),
-        ("Is the order more than chance?", {True: "yes", False: "no", None: "not known"}[rec.signal], signal),
+        ("Adapter parameters", f"{rec.parameters:,}", f"{share} at rank {rec.settings.rank}"),
+        ("Is the ranking better than chance?", {True: "yes", False: "no", None: "not known"}[rec.signal], signal),
     ]
     if "loss" in rec.predicted:
         before = rec.predicted.get("before_training", {}).get("loss")
@@ -131,50 +129,49 @@ def _headline(rec: Recommendation, measured: Mapping[str, float]) -> str:
     return (
         f"<header><h1>{title}</h1>\n"
         f'<p class="soft">{breakable(_model_name(rec))}. Chosen before training by '
-        f"{text(criterion_label(rec))}{_formula(rec)}, {text(settings.get('strategy', '?'))} search, "
-        f"from {text(settings.get('examples', '?'))} examples × {text(settings.get('outputs', '?'))} outputs "
-        f"({text(settings.get('output_kind', '?'))}).{text(_cost(rec))}</p></header>\n"
+        f"{text(criterion_label(rec))}{_formula(rec)}, {text(known(settings.strategy))} search, "
+        f"from {text(known(settings.examples))} examples × {text(known(settings.outputs))} outputs "
+        f"({text(known(settings.output_kind))}).{text(_cost(rec))}</p></header>\n"
         f'<dl class="facts">\n{entries}\n</dl>'
     )
 
 
-def _signal(rec: Recommendation) -> str:
+def _signal(rec: RecommendationData) -> str:
     css, title, words = {
         True: (
             "yes",
-            "✓ The examples tell the candidates apart",
-            "That is about the order of the candidates: it is the data's, not the sample's. Whether this criterion "
-            "foretells the loss of a real run is for the run to say.",
+            "✓ The ranking of the candidates is stable",
+            "The ranking is stable under resampling of the examples. That does not say whether this criterion predicts "
+            "the loss of a real run.",
         ),
         False: (
             "no",
-            "⚠ No signal: this order could be chance",
-            "Another sample of the same size may well choose other modules. Prefer all candidates at a lower rank, or "
+            "⚠ No signal: this ranking could be chance",
+            "Another sample of the same size may choose other modules. Prefer all candidates at a lower rank, or "
             "pass more examples.",
         ),
         None: (
             "unknown",
-            "? Not known whether the examples tell the candidates apart",
-            "It takes at least 8 examples and 3 candidates, and kernels that are in memory.",
+            "? Not known whether the ranking is stable",
+            "The test needs at least 8 examples, 3 candidates, and kernels in memory.",
         ),
     }[rec.signal]
     halves, chance = _agreement(rec)
     if halves:
         against = f"; chance gives up to {chance}" if chance else ""
-        words = f"Halves of the examples agree on their order with a rank correlation of {halves}{against}. {words}"
+        words = f"Two halves of the examples rank the candidates with a correlation of {halves}{against}. {words}"
     notes = "".join(f"<li>{text(note)}</li>" for note in rec.notes)
     before = f"<p><strong>Before you trust it</strong></p><ul>{notes}</ul>" if notes else ""
     return f'<section class="box {css}"><h2>{text(title)}</h2><p>{text(words)}</p>{before}</section>'
 
 
-def _agreement(rec: Recommendation) -> tuple[str, str]:
+def _agreement(rec: RecommendationData) -> tuple[str, str]:
     """The rank correlation between halves of the examples, and what chance gives."""
-    found = rec.settings.get("reliability") or {}
-    halves, chance = (f"{found[key]:.2f}" if key in found else "" for key in ("halves", "threshold"))
-    return halves, chance
+    found = rec.settings.reliability
+    return ("", "") if found is None else (f"{found.halves:.2f}", f"{found.threshold:.2f}")
 
 
-def _code(rec: Recommendation) -> str:
+def _code(rec: RecommendationData) -> str:
     config = rec.to_config()
     quoted = [json.dumps(name, ensure_ascii=False) for name in rec.modules]
     targets = "[\n" + "".join(f"        {name},\n" for name in quoted) + "    ]"
@@ -186,38 +183,38 @@ def _code(rec: Recommendation) -> str:
     )
     return (
         "<h2>Use it</h2>\n<p>In the order of the picks. <code>peft.LoraConfig</code> takes the same arguments; add "
-        "<code>task_type</code> and what else your task needs.</p>\n"
+        "<code>task_type</code> and other fields that your task needs.</p>\n"
         f'<div class="code"><pre tabindex="0"><code>{text(code)}</code></pre></div>'
     )
 
 
-def _predicted(rec: Recommendation, measured: Mapping[str, float]) -> str:
-    foretold = any(key in rec.predicted for key, _, _ in PREDICTIONS[1:])
+def _predicted(rec: RecommendationData, measured: Mapping[str, float]) -> str:
+    predicted = any(key in rec.predicted for key, _, _ in PREDICTIONS[1:])
     said = (
         "Predictions are of the linearised model on the calibration examples: they rank choices better than they "
         "forecast the numbers of a real run."
-        if foretold
-        else "These outputs have no labels to hold a prediction against, so there is none but the size."
+        if predicted
+        else "These outputs have no labels, so only the size is predicted."
     )
-    if foretold and "loss" in measured and "examples" in rec.settings:
-        said += f" This one trained on {rec.settings['examples']} examples; a run that sees more ends lower."
+    if predicted and "loss" in measured and rec.settings.examples:
+        said += f" This one trained on {rec.settings.examples} examples; a run on more examples ends lower."
     title = "Predicted and measured" if measured else "What is predicted"
     return f"<h2>{title}</h2>\n<p>{text(said)}</p>\n{predictions_table(rec, measured)}"
 
 
-def _spectra(rec: Recommendation) -> str:
+def _spectra(rec: RecommendationData) -> str:
     if not rec.spectra:
         return ""
     return f'<h2>Spectra of the kernels</h2>\n<div class="charts">{spectra_figure(rec)}\n{spectra_table(rec)}</div>'
 
 
-def _model_name(rec: Recommendation) -> str:
-    about = rec.settings.get("kernels") or {}
+def _model_name(rec: RecommendationData) -> str:
+    about = rec.settings.kernels
     return str(about.get("model_class") or about.get("model") or "a model")
 
 
-def _formula(rec: Recommendation) -> Markup:
-    formula = rec.settings.get("formula")
+def _formula(rec: RecommendationData) -> Markup:
+    formula = rec.settings.formula
     return Markup(f" ({text(formula)})") if formula else Markup("")
 
 
@@ -229,11 +226,11 @@ def _budget(budget: int | float | str) -> str:
     return f"{budget} module{'s' * (budget != 1)}"
 
 
-def _cost(rec: Recommendation) -> str:
-    about = rec.settings.get("kernels") or {}
+def _cost(rec: RecommendationData) -> str:
+    about = rec.settings.kernels
     seconds = [about[key] for key in ("seconds_passes", "seconds_gram") if isinstance(about.get(key), (int, float))]
     return f" The kernels took {sum(seconds):.1f} s on {about.get('device', 'one device')}." if seconds else ""
 
 
-def _end_loss(rec: Recommendation, curve: TrainingCurve | None) -> float | None:
+def _end_loss(rec: RecommendationData, curve: TrainingCurve | None) -> float | None:
     return rec.predicted.get("loss") if curve is None else None

@@ -1,20 +1,19 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-"""Tables of the HTML report: predictions beside what was measured, spectra in numbers, every candidate, settings."""
+"""Tables of the HTML report: predicted and measured values, spectra, every candidate, settings."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .html_elements import Cell, Markup, Row, breakable, cell, table, text
-from .markdown import PREDICTIONS, format_number, interval_words, prediction_columns, setting_rows
+from ...recommendation.data import RecommendationData
+from ...recommendation.values import ModuleScore
+from ..markdown import PREDICTIONS, format_number, interval_words, prediction_columns, setting_rows
+from .elements import Cell, Markup, Row, breakable, cell, table, text
 
-
-if TYPE_CHECKING:
-    from ..recommendation.recommendation import ModuleScore, Recommendation
 
 _SPECTRA = {
     "chosen, adapters": "the choice",
@@ -26,8 +25,8 @@ _SPECTRA = {
 _ALONE = re.compile(r"; alone \S+, rank \d+ of \d+$")  # the same table has both in columns of their own
 
 
-def predictions_table(recommendation: Recommendation, measured: Mapping[str, float]) -> Markup:
-    """The choice, what was measured, and for comparison all candidates, the head alone and the untrained model."""
+def predictions_table(recommendation: RecommendationData, measured: Mapping[str, float]) -> Markup:
+    """Predictions for the choice, measured values, and predictions for all candidates, the head alone, no training."""
     columns = prediction_columns(recommendation.predicted)
     if measured:
         columns.insert(1, ("measured", measured))
@@ -37,10 +36,10 @@ def predictions_table(recommendation: Recommendation, measured: Mapping[str, flo
         if any(key in values for _, values in columns)
     ]
     header = [cell("prediction"), *(cell(title, "right") for title, _ in columns)]
-    return table(_unseen("Predictions for the choice and for comparison"), header, rows, "wide")
+    return table(_hidden("Predictions for the choice and for comparison"), header, rows, "wide")
 
 
-def spectra_table(recommendation: Recommendation) -> Markup:
+def spectra_table(recommendation: RecommendationData) -> Markup:
     """Each spectrum in five numbers; with always-trained parameters those of the adapters without them."""
     rec = recommendation
     shown = [key for key in _SPECTRA if key in rec.spectra]
@@ -61,10 +60,10 @@ def spectra_table(recommendation: Recommendation) -> Markup:
     return table(caption, [cell("kernel of"), *(cell(_SPECTRA[key], "right") for key in shown)], rows)
 
 
-def candidates_table(recommendation: Recommendation) -> Markup:
+def candidates_table(recommendation: RecommendationData) -> Markup:
     """A row for every candidate, best score first; the page's script makes it sortable."""
     rec = recommendation
-    intervals = (rec.settings.get("reliability") or {}).get("rank_intervals") or {}
+    intervals = rec.settings.reliability.rank_intervals if rec.settings.reliability else {}
     picks = {name: place for place, name in enumerate(rec.modules, start=1)}
     rows = []
     for row in rec.scores:
@@ -93,10 +92,10 @@ def candidates_table(recommendation: Recommendation) -> Markup:
     return table(text(said), header, rows, "sortable wide")
 
 
-def settings_table(recommendation: Recommendation) -> Markup:
+def settings_table(recommendation: RecommendationData) -> Markup:
     """How the recommendation was made."""
     rows = [Row([cell(name), Cell(breakable(value))]) for name, value in setting_rows(recommendation)]
-    return table(_unseen("Settings and provenance"), [cell("setting"), cell("value")], rows)
+    return table(_hidden("Settings and provenance"), [cell("setting"), cell("value")], rows)
 
 
 def _interval(row: ModuleScore, interval: Any, candidates: int) -> Cell:
@@ -108,5 +107,5 @@ def _interval(row: ModuleScore, interval: Any, candidates: int) -> Cell:
     return Cell(Markup(f'{text(words)}<span class="span" style="{style}"><i></i></span>'), "line right", sort=low)
 
 
-def _unseen(words: str) -> Markup:
+def _hidden(words: str) -> Markup:
     return Markup(f'<span class="hidden">{text(words)}</span>')

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from peft_linear import ModuleKernels, recommend, recommend_modules
 from peft_linear.errors import PeftLinearError, TargetError
 from peft_linear.recommendation.budget import Budget
-from peft_linear.selection.avoided import left_for_last
+from peft_linear.selection.exclusion import excluded_candidates
 from peft_linear.selection.search.search import STRATEGIES
 from tests.helpers.planted import BERT_NAMES, planted_kernels
 from tests.helpers.small_models import bert, seeded, text_batches
@@ -37,39 +37,39 @@ def kernels():
 def test_the_choice_is_that_among_the_others(kernels, strategy, criterion, budget):
     rec = recommend(kernels, budget, criterion, strategy=strategy)
     others = kernels.select_modules(BERT_NAMES[:5])
-    budget = budget if isinstance(budget, int) else f"{rec.settings['budget_parameters']}"
+    budget = budget if isinstance(budget, int) else f"{rec.settings.budget_parameters}"
     alone = recommend(others, budget, criterion, ridge=rec.ridge, strategy=strategy)
     assert rec.modules == alone.modules and POOLER not in rec.modules
-    assert rec.settings["avoided"] == [POOLER] and alone.settings["avoided"] == []
+    assert rec.settings.excluded == (POOLER,) and alone.settings.excluded == ()
     assert [row.name for row in rec.scores if row.name != POOLER] == [row.name for row in alone.scores]
     (row,) = (row for row in rec.scores if row.name == POOLER)
-    assert not row.chosen and "left for last" in row.reason
+    assert not row.chosen and "excluded by `exclude`" in row.reason
 
 
 def test_without_a_signal_all_are_advised_but_it_where_examples_are_few():
     planted = planted_kernels(names=(*BERT_NAMES, POOLER), seed=1, examples=40, informative=())
     (note,) = (note for note in recommend(planted, 9).notes if note.startswith("No signal"))
     assert note.endswith("which has about as many parameters; with few examples leave out bert.pooler.dense.")
-    (note,) = (note for note in recommend(planted, 9, avoid=()).notes if note.startswith("No signal"))
+    (note,) = (note for note in recommend(planted, 9, exclude=()).notes if note.startswith("No signal"))
     assert note.endswith("which has about as many parameters.")
 
 
 def test_it_says_so_and_can_be_told_not_to(kernels):
     rec = recommend(kernels, 2, "gradient_energy")
     assert rec.scores[0].name == POOLER
-    assert any(note.startswith(f"{POOLER}: left for last") for note in rec.notes)
-    told = recommend(kernels, 2, "gradient_energy", avoid=())
-    assert told.modules[0] == POOLER and not any("left for last" in note for note in told.notes)
-    assert recommend(kernels, 2, "gradient_energy", avoid=["query"]).settings["avoided"] == [BERT_NAMES[0]]
-    assert recommend(kernels, 2, "gradient_energy", avoid="query").settings["avoided"] == [BERT_NAMES[0]]
+    assert any(note.startswith(f"{POOLER}: excluded by `exclude`") for note in rec.notes)
+    told = recommend(kernels, 2, "gradient_energy", exclude=())
+    assert told.modules[0] == POOLER and not any("excluded by `exclude`" in note for note in told.notes)
+    assert recommend(kernels, 2, "gradient_energy", exclude=["query"]).settings.excluded == (BERT_NAMES[0],)
+    assert recommend(kernels, 2, "gradient_energy", exclude="query").settings.excluded == (BERT_NAMES[0],)
     weak = replace(kernels, blocks={n: kernels[n] * (1e-3 if n == POOLER else 1.0) for n in kernels.names})
-    assert not any("left for last" in note for note in recommend(weak, 2, "gradient_energy").notes)
+    assert not any("excluded by `exclude`" in note for note in recommend(weak, 2, "gradient_energy").notes)
 
 
 @pytest.mark.parametrize("budget", [6, 1.0, "6000"])
 def test_a_budget_for_all_takes_all(kernels, budget):
     rec = recommend(kernels, budget, "gradient_energy")
-    assert set(rec.modules) == set(NAMES) and rec.settings["avoided"] == []
+    assert set(rec.modules) == set(NAMES) and rec.settings.excluded == ()
 
 
 @settings(max_examples=200, deadline=None)
@@ -83,7 +83,7 @@ def test_it_is_none_where_the_others_cannot_use_the_budget(sizes, poolers, modul
     others = {f"layer.{i}": size for i, size in enumerate(sizes)}
     everything = others | {f"x.{i}.pooler": size for i, size in enumerate(poolers)}
     for budget in (Budget(modules, None), Budget(None, parameters)):
-        found = left_for_last(everything, budget)
+        found = excluded_candidates(everything, budget)
         assert set(found) <= set(everything) - set(others)
         all_fit = budget.fits(len(everything), sum(everything.values()))
         usable = modules <= len(others) if budget.modules else min(sizes) <= parameters
@@ -94,18 +94,18 @@ def test_it_is_none_where_the_others_cannot_use_the_budget(sizes, poolers, modul
 def test_from_a_model():
     model, batches = seeded(bert), text_batches()
     rec = recommend_modules(model, batches, 3, progress=False)
-    assert rec.settings["avoided"] == [POOLER] and POOLER not in rec.modules
-    assert recommend_modules(model, batches, 3, avoid=(), progress=False).settings["avoided"] == []
+    assert rec.settings.excluded == (POOLER,) and POOLER not in rec.modules
+    assert recommend_modules(model, batches, 3, exclude=(), progress=False).settings.excluded == ()
 
 
-@pytest.mark.parametrize("avoid", [3, None, [1], (None,)])
-def test_what_names_nothing_is_refused(kernels, avoid, monkeypatch):
-    with pytest.raises(PeftLinearError, match="avoid must be parts of module names"):
-        recommend(kernels, 2, "gradient_energy", avoid=avoid)
+@pytest.mark.parametrize("exclude", [3, None, [1], (None,)])
+def test_what_names_nothing_is_refused(kernels, exclude, monkeypatch):
+    with pytest.raises(PeftLinearError, match="exclude must be components of module names"):
+        recommend(kernels, 2, "gradient_energy", exclude=exclude)
     model = seeded(bert)
     monkeypatch.setattr(model, "forward", None)  # it is refused before any pass
-    with pytest.raises(PeftLinearError, match="avoid must be parts of module names"):
-        recommend_modules(model, text_batches(), 3, avoid=avoid)
+    with pytest.raises(PeftLinearError, match="exclude must be components of module names"):
+        recommend_modules(model, text_batches(), 3, exclude=exclude)
 
 
 def test_selected_modules_are_the_same_blocks(kernels, tmp_path):

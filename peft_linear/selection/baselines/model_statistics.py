@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-"""What selectors see of a network: the weights of the candidates, the inputs they get, the gradient of the loss."""
+"""What selectors use of a network: the weights of the candidates, their inputs, the gradient of the loss."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from ...errors import TargetError
 
 
 @dataclass(frozen=True)
-class Look:
-    """What a selector may look at: the candidates, the data, and the adapter it is asked about."""
+class ModelStatistics:
+    """Statistics of the candidates on the data, and the adapter that is considered."""
 
     model: nn.Module
     modules: Mapping[str, nn.Module]
@@ -76,16 +76,16 @@ class Look:
             return {name: sum(float(one[name].square().sum()) for one in single) for name in self.modules}
 
     def inputs(self) -> dict[str, list[Tensor]]:
-        """The inputs (positions, d_in) that each module saw, one tensor a call; padding counts too."""
+        """The inputs (positions, d_in) of each module, one tensor a call; padding counts too."""
         device = self.device
-        seen: dict[str, list[Tensor]] = {name: [] for name in self.modules}
+        found: dict[str, list[Tensor]] = {name: [] for name in self.modules}
         with recording(self.model, self.modules) as recorder, torch.no_grad():
             for batch in self.batches:
                 recorder.clear()
                 self.model(**batch.to(device).inputs)
                 for name, calls in recorder.calls.items():
-                    seen[name] += [call.inputs.reshape(-1, call.inputs.shape[-1]) for call in calls]
-        return seen
+                    found[name] += [call.inputs.reshape(-1, call.inputs.shape[-1]) for call in calls]
+        return found
 
 
 def weight_parameter(name: str, module: nn.Module) -> nn.Parameter:
@@ -98,7 +98,7 @@ def weight_parameter(name: str, module: nn.Module) -> nn.Parameter:
     if linear_shape(module) is None or not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
         raise TargetError(
             f"{name} ({type(module).__name__}) has no weight matrix of floating-point numbers, which this selector "
-            "looks at; leave it out of `targets`, or load the model without quantisation"
+            "needs; leave it out of `targets`, or load the model without quantisation"
         )
     return weight
 

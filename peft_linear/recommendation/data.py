@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-"""`Recommendation`: which modules to adapt, with the evidence, as a value that can be printed, plotted and saved."""
+"""The decision as a plain value: which modules to adapt, with the evidence; the config it makes, and its files."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
@@ -20,41 +20,23 @@ from safetensors.torch import save as save_tensors
 
 from ..errors import FileError, PeftLinearError
 from ..files import atomic_file, write_text
-from ..functional.simulation import TrainingCurve
 from ..functional.spectrum import Spectrum
-from ..report.html import recommendation_html
-from ..report.markdown import recommendation_markdown, score_table
-from ..report.plots import plot_recommendation
 from ..tuners.proximal_lora import ProximalLoraConfig
 from .ranks import distribute_ranks, parse_rank_budget, plain_number, rank_patterns
+from .values import ModuleScore, Settings
 
 
-FORMAT = "peft_linear.Recommendation/1"
+FORMAT = "peft_linear.Recommendation/2"
+READABLE = (FORMAT, "peft_linear.Recommendation/1")
 JSON_NAME = "recommendation.json"
 SPECTRA_NAME = "spectra.safetensors"
 
-
-@dataclass(frozen=True)
-class ModuleScore:
-    """One candidate: its own score, and why it was chosen or not."""
-
-    name: str
-    score: float  # of this module alone (with the always-trained parameters), by the recommendation's criterion
-    rank: int  # 1 is the best score
-    parameters: int  # of its adapter
-    chosen: bool
-    reason: str
-    condition_number: float  # (λ1 + ridge)/(λn + ridge) of the same kernel, whatever the criterion
-    interval: tuple[float, float] | None = None  # 90 % of the score over samples of examples (`Reliability`)
-
-    def __post_init__(self) -> None:
-        if self.interval is not None:
-            object.__setattr__(self, "interval", (float(self.interval[0]), float(self.interval[1])))
+Self = TypeVar("Self", bound="RecommendationData")
 
 
 @dataclass(frozen=True, repr=False)
-class Recommendation:
-    """The modules to adapt, best first, and everything the decision rests on.
+class RecommendationData:
+    """The modules to adapt, best first, and everything the decision rests on; `Recommendation` adds the reports.
 
     Args:
         modules: Full names of the chosen modules, in the order in which the search took them.
@@ -64,7 +46,7 @@ class Recommendation:
         criterion: Name of the criterion.
         budget: As it was asked for.
         ridge: λ, in the unit of the kernel's eigenvalues.
-        settings: How the decision was made (JSON-able), `higher_is_better` and the kernels' provenance among it.
+        settings: How the decision was made.
         notes: What a reader must know before trusting it.
         spectra: Eigenvalues of the kernels of "chosen" and "all"; where there is an always-trained block, which both
             contain, also of that block ("always trained") and of the adapters without it ("chosen, adapters", "all,
@@ -77,7 +59,7 @@ class Recommendation:
     criterion: str
     budget: int | float | str
     ridge: float
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Settings = field(default_factory=Settings)
     notes: tuple[str, ...] = ()
     spectra: Mapping[str, Spectrum] = field(default_factory=dict)
 
@@ -85,7 +67,7 @@ class Recommendation:
         unknown = set(self.modules) - {row.name for row in self.scores}
         if unknown or not self.modules:
             raise PeftLinearError(f"a recommendation needs modules that have a score, got {sorted(unknown)} without")
-        for name in ("predicted", "settings", "spectra"):
+        for name in ("predicted", "spectra"):
             object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
 
     def __reduce__(self) -> tuple[Any, ...]:  # mapping proxies cannot be pickled
@@ -99,18 +81,15 @@ class Recommendation:
 
     @property
     def signal(self) -> bool | None:
-        """Whether two halves of the examples order the candidates alike, more than chance does; None: not known."""
-        reliability = self.settings.get("reliability")
-        return None if reliability is None else bool(reliability["signal"])
+        """Whether the ranking of the candidates is more stable under resampling than chance; None: not known."""
+        reliability = self.settings.reliability
+        return None if reliability is None else reliability.signal
 
     def __repr__(self) -> str:
         return (
             f"Recommendation({len(self.modules)} of {len(self.scores)} modules, {self.parameters:,} parameters, "
             f"criterion={self.criterion!r}, modules={list(self.modules)})"
         )
-
-    def __str__(self) -> str:
-        return score_table(self)
 
     def to_config(
         self,
@@ -139,20 +118,18 @@ class Recommendation:
         """
         decided = {"target_modules"} | ({"rank_pattern", "alpha_pattern"} if r == "adaptive" else set())
         if given := sorted(decided & set(kwargs)):
-            raise PeftLinearError(
-                f"{', '.join(given)} is what the recommendation decides; build the config by hand to change it"
-            )
+            raise PeftLinearError(f"the recommendation sets {', '.join(given)}; build the config by hand to change it")
         if isinstance(r, str) and r != "adaptive":
             raise PeftLinearError(f'r is a rank, "adaptive" or None, got {r!r}')
         if budget is not None and r != "adaptive":
-            raise PeftLinearError(f'budget={budget!r} is shared out by r="adaptive"; got r={r!r}')
+            raise PeftLinearError(f'budget={budget!r} is distributed by r="adaptive"; got r={r!r}')
         candidates = [row.name for row in self.scores]
         ambiguous = any(other.endswith(f".{name}") for name in self.modules for other in candidates)
         targets: list[str] | str = list(self.modules)
         if ambiguous:
             targets = "|".join(re.escape(name) for name in self.modules)
-        alpha: Any = self.settings.get("lora_alpha", 16) if lora_alpha is None else lora_alpha
-        uniform: Any = self.settings.get("rank", 8) if r is None or r == "adaptive" else r
+        alpha: Any = self.settings.lora_alpha if lora_alpha is None else lora_alpha
+        uniform: Any = self.settings.rank if r is None or r == "adaptive" else r
         if r == "adaptive":
             ranks = self.adaptive_ranks(budget)
             rslora = bool(kwargs.get("use_rslora"))
@@ -165,60 +142,28 @@ class Recommendation:
         Args:
             budget: Adapter parameters: a string ("1.5M", "200k"), a float in (0, 1] (fraction of what all candidates
                 have at the uniform rank), or None: what the chosen modules have at the uniform rank. The uniform rank
-                is that of the kernels, `settings["rank"]`.
+                is that of the kernels, `settings.rank`.
 
         Raises:
             PeftLinearError: the recommendation was made by a version that did not keep effective dimensions.
             BudgetError: the budget is none of these, below rank 1 for every module, or above full rank.
         """
-        dimensions, shapes = self.settings.get("effective_dimension"), self.settings.get("shapes")
+        dimensions, shapes = self.settings.effective_dimension, self.settings.shapes
         if not dimensions or not shapes:
             raise PeftLinearError(
-                "this recommendation holds no effective dimensions, from which ranks are shared out: it was made by "
+                "this recommendation holds no effective dimensions, from which ranks are distributed: it was made by "
                 "an earlier version. Recommend again, from the saved kernels if there are any"
             )
-        parameters = {name: self.settings["rank"] * (d_in + d_out) for name, (d_in, d_out) in shapes.items()}
+        parameters = {name: self.settings.rank * (d_in + d_out) for name, (d_in, d_out) in shapes.items()}
         uniform = sum(parameters[name] for name in self.modules)
         wanted = parse_rank_budget(budget, uniform, sum(parameters.values()))
         return distribute_ranks({name: dimensions[name] for name in self.modules}, shapes, wanted)
-
-    def to_markdown(self) -> str:
-        """A report with every candidate, for people."""
-        return recommendation_markdown(self)
-
-    def to_html(
-        self,
-        *,
-        measured: Mapping[str, Any] | None = None,
-        history: Sequence[Mapping[str, Any]] | None = None,
-        curve: TrainingCurve | None = None,
-    ) -> str:
-        """The report as one HTML page that loads nothing: choice, doubts, scores by layer and type, spectra, settings.
-
-        After training it can show what came of it beside what was predicted.
-
-        Args:
-            measured: Numbers under the names of `predicted` ("loss", "accuracy", "distance", …), also with "eval_" or
-                "test_" before them: what `trainer.evaluate()` returns can be passed as it is, other entries are left
-                out.
-            history: `trainer.state.log_history`: drawn, and the last evaluation in it is taken where `measured` does
-                not say otherwise.
-            curve: What `predict_training` predicted step by step, drawn with the history.
-
-        Raises:
-            PeftLinearError: `measured` holds nothing that is predicted, `history` no loss, or there is a curve without
-                a history.
-        """
-        return recommendation_html(self, measured=measured, history=history, curve=curve)
-
-    def plot(self, path: str | os.PathLike) -> None:
-        """Draws spectra and scores into an image file; the suffix says which kind. Needs matplotlib."""
-        plot_recommendation(self, path)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the spectra, as JSON-able values."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "spectra"}
         values["scores"] = [asdict(row) for row in self.scores]
+        values["settings"] = self.settings.to_dict()
         return {"format": FORMAT, **{k: dict(v) if isinstance(v, Mapping) else v for k, v in values.items()}}
 
     def save(self, directory: str | os.PathLike) -> None:
@@ -243,7 +188,7 @@ class Recommendation:
         write_text(folder / JSON_NAME, text + "\n")
 
     @classmethod
-    def load(cls, directory: str | os.PathLike) -> Recommendation:
+    def load(cls: type[Self], directory: str | os.PathLike) -> Self:
         """Reads what `save` wrote; the result equals what was saved.
 
         Raises:
@@ -257,7 +202,7 @@ class Recommendation:
         except ValueError as error:
             raise FileError(f"{path} is not valid JSON: {error}") from error
         found = record.pop("format", None) if isinstance(record, dict) else None
-        if found != FORMAT:
+        if found not in READABLE:
             raise FileError(f"{path} holds {found!r}, expected {FORMAT!r}")
         about = record.pop("spectra")
         spectra_path = path.with_name(about["file"])
@@ -272,5 +217,6 @@ class Recommendation:
             raise FileError(f"{spectra_path} is not a whole safetensors file: {error}") from error
         record["spectra"] = {name: Spectrum(tensors[name], eps=eps) for name, eps in about["eps"].items()}
         record["scores"] = tuple(ModuleScore(**row) for row in record["scores"])
+        record["settings"] = Settings.from_dict(record["settings"])
         record["modules"], record["notes"] = tuple(record["modules"]), tuple(record["notes"])
         return cls(**record)

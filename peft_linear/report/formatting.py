@@ -1,43 +1,46 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-"""How much better each candidate is than no adapter, and how to print numbers that are read beside each other."""
+"""Numbers and labels as the reports print them: improvements over no adapter, one notation for a column."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
+from ..recommendation.data import RecommendationData
 
-if TYPE_CHECKING:
-    from ..recommendation.recommendation import Recommendation
 
 _DECADES = 3.0  # wider than this, numbers are printed with exponents
 
 
-def improvements(recommendation: Recommendation) -> tuple[dict[str, float], str]:
+def improvements(recommendation: RecommendationData) -> tuple[dict[str, float], str]:
     """{module: what its adapter improves the score by}, more is better, and what these numbers are.
 
-    Where the score without any adapter is not known, the scores themselves, whose better end the words name.
+    Where the score without any adapter is not known, the scores themselves.
     """
     rec = recommendation
-    higher = bool(rec.settings.get("higher_is_better"))
-    start = rec.settings.get("start_score")
+    higher = rec.settings.higher_is_better
+    start = rec.settings.start_score
     if start is None:
         return {row.name: row.score for row in rec.scores}, f"{criterion_label(rec)} ({direction(rec)})"
-    without = "the head alone" if rec.settings.get("always_trained") else "no adapter"
+    without = "the head alone" if rec.settings.always_trained else "no adapter"
     values = {row.name: row.score - start if higher else start - row.score for row in rec.scores}
     return values, f"improvement of the {criterion_label(rec)} over {without} ({start:.4g})"
 
 
-def criterion_label(recommendation: Recommendation) -> str:
+def criterion_label(recommendation: RecommendationData) -> str:
     """The criterion in words."""
-    return str(recommendation.settings.get("criterion_label", recommendation.criterion))
+    return recommendation.settings.criterion_label or recommendation.criterion
 
 
-def direction(recommendation: Recommendation) -> str:
-    """Which end of the scores is the better one."""
-    return "higher is better" if recommendation.settings.get("higher_is_better") else "lower is better"
+def direction(recommendation: RecommendationData) -> str:
+    """Whether higher or lower scores are better."""
+    return "higher is better" if recommendation.settings.higher_is_better else "lower is better"
+
+
+def known(value: object) -> object:
+    """The value, or "?" where there is none."""
+    return "?" if value is None else value
 
 
 def alike(values: Iterable[float]) -> dict[float, str]:

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-"""Looks and the little script of the HTML report: both are part of the page, which loads nothing."""
+"""Style and script of the HTML report; both are part of the page, which loads no other file."""
 
 from __future__ import annotations
 
@@ -148,6 +148,6 @@ addEventListener("beforeprint", () => document.querySelectorAll("details").forEa
 
 
 def content_policy() -> str:
-    """What a browser may do with the page: show it with its own style and run its own script, load nothing."""
+    """The Content-Security-Policy: inline style, the one inline script, no other resource."""
     digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
     return f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; base-uri 'none'"

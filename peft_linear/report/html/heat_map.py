@@ -4,22 +4,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from ...recommendation.data import RecommendationData
+from ...recommendation.names import layer_grid, parse_name
+from ...recommendation.values import ModuleScore
+from ..formatting import alike, improvements
+from .elements import Cell, Markup, Row, breakable, cell, table, text
 
-from ..recommendation.names import layer_grid, parse_name
-from .html_elements import Cell, Markup, Row, breakable, cell, table, text
-from .improvements import alike, improvements
-
-
-if TYPE_CHECKING:
-    from ..recommendation.recommendation import ModuleScore, Recommendation
 
 _MANY_TYPES = 12  # more columns than this, and than there are layers, become rows
 _NO_LAYER = {"–": "none"}
 _EMPTY = Cell(Markup('<span aria-hidden="true">·</span><span class="hidden">no such module</span>'), "none")
 
 
-def heat_map_html(recommendation: Recommendation) -> Markup:
+def heat_map_html(recommendation: RecommendationData) -> Markup:
     """A table for each stack of layers (encoder, decoder), and one for the modules that are in no numbered layer.
 
     A cell is coloured by the rank of its score, so that one outstanding module does not make all others look alike,
@@ -73,6 +70,6 @@ def _stack_table(stack: str | None, names: list[str], cells: dict[str, Cell]) ->
     return table(caption, header, body, "heat")
 
 
-def _model_order(rec: Recommendation) -> list[str]:
-    place = {name: index for index, name in enumerate(rec.settings.get("candidates") or ())}
+def _model_order(rec: RecommendationData) -> list[str]:
+    place = {name: index for index, name in enumerate(rec.settings.candidates)}
     return sorted((row.name for row in rec.scores), key=lambda name: place.get(name, len(place)))

@@ -1,0 +1,55 @@
+# SPDX-FileCopyrightText: 2026 The peft-linear authors
+# SPDX-License-Identifier: Apache-2.0
+"""Candidates that are scored, but not chosen while others can use the budget."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from ..errors import PeftLinearError
+from ..recommendation.budget import Budget
+
+
+# BERT's pooler lies right below a new head and learns nearly what the head learns: the best single module in short
+# runs at small rates, and the one that overfits and breaks first in others (docs/decisions/0012).
+DEFAULT_EXCLUDE = ("pooler",)
+
+
+def check_exclude(exclude: object) -> frozenset[str]:
+    """Components of names, from one or several.
+
+    Raises:
+        PeftLinearError: something else.
+    """
+    parts = list(exclude) if isinstance(exclude, Iterable) and not isinstance(exclude, str) else [exclude]
+    if not all(isinstance(part, str) for part in parts):
+        raise PeftLinearError(
+            f'exclude must be components of module names, such as ("pooler",), or (), got {exclude!r}'
+        )
+    return frozenset(map(str, parts))
+
+
+def excluded_candidates(
+    num_parameters: Mapping[str, int], budget: Budget, exclude: str | Sequence[str] = DEFAULT_EXCLUDE
+) -> tuple[str, ...]:
+    """The candidates that are not to be chosen within the budget, in model order.
+
+    Args:
+        num_parameters: Of every candidate.
+        exclude: A component of module names, or several: "pooler" is one of "bert.pooler.dense".
+
+    Returns:
+        Those with such a component. None where the others cannot use the budget: where it has room for all candidates,
+        for more modules than there are others, or for none of the others.
+
+    Raises:
+        PeftLinearError: as `check_exclude`.
+    """
+    parts = check_exclude(exclude)
+    excluded = tuple(name for name in num_parameters if parts & set(name.split(".")))
+    others = [size for name, size in num_parameters.items() if name not in excluded]
+    if not others or budget.fits(len(num_parameters), sum(num_parameters.values())):
+        return ()
+    if budget.modules is not None:
+        return excluded if budget.modules <= len(others) else ()
+    return excluded if budget.fits(1, min(others)) else ()

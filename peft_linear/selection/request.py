@@ -1,0 +1,228 @@
+# SPDX-FileCopyrightText: 2026 The peft-linear authors
+# SPDX-License-Identifier: Apache-2.0
+"""`recommend_modules`: from a model and data to a recommendation, with one value that says what is asked for."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..capture.ntk import compute_ntk
+from ..capture.targets import base_model, resolve_always_trained, resolve_targets
+from ..capture.terms import check_adapter_arguments, module_terms
+from ..capture.warm_head import STEPS as HEAD_STEPS
+from ..capture.warm_head import warmed_head
+from ..errors import PeftLinearError, TargetError
+from ..kernels.module_kernels import ModuleKernels
+from ..recommendation.budget import parse_budget
+from ..report.recommendation import Recommendation
+from .criteria import DEFAULT_NAME, resolve_criterion
+from .exclusion import DEFAULT_EXCLUDE, check_exclude
+from .problem import Problem
+from .recommend import BY_HEADS, recommend
+from .search.search import check_strategy
+from .training import Training
+from .views import check_ridge
+
+
+HEAD_DRAWS = 8  # of LoRA's A where an example has one output, for which a draw costs little
+LANGUAGE_DRAWS = 32  # of a language model, whose default inverts the kernel, and with it the draws' noise
+Heads = tuple[ModuleKernels, ...]
+
+
+@dataclass(frozen=True)
+class ModuleRequest:
+    """What `recommend_modules` is asked for; the command line and the Trainer callback make the same value.
+
+    Args:
+        budget, criterion, ridge, strategy, seed, exclude, training: As for `recommend`.
+        head_steps: As for `recommend_modules`.
+        kernels: Arguments of `compute_ntk` by name; `outputs` and `draws` have other defaults here.
+
+    Raises:
+        CriterionError, KernelError, PeftLinearError: arguments that no model could make valid.
+    """
+
+    budget: int | float | str
+    criterion: str = DEFAULT_NAME
+    ridge: float | None = None
+    strategy: str = "greedy"
+    seed: int = 0
+    head_steps: int | None = None
+    exclude: str | Sequence[str] = DEFAULT_EXCLUDE
+    training: Training = field(default_factory=Training)
+    kernels: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        accepted = [name for name in inspect.signature(compute_ntk).parameters if name not in ("model", "batches")]
+        unknown = sorted(set(self.kernels) - set(accepted))
+        if unknown:
+            raise PeftLinearError(f"unknown arguments {', '.join(unknown)}; compute_ntk takes: {', '.join(accepted)}")
+        check_strategy(self.strategy)
+        check_ridge(self.ridge)
+        check_exclude(self.exclude)
+        if self.head_steps is not None and self.head_steps < 0:
+            raise PeftLinearError(f"head_steps must be at least 0, got {self.head_steps}")
+
+    def candidates(self, model: nn.Module) -> dict[str, int]:
+        """Adapter parameters of every candidate; refuses what cannot be recommended, before any pass.
+
+        Raises:
+            TargetError, BudgetError, CriterionError: as `recommend_modules`.
+            OutputError: outputs of this kind do not provide what the criterion needs, even with labels.
+        """
+        options = self._options(model)
+        labelled = _labelled(options["outputs"])
+        resolve_criterion(self.criterion, labelled)
+        self.training.resolved(self.criterion, labelled)
+        head = resolve_always_trained(model, options.get("always_trained"))
+        if self.head_steps and not head:
+            raise TargetError(
+                f"head_steps={self.head_steps}, but {type(base_model(model)).__name__} has no task head that is always "
+                "trained; leave head_steps at 0, or name the head in `always_trained`"
+            )
+        modules = resolve_targets(model, options.get("targets", "all-linear"), reserved=head)
+        space, rank = options.get("space", "lora"), options.get("rank", 8)
+        alpha, draws = options.get("lora_alpha", 16.0), options.get("draws", 1)
+        check_adapter_arguments(space, rank, alpha, draws)
+        sizes = {name: module_terms(name, module, space, rank, alpha, 1, 0)[1] for name, module in modules.items()}
+        parse_budget(self.budget, sizes)
+        return sizes
+
+    def compute_kernels(self, model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> tuple[ModuleKernels, Heads]:
+        """The kernels that `recommend` needs, and its `heads` where the criterion combines several.
+
+        Gradient energy of labelled logits has heads (`kernels_through_heads`). Other criteria take the model as it is
+        or, with `head_steps`, through the trained head alone, which the kernels' provenance then says.
+        """
+        options = self._options(model)
+        batches = [batches] if isinstance(batches, Mapping) else list(batches)  # read more than once
+        always_trained = options.get("always_trained")
+        by_heads = resolve_criterion(self.criterion, _labelled(options["outputs"])).name == BY_HEADS
+        if self.head_steps and not by_heads:
+            with warmed_head(model, batches, self.head_steps, always_trained=always_trained):
+                return _after(self.head_steps, compute_ntk(model, batches, **options)), ()
+        kernels = compute_ntk(model, batches, **options)
+        head_steps = self.head_steps
+        if head_steps is None:
+            head_steps = HEAD_STEPS if resolve_always_trained(model, always_trained) else 0
+        if not by_heads or not head_steps or "logits" not in Problem.of(kernels, ridge=1.0).provides:
+            return kernels, ()
+        options["draws"] = self.kernels.get("draws", HEAD_DRAWS)
+        return kernels, kernels_through_heads(model, batches, head_steps, **options)
+
+    def recommend(self, model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Recommendation:
+        """Checks, computes and chooses."""
+        self.candidates(model)
+        return self.choose(*self.compute_kernels(model, batches))
+
+    def choose(self, kernels: ModuleKernels, heads: Heads = ()) -> Recommendation:
+        """`recommend` of these kernels."""
+        return recommend(
+            kernels,
+            self.budget,
+            self.criterion,
+            self.ridge,
+            self.strategy,
+            self.seed,
+            heads=heads,
+            exclude=self.exclude,
+            training=self.training,
+        )
+
+    def _options(self, model: nn.Module) -> dict[str, Any]:
+        """Arguments of `compute_ntk`, with the defaults that depend on the model."""
+        options = {"seed": self.seed, "outputs": default_outputs(model), **self.kernels}
+        if options["outputs"] == "log_likelihood" and options.get("space", "lora") == "lora":
+            options.setdefault("draws", LANGUAGE_DRAWS)
+        return options
+
+
+def default_outputs(model: nn.Module) -> str:
+    """ "log_likelihood" for a model with output embeddings (a language model), "logits" for any other."""
+    embeddings = getattr(base_model(model), "get_output_embeddings", lambda: None)()
+    return "logits" if embeddings is None else "log_likelihood"
+
+
+def kernels_through_heads(
+    model: nn.Module,
+    batches: Sequence[Mapping[str, Any]],
+    head_steps: int = HEAD_STEPS,
+    draws: int = HEAD_DRAWS,
+    **options: Any,
+) -> tuple[ModuleKernels, ModuleKernels]:
+    """Kernels of the losses through the task head as it is, and after `head_steps` steps of training it alone.
+
+    One backward pass a batch each, so that LoRA's random A can be averaged over several draws.
+
+    Args:
+        draws: Of A; other spaces have none.
+        **options: Others, as for `compute_ntk`; `outputs` and `folder` are not used.
+    """
+    options = {**options, "outputs": "loss", "folder": None}
+    if options.get("space", "lora") == "lora":
+        options["draws"] = draws
+    untrained = compute_ntk(model, batches, **options)
+    with warmed_head(model, batches, head_steps, always_trained=options.get("always_trained")):
+        return untrained, _after(head_steps, compute_ntk(model, batches, **options))
+
+
+def recommend_modules(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    budget: int | float | str,
+    criterion: str = DEFAULT_NAME,
+    ridge: float | None = None,
+    strategy: str = "greedy",
+    *,
+    seed: int = 0,
+    head_steps: int | None = None,
+    exclude: str | Sequence[str] = DEFAULT_EXCLUDE,
+    training: Training | None = None,
+    **kernels: Any,
+) -> Recommendation:
+    """`recommend(compute_ntk(model, batches), budget)`, with what can be refused refused before the first pass.
+
+    Args:
+        model, batches: As for `compute_ntk`; the model is left as it was found.
+        budget, criterion, ridge, strategy: As for `recommend`.
+        exclude, training: As for `recommend`.
+        head_steps: Steps for which the task head is trained, alone and for this computation only (`warmed_head`).
+            Gradient energy takes the least of a module's shares through the head as it is and through the trained one
+            (default: 20 steps, where there is a head); 0: the head as it is. Other criteria take the trained head
+            alone where steps are given; their default is 0.
+        seed: Of LoRA's random A, the cross-validation folds and the random halves.
+        **kernels: Other arguments of `compute_ntk` (`targets`, `space`, `rank`, `lora_alpha`, `draws`, `outputs`, …).
+            `outputs` defaults to "log_likelihood" for language models, then `draws` to 32, and to "logits" otherwise,
+            with 8 draws for the kernels through heads. `draws` that are passed are taken everywhere. For a language
+            model that fits, space="weight" chooses better than the default (docs/decisions/0009).
+
+    Raises:
+        PeftLinearError: or a subclass, as `compute_ntk` and `recommend`.
+    """
+    request = ModuleRequest(
+        budget=budget,
+        criterion=criterion,
+        ridge=ridge,
+        strategy=strategy,
+        seed=seed,
+        head_steps=head_steps,
+        exclude=exclude,
+        training=training or Training(),
+        kernels=kernels,
+    )
+    return request.recommend(model, batches)
+
+
+def _labelled(kind: str) -> Problem:
+    """Outputs of that kind with class labels, to ask which criteria they allow."""
+    return Problem(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long), kind, ridge=1.0)
+
+
+def _after(head_steps: int, kernels: ModuleKernels) -> ModuleKernels:
+    return replace(kernels, provenance={**kernels.provenance, "head_steps": head_steps})
