@@ -107,7 +107,7 @@ class Settings:
         examples, outputs, output_kind: Of the kernels: N, C and the kind of output.
         space, rank, lora_alpha: Of the adapter that the kernels are of.
         always_trained: Whether parameters are trained beside the adapters (a task head).
-        heads: Training steps of the task head and draws of A, for every pair of kernels that scores were computed over.
+        heads: Training steps of the task head and draws of A, of all kernels that scores were computed over.
         reliability: None for fewer than 8 examples or 3 candidates.
         kernels: Provenance of the kernels.
         effective_dimension: {chosen module: d_m}, from which adaptive ranks are distributed.

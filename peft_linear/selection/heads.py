@@ -66,8 +66,8 @@ def over_heads(heads: Sequence[ModuleKernels]) -> ModuleKernels:
     for kernels in of_losses:
         if kernels.names != first.names or kernels.num_examples != first.num_examples:
             raise KernelError(
-                f"kernels through another head must be of the same modules and examples, got {len(kernels)} modules and "
-                f"{kernels.num_examples} examples beside {len(first)} and {first.num_examples}"
+                f"kernels through another head must be of the same modules and examples, got {len(kernels)} modules "
+                f"and {kernels.num_examples} examples beside {len(first)} and {first.num_examples}"
             )
         problem = Problem.of(kernels, ridge=1.0)
         energies.append({name: gradient_energy(kernels[name], problem) for name in kernels.names})

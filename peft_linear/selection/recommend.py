@@ -59,7 +59,7 @@ def recommend(
             parameters, "1.5M", "200k".
         criterion: A name of `CRITERIA`, or "default-by-evidence".
         ridge: λ > 0 of the ridge regression, in the unit of the kernel's eigenvalues; default: `default_ridge`. With
-            an Adam-preconditioned kernel the criterion's ridge is in the same proportion to the default of that kernel.
+            Adam-preconditioned kernels the criterion's ridge is in the same proportion to their default.
         strategy: "greedy" (exact for additive criteria) or "top" (the best on their own); see `search`.
         seed: Of the cross-validation folds and the random halves.
         heads: Kernels of the same modules and examples, of losses or logits, through the head as it is and through one

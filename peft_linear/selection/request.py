@@ -83,8 +83,8 @@ class ModuleRequest:
         head = resolve_always_trained(model, options.get("always_trained"))
         if self.head_steps and not head:
             raise TargetError(
-                f"head_steps={self.head_steps}, but {type(base_model(model)).__name__} has no task head that is always "
-                "trained; leave head_steps at 0, or name the head in `always_trained`"
+                f"head_steps={self.head_steps}, but {type(base_model(model)).__name__} has no task head that is "
+                "always trained; leave head_steps at 0, or name the head in `always_trained`"
             )
         modules = resolve_targets(model, options.get("targets", "all-linear"), reserved=head)
         space, rank = options.get("space", "lora"), options.get("rank", 8)

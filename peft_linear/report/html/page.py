@@ -141,8 +141,8 @@ def _signal(rec: RecommendationData) -> str:
         True: (
             "yes",
             "✓ The ranking of the candidates is stable",
-            "The ranking is stable under resampling of the examples. That does not say whether this criterion predicts "
-            "the loss of a real run.",
+            "The ranking is stable under resampling of the examples. That does not say whether this criterion "
+            "predicts the loss of a real run.",
         ),
         False: (
             "no",
