@@ -29,7 +29,7 @@ PLAIN = {
     r"\bkin\b": "a subclass",
     r"\b(left|leaves?|leaving) (\w+ ){0,4}for last|\bcomes? last\b": "excluded by `exclude`",
     r"\bdearest\b": "most expensive",
-    r"as (adamw?|the optimizer) (sees|does)": "Adam-preconditioned",
+    r"as (adamw?|the optimizer) sees": "Adam-preconditioned",
     r"\bloads nothing\b": "self-contained",
     r"drawn by a number": "sampled with a fixed seed",
     r"none of (our|your|its) business": "ignored",
@@ -77,13 +77,16 @@ def words(text: str) -> int:
 
 
 @pytest.mark.parametrize(
-    "text", ["it foretells\nthe loss", "the Rivals", "is left for\nlast", "As AdamW sees it", "a page that loads nothing"]
+    "text",
+    ["it foretells\nthe loss", "the Rivals", "is left for\nlast", "As AdamW sees it", "a page that loads nothing"],
 )
 def test_the_word_list_finds_its_phrases(text):
     assert offences(text)
 
 
-@pytest.mark.parametrize("text", ["the kinds of kernel", "kinetic", "the arrivals", "predicts the loss", "the last layer"])
+@pytest.mark.parametrize(
+    "text", ["the kinds of kernel", "kinetic", "the arrivals", "predicts the loss", "the last layer"]
+)
 def test_the_word_list_leaves_plain_english_alone(text):
     assert not offences(text)
 
