@@ -1,7 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-"""The docs are planned, short and in plain English: every page is in the nav, how-to pages fit a sitting, and no text uses
-the listed phrases."""
+"""The docs are in plain English, short and planned: no listed phrase, word limits, and every page in the nav."""
 
 from __future__ import annotations
 
@@ -109,9 +108,7 @@ def test_every_page_is_in_the_nav_once():
     assert set(listed) == {path.relative_to(DOCS).as_posix() for path in pages()} - excluded
 
 
-@pytest.mark.parametrize(
-    ("place", "limit"), [(place, limit) for place, limit in WORD_LIMITS.items()], ids=WORD_LIMITS.keys()
-)
+@pytest.mark.parametrize(("place", "limit"), WORD_LIMITS.items(), ids=WORD_LIMITS.keys())
 def test_pages_are_short(place, limit):
     found = [ROOT / place] if place.endswith(".md") else sorted((ROOT / place).glob("*.md"))
     assert found

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-"""The README's program runs as it stands, its links and pictures exist, and the API page has the public names alone."""
+"""The README's program runs as it stands, its links and pictures exist, and the API page has public names only."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_links_lead_somewhere(page):
             assert (ROOT / target).exists(), target
 
 
-def test_the_api_page_has_the_public_names_alone():
+def test_the_api_page_has_the_public_names_only():
     api = (ROOT / "docs" / "reference" / "api.md").read_text(encoding="utf-8")
     objects = set(re.findall(r"^::: (\S+)$", api, re.MULTILINE))
     in_prose = set(re.findall(r"^### `(peft_linear\.\w+)`$", api, re.MULTILINE))
