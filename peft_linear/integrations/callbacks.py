@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..proximal.hook import proximal_summary
+from ..proximal import proximal_summary
 
 
 class ProximalCallback(TrainerCallback):

@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from peft_linear.errors import PeftLinearError
-from peft_linear.proximal.hook import proximal_distance, proximal_firing_rate
+from peft_linear.proximal import proximal_distance, proximal_firing_rate
 from peft_linear.tuners.proximal_lora import reset_proximal_anchor
 from peft_linear.tuners.proximal_lora.state import find_adapters
 from tests.helpers.proximal_loop import batches, groups, proximal, risk

@@ -13,7 +13,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from peft_linear.errors import PeftLinearError
-from peft_linear.proximal.hook import proximal_distance
+from peft_linear.proximal import proximal_distance
 from peft_linear.tuners.proximal_lora import reset_proximal_anchor
 from peft_linear.tuners.proximal_lora.state import find_adapters
 from tests.helpers.proximal_at_rest import SGD, config, displaced, mlp, proximal, step_at_rest

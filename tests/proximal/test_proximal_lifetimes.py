@@ -14,8 +14,8 @@ import torch
 from peft import PeftModel, inject_adapter_in_model
 
 from peft_linear.errors import PeftLinearError
-from peft_linear.proximal.find import find_steps
-from peft_linear.proximal.hook import proximal_distance, proximal_firing_rate
+from peft_linear.proximal import proximal_distance, proximal_firing_rate
+from peft_linear.proximal.updates import find_updates
 from peft_linear.tuners.proximal_lora.state import find_adapters, live_records
 from tests.helpers import small_models
 from tests.helpers.proximal_at_rest import SGD, config, displaced, mlp, proximal, step_at_rest
@@ -151,8 +151,8 @@ def test_merge_and_unload_ends_the_record():
 
 def test_other_models_and_lambda_zero_cost_no_search(monkeypatch):
     model = proximal(lam=0.0)
-    assert list(find_steps(SGD(lora_parameters(model).values(), lr=0.1))) == []
-    assert list(find_steps(SGD(mlp().parameters(), lr=0.1))) == []
+    assert list(find_updates(SGD(lora_parameters(model).values(), lr=0.1))) == []
+    assert list(find_updates(SGD(mlp().parameters(), lr=0.1))) == []
     assert live_records
 
 

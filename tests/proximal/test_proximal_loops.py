@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from peft_linear.errors import PeftLinearError
-from peft_linear.proximal.hook import attach_proximal, proximal_distance, proximal_firing_rate
+from peft_linear.proximal import attach_proximal, proximal_distance, proximal_firing_rate
 from peft_linear.tuners.proximal_lora.state import find_adapters
 from tests.helpers.proximal_loop import assert_same, batches, groups, lora, proximal, reference_run, risk, train
 from tests.helpers.reference_proximal import ReferenceProximal, lora_parameters

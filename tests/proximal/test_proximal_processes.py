@@ -24,7 +24,7 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainingArguments
 
 from peft_linear.integrations.callbacks import ProximalCallback
-from peft_linear.proximal.hook import proximal_distance, proximal_firing_rate
+from peft_linear.proximal import proximal_distance, proximal_firing_rate
 from peft_linear.tuners.proximal_lora import ProximalLoraConfig
 from peft_linear.tuners.proximal_lora.state import find_adapters
 from tests.helpers import small_models

@@ -17,7 +17,7 @@ from transformers import Trainer, TrainingArguments
 
 from peft_linear.errors import FileError
 from peft_linear.integrations.callbacks import ProximalCallback
-from peft_linear.proximal.hook import proximal_distance, proximal_firing_rate, proximal_summary
+from peft_linear.proximal import proximal_distance, proximal_firing_rate, proximal_summary
 from peft_linear.tuners.proximal_lora import ProximalLoraConfig
 from peft_linear.tuners.proximal_lora.anchors import ANCHOR_NAME
 from peft_linear.tuners.proximal_lora.state import find_adapters

@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from peft_linear.errors import PeftLinearError
-from peft_linear.proximal.hook import attach_proximal, proximal_distance, proximal_summary
+from peft_linear.proximal import attach_proximal, proximal_distance, proximal_summary
 from tests.helpers.proximal_at_rest import SGD, backward, displaced, mlp, proximal
 from tests.helpers.reference_proximal import lora_parameters
 

@@ -16,7 +16,7 @@ from peft import get_peft_model
 from torch import nn
 
 from peft_linear.errors import PeftLinearError
-from peft_linear.proximal.hook import proximal_firing_rate, proximal_strength, proximal_summary
+from peft_linear.proximal import proximal_firing_rate, proximal_strength, proximal_summary
 from peft_linear.tuners.proximal_lora import ProximalLoraConfig, set_proximal_schedule
 from peft_linear.tuners.proximal_lora.state import find_adapters
 from tests.helpers.proximal_loop import assert_same, batches, groups, lora, proximal, reference_run, risk, train

@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from peft_linear.errors import PeftLinearError
 from peft_linear.integrations.callbacks import ProximalCallback
-from peft_linear.proximal.hook import attach_proximal, proximal_distance, proximal_firing_rate
+from peft_linear.proximal import attach_proximal, proximal_distance, proximal_firing_rate
 from peft_linear.tuners.proximal_lora import ProximalLoraConfig
 from tests.helpers import small_models
 from tests.helpers.reference_callback import ByHand

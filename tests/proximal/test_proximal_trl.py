@@ -18,7 +18,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from peft_linear import ProximalCallback, ProximalLoraConfig, proximal_distance
-from peft_linear.proximal.hook import proximal_firing_rate
+from peft_linear.proximal import proximal_firing_rate
 from tests.helpers import small_models
 from tests.helpers.reference_callback import ByHand
 from tests.helpers.reference_proximal import lora_parameters

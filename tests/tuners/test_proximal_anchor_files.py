@@ -14,7 +14,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from peft_linear.errors import FileError
-from peft_linear.proximal.hook import proximal_distance
+from peft_linear.proximal import proximal_distance
 from peft_linear.tuners.proximal_lora.anchors import ANCHOR_NAME
 from peft_linear.tuners.proximal_lora.state import find_adapters
 from tests.helpers.proximal_bert import base, train, trained

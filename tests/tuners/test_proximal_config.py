@@ -61,7 +61,7 @@ assert mapping[peft.PeftType.PROXIMAL_LORA] is ProximalLoraConfig
 assert not hasattr(peft.PeftModel.load_adapter._peft_linear_original, "_peft_linear_original")
 
 import torch
-from peft_linear.proximal.hook import proximal_distance
+from peft_linear.proximal import proximal_distance
 model = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(3, 3)),
                             ProximalLoraConfig(target_modules=["0"], proximal_lambda=2.0, proximal_selective=False))
 parameters = [p for p in model.parameters() if p.requires_grad]

@@ -23,7 +23,7 @@ from peft import (
 from peft.tuners.lora import Linear
 from safetensors.torch import load_file
 
-from peft_linear.proximal.hook import proximal_distance
+from peft_linear.proximal import proximal_distance
 from peft_linear.tuners.proximal_lora import ProximalLoraConfig, ProximalLoraModel
 from peft_linear.tuners.proximal_lora.anchors import ANCHOR_NAME
 from peft_linear.tuners.proximal_lora.state import find_adapters

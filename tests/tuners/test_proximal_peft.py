@@ -16,7 +16,7 @@ from peft.tuners.lora import Linear
 from torch import nn
 from transformers import MambaConfig, MambaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from peft_linear.proximal.hook import proximal_distance
+from peft_linear.proximal import proximal_distance
 from peft_linear.tuners.proximal_lora import ProximalLoraConfig
 from peft_linear.tuners.proximal_lora.anchors import ANCHOR_NAME
 from tests.helpers.proximal_bert import OPTIONS, base, logits, proximal, train, trained

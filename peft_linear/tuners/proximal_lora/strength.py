@@ -39,7 +39,7 @@ class Strengths:
             self._matched = {module: get_pattern_key(list(pattern), key) for module, key in self._keys.items()}
         return pattern.get(self._matched[name], self.config.proximal_lambda)
 
-    def pulled(self) -> bool:
+    def active(self) -> bool:
         """Whether any module has λ > 0, at some time.
 
         Raises:
