@@ -131,14 +131,14 @@ def test_a_disabled_or_merged_adapter_is_left_alone():
     assert proximal_distance(model) == pytest.approx(before / 2)
 
 
-def test_a_frozen_adapter_in_an_optimizer_is_none_of_our_business(tmp_path):
+def test_a_frozen_adapter_in_an_optimizer_is_ignored(tmp_path):
     proximal().save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(mlp(), tmp_path)
     (tmp_path / "proximal_anchor.safetensors").write_bytes(b"damaged")
     for p in loaded.parameters():
         p.grad = torch.zeros_like(p)
     SGD(loaded.parameters(), lr=0.1).step()
-    assert not find_adapters(loaded)[0].seen
+    assert not find_adapters(loaded)[0].stepped
 
 
 def test_merge_and_unload_ends_the_record():
