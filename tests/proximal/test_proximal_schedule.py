@@ -279,7 +279,7 @@ def test_a_function_is_a_schedule_and_none_gives_the_configured_one_back(selecti
 def test_a_function_that_gives_no_strength_is_an_error_at_its_step(value):
     model = proximal()
     set_proximal_schedule(model, lambda t: value if t == 2 else 1.0)
-    with pytest.raises(PeftLinearError, match="what the schedule returned for step 2 must be a finite number >= 0"):
+    with pytest.raises(PeftLinearError, match="the value of the schedule at step 2 must be a finite number >= 0"):
         train(model, SGD(groups(model)))
     with pytest.raises(PeftLinearError, match="no ProximalLoRA adapter 'nobody'"):
         set_proximal_schedule(model, None, "nobody")

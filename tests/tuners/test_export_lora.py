@@ -153,9 +153,9 @@ def damage(folder, what):
     ("what", "message"),
     [
         ("no config", "is not an adapter: it has no adapter_config.json$"),
-        ("nested", r"adapters lie in its subfolders \['sub'\]"),
+        ("nested", r"there are adapters in its subfolders \['sub'\]"),
         ("bad json", "is not valid JSON"),
-        ("list", "holds an adapter of type None"),
+        ("list", "contains an adapter of type None"),
         ("no weights", "has no adapter_model.safetensors$"),
         ("pickle", "is a pickle, which is not read"),
         ("truncated", "cannot be read"),
@@ -171,7 +171,7 @@ def test_what_is_no_adapter_is_refused_and_nothing_written(tmp_path, what, messa
 
 def test_adapters_of_other_types_are_refused(tmp_path):
     save(tmp_path / "lora", cls=LoraConfig)
-    with pytest.raises(FileError, match="of type 'LORA', not 'PROXIMAL_LORA': it needs no export"):
+    with pytest.raises(FileError, match="contains an adapter of type 'LORA', not 'PROXIMAL_LORA': it needs no export"):
         export_lora(tmp_path / "lora", tmp_path / "out")
     get_peft_model(base(), VeraConfig(r=2, target_modules=["query"])).save_pretrained(tmp_path / "vera")
     with pytest.raises(FileError, match="of type 'VERA'.*only ProximalLoRA adapters can be exported"):
@@ -181,7 +181,7 @@ def test_adapters_of_other_types_are_refused(tmp_path):
     config = tmp_path / "lora" / "adapter_config.json"
     config.write_text(config.read_text().replace('"LORA"', '"PROXIMAL_LORA"'))
     (tmp_path / "vera" / "adapter_model.safetensors").replace(tmp_path / "lora" / "adapter_model.safetensors")
-    with pytest.raises(FileError, match="holds no LoRA factors"):
+    with pytest.raises(FileError, match="contains no LoRA factors"):
         export_lora(tmp_path / "lora", tmp_path / "out")
 
 

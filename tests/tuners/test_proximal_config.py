@@ -165,13 +165,13 @@ def test_bad_lambda(value):
         ({"proximal_schedule": "step"}, "proximal_schedule must be one of 'constant', 'linear', 'cosine', 'warmup'"),
         ({"proximal_schedule": "linear"}, "needs proximal_schedule_steps, a positive number .* got None"),
         ({"proximal_schedule": "cosine", "proximal_schedule_steps": 0}, "needs proximal_schedule_steps, .* got 0"),
-        ({"proximal_schedule_steps": 5}, "proximal_schedule_steps=5 says how long a schedule is, but"),
+        ({"proximal_schedule_steps": 5}, "proximal_schedule_steps=5 is the length of a schedule, but"),
         ({"r": 0}, "the rank r must be a positive integer, got 0"),
         ({"r": -4}, "the rank r must be a positive integer, got -4"),
         ({"r": 2.5}, "the rank r must be a positive integer, got 2.5"),
         ({"r": True}, "the rank r must be a positive integer, got True"),
         ({"rank_pattern": {"q": 0, "k": 3}}, r"the ranks in rank_pattern must be positive integers, got \{'q': 0\}"),
-        ({"proximal_space": "delta", "use_dora": True}, "which is not so with use_dora"),
+        ({"proximal_space": "delta", "use_dora": True}, "adds s·B·A to the weight; this one has use_dora"),
     ],
 )
 def test_bad_fields(fields, message):
