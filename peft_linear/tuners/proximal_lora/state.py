@@ -70,7 +70,7 @@ def forget_adapter(model: nn.Module, adapter_name: str | None = None) -> None:
 
 
 def find_records(model: nn.Module) -> list[ProximalRecord]:
-    """The records of `model` and all its submodules, so that wrappers (PeftModel, DDP, torch.compile) are no obstacle."""
+    """The records of `model` and all its submodules, in any wrapper (PeftModel, DDP, torch.compile)."""
     return [module.__dict__[_ATTRIBUTE] for module in model.modules() if _ATTRIBUTE in module.__dict__]
 
 
