@@ -15,7 +15,7 @@ from .integrations.callbacks import ProximalCallback
 from .integrations.recommendation_callback import NtkRecommendationCallback
 from .kernels.module_kernels import ModuleKernels
 from .kernels.regression import fit_kernel_regression
-from .proximal.hook import attach_proximal, proximal_distance
+from .proximal import attach_proximal, proximal_distance
 from .report.recommendation import Recommendation
 from .selection.recommend import recommend
 from .selection.request import recommend_modules

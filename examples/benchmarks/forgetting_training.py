@@ -21,7 +21,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from peft_linear import ProximalLoraConfig
-from peft_linear.proximal.hook import proximal_firing_rate
+from peft_linear.proximal import proximal_firing_rate
 
 
 LORA = "lora"  # the run that all paths start from

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from peft_linear import ModuleKernels, ProximalLoraConfig, Recommendation
-from peft_linear.proximal.hook import proximal_firing_rate
+from peft_linear.proximal import proximal_firing_rate
 
 
 PILOT_SEED = 1000  # of the runs that choose a learning rate; none of the seeds that are compared

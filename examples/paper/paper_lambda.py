@@ -35,7 +35,7 @@ from tqdm.auto import tqdm
 
 from peft_linear import LinearizedModel, linearization_gap, linearize
 from peft_linear.cli.data import batches_of
-from peft_linear.proximal.hook import proximal_firing_rate
+from peft_linear.proximal import proximal_firing_rate
 
 
 LOSS = "cross_entropy"

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-"""Callbacks of the Hugging Face Trainer; they report, and compute nothing themselves."""
+"""Callbacks of the Hugging Face Trainer for ProximalLoRA; they log and compute nothing themselves."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..proximal.hook import proximal_summary
+from ..proximal import proximal_summary
 
 
 class ProximalCallback(TrainerCallback):
-    """Adds to every log of a Trainer how far the adapter is from the pretrained model, and how often the term acted.
+    """Adds the adapter's distance from the pretrained model, and how often the term acted, to every log of a Trainer.
 
     The keys are `proximal_distance` (‖θ−θ0‖ of the factors), `proximal_distance_delta` (of the weights),
     `proximal_lambda` (λ of the last step, with its schedule; `proximal_lambda_<adapter>` where several adapters
-    differ) and `proximal_firing_rate` (fraction of the optimizer steps so far; left out before the first, and for
+    differ) and `proximal_firing_rate` (fraction of the optimizer steps so far; omitted before the first step and for
     λ = 0). The term itself acts with or without this callback.
 
-    The values go into the log and into `trainer.state.log_history`. Trackers see them if their callback comes later:
-    `TrainingArguments(report_to="none")` with `callbacks=[ProximalCallback(), TensorBoardCallback()]`.
+    The values are added to the log and to `trainer.state.log_history`. Trackers receive them if their callback comes
+    later: `TrainingArguments(report_to="none")` with `callbacks=[ProximalCallback(), TensorBoardCallback()]`.
     """
 
     def on_train_begin(
@@ -37,7 +37,7 @@ class ProximalCallback(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Adds the values to `logs` and to the entry of the log history that the Trainer made of them."""
+        """Adds the values to `logs` and to the Trainer's last entry of the log history, which is made from them."""
         values = proximal_summary(kwargs["model"])
         for entry in ([] if logs is None else [logs]) + state.log_history[-1:]:
             entry.update(values)

@@ -1,3 +1,25 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-"""The proximal term in every optimizer step."""
+"""The proximal term in every optimizer step.
+
+- `hook`: how an optimizer's `step()` is intercepted, torch's own and others (`attach_proximal`);
+- `step`: what is done before and after one optimizer step;
+- `updates`: which factors of which adapters a step updates, with their anchors, learning rates and λ;
+- `operators`: the penalty's gradient, the proximal operator and the projection, on these factors;
+- `delta_space`: the same in delta space, modules of equal shapes together;
+- `shards`: factors that are sharded over processes (FSDP2);
+- `monitor`: distance, firing rate and λ while an adapter trains.
+"""
+
+from .hook import ProximalHandle, attach_proximal
+from .monitor import proximal_distance, proximal_firing_rate, proximal_strength, proximal_summary
+
+
+__all__ = [
+    "ProximalHandle",
+    "attach_proximal",
+    "proximal_distance",
+    "proximal_firing_rate",
+    "proximal_strength",
+    "proximal_summary",
+]

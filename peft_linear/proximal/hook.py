@@ -1,12 +1,11 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-"""The proximal term in every training loop: hooks on `torch.optim`'s step, which all loops go through.
+"""Intercepts optimizer steps, which every training loop makes, so that the proximal term acts once in each.
 
-Importing this module registers one pre and one post hook with `torch.optim.Optimizer`. They do nothing while no
-ProximalLoRA adapter is alive, and act on the factors of live adapters only: trainable, with a gradient, with λ > 0.
-Per optimizer step the term acts once, with the learning rate of each factor's parameter group. The selective rule's
-inner product is over the factors of an adapter that the stepping optimizer holds, in all of its groups: where several
-optimizers share one adapter, each decides for its part.
+Importing this module registers one pre and one post hook with `torch.optim.Optimizer`; every subclass is covered,
+accelerate's wrapper too. Other optimizers are covered by `attach_proximal`, which replaces their `step`. Both call
+`OptimizerStep.before` when the gradient is complete and `OptimizerStep.after` when the parameters have moved; what
+happens there is in `step`. The hooks return at once while no ProximalLoRA adapter exists.
 """
 
 from __future__ import annotations
@@ -21,20 +20,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from ..errors import PeftLinearError
 from ..tuners.proximal_lora.state import find_adapters, live_records
-from .report import proximal_distance, proximal_firing_rate, proximal_strength, proximal_summary
-from .step import ProximalStep
+from .step import OptimizerStep
 
 
-__all__ = [
-    "ProximalHandle",
-    "attach_proximal",
-    "proximal_distance",
-    "proximal_firing_rate",
-    "proximal_strength",
-    "proximal_summary",
-]
-
-_under_way: weakref.WeakKeyDictionary[Any, ProximalStep] = weakref.WeakKeyDictionary()
+_open_steps: weakref.WeakKeyDictionary[Any, OptimizerStep] = weakref.WeakKeyDictionary()  # outermost first
 
 
 class ProximalHandle:
@@ -44,7 +33,7 @@ class ProximalHandle:
         self._undo = undo
 
     def remove(self) -> None:
-        """Gives the optimizer its own `step` back; without effect on optimizers that needed nothing."""
+        """Restores the optimizer's own `step`; does nothing for optimizers that were not changed."""
         self._undo()
         self._undo = lambda: None
 
@@ -52,39 +41,39 @@ class ProximalHandle:
 def attach_proximal(model: nn.Module, optimizer: Any) -> ProximalHandle:
     """Makes the proximal term act in an optimizer that is not a `torch.optim.Optimizer`.
 
-    `torch.optim.Optimizer`s and their subclasses (accelerate's wrapper around one included) need no call: for them
-    this only checks that the optimizer steps factors of an adapter of `model`. Any other object is attached if it has
+    `torch.optim.Optimizer`s and their subclasses (also inside accelerate's wrapper) need no call: for them this only
+    checks that the optimizer steps factors of an adapter of `model`. Any other object is attached if it has
 
     - `param_groups`: a list of dicts with `"params"` (the model's own parameters) and `"lr"`, and
-    - `step(...)`: reads `.grad` of these parameters and moves them. A closure may be passed, as to torch's.
+    - `step(...)`: reads `.grad` of these parameters and updates them. It may take a closure, as torch's does.
 
-    Its `step` is replaced on the object, so that the term acts once a call. Attaching twice is attaching once.
+    Its `step` is replaced on the object, so that the term acts once per call. Attaching twice has no further effect.
 
     Returns:
         A handle whose `remove()` undoes it.
 
     Raises:
-        PeftLinearError: `model` has no active ProximalLoRA adapter, or the optimizer is not of this form, or it holds
-            none of the adapter's factors (flattened or sharded copies, another model's).
+        PeftLinearError: `model` has no active ProximalLoRA adapter, or the optimizer does not have this form, or it
+            holds none of the adapter's factors (but flattened or sharded copies, or another model's parameters).
     """
     adapters = find_adapters(model)
-    optimizer = _inmost(optimizer)
-    _check_contract(optimizer)
+    optimizer = _unwrapped(optimizer)
+    _check_interface(optimizer)
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     if not any(id(a) in held or id(b) in held for adapter in adapters for _, _, a, b in adapter.layers()):
         raise PeftLinearError(
             f"{type(optimizer).__name__} holds no factor of the adapters {[t.name for t in adapters]} of this model: "
             "it was made for another model, before the adapter, or holds flattened or sharded copies (not supported)"
         )
-    if _hooked(optimizer) or hasattr(optimizer.step, "_peft_linear_original"):
+    if _has_torch_hooks(optimizer) or hasattr(optimizer.step, "_peft_linear_original"):
         return ProximalHandle()
     original, key = optimizer.step, ProximalHandle()
     own = "step" in vars(optimizer)
 
     def step(*args: Any, **kwargs: Any) -> Any:
-        args, kwargs = _before_step(key, optimizer, args, kwargs, closure_position=0)
+        args, kwargs = _begin(key, optimizer, args, kwargs, closure_position=0)
         result = original(*args, **kwargs)
-        _after_step(key, optimizer)
+        _end(key, optimizer)
         return result
 
     def undo() -> None:
@@ -98,13 +87,13 @@ def attach_proximal(model: nn.Module, optimizer: Any) -> ProximalHandle:
     return ProximalHandle(undo)
 
 
-def _before_step(key: Any, optimizer: Any, args: tuple, kwargs: dict, closure_position: int) -> tuple[tuple, dict]:
-    """Starts a step. With a closure the gradient is there only after it ran, so the closure is wrapped."""
-    stale = _under_way.pop(key, None)
-    if stale is not None:  # the last step raised, or this is super().step() of a subclass: start again
-        stale.restore_gradients()
-    step = ProximalStep(_under_way.values())
-    _under_way[key] = step
+def _begin(key: Any, optimizer: Any, args: tuple, kwargs: dict, closure_position: int) -> tuple[tuple, dict]:
+    """Opens a step. The gradient is complete only after the closure, if there is one, so the closure is wrapped."""
+    abandoned = _open_steps.pop(key, None)
+    if abandoned is not None:  # the last step raised, or this is super().step() of a subclass: start again
+        abandoned.restore_gradients()
+    step = OptimizerStep(enclosing=_open_steps.values())
+    _open_steps[key] = step
     closure = kwargs.get("closure")
     if closure is None and len(args) > closure_position and callable(args[closure_position]):
         closure = args[closure_position]
@@ -112,49 +101,49 @@ def _before_step(key: Any, optimizer: Any, args: tuple, kwargs: dict, closure_po
         step.before(optimizer)
         return args, kwargs
 
-    def closure_then_prepare() -> Any:
+    def closure_then_before() -> Any:
         loss = closure()
         step.before(optimizer)
         return loss
 
     if kwargs.get("closure") is not None:
-        return args, {**kwargs, "closure": closure_then_prepare}
-    return (*args[:closure_position], closure_then_prepare, *args[closure_position + 1 :]), kwargs
+        return args, {**kwargs, "closure": closure_then_before}
+    return (*args[:closure_position], closure_then_before, *args[closure_position + 1 :]), kwargs
 
 
-def _after_step(key: Any, optimizer: Any) -> None:
-    step = _under_way.pop(key, None)
+def _end(key: Any, optimizer: Any) -> None:
+    step = _open_steps.pop(key, None)
     if step is None:
         return
     if not step.prepared:
         raise PeftLinearError(
-            f"{type(optimizer).__name__}.step did not call the closure it was given, so the proximal term could not "
-            "see the gradient; call step() without a closure"
+            f"{type(optimizer).__name__}.step did not call the closure it was given, so the gradient that the "
+            "proximal term needs was never computed; call step() without a closure"
         )
     step.after(optimizer)
 
 
 def _pre_hook(optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-    return _before_step(optimizer, optimizer, args, kwargs, closure_position=1) if live_records else None
+    return _begin(optimizer, optimizer, args, kwargs, closure_position=1) if live_records else None
 
 
 def _post_hook(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-    if _under_way:
-        _after_step(optimizer, optimizer)
+    if _open_steps:
+        _end(optimizer, optimizer)
 
 
-def _inmost(optimizer: Any) -> Any:
-    """The optimizer inside accelerate's wrapper (and others that keep it as `.optimizer`)."""
-    while not _hooked(optimizer) and hasattr(getattr(optimizer, "optimizer", None), "param_groups"):
+def _unwrapped(optimizer: Any) -> Any:
+    """The optimizer inside wrappers that keep it as `.optimizer`, as accelerate's does."""
+    while not _has_torch_hooks(optimizer) and hasattr(getattr(optimizer, "optimizer", None), "param_groups"):
         optimizer = optimizer.optimizer
     return optimizer
 
 
-def _hooked(optimizer: Any) -> bool:
+def _has_torch_hooks(optimizer: Any) -> bool:
     return getattr(getattr(type(optimizer), "step", None), "hooked", False)
 
 
-def _check_contract(optimizer: Any) -> None:
+def _check_interface(optimizer: Any) -> None:
     groups = getattr(optimizer, "param_groups", None)
     proper = isinstance(groups, (list, tuple)) and all(isinstance(g, dict) and "params" in g for g in groups)
     if not proper or not callable(getattr(optimizer, "step", None)):

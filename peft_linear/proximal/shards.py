@@ -1,11 +1,11 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-"""Factors that several processes hold in parts (FSDP2's `fully_shard`): DTensors, and sums over their parts.
+"""Factors that are sharded over processes by FSDP2's `fully_shard`: DTensors, and sums over their shards.
 
-The proximal term of factor space is elementwise, so that each process does it to its part; only inner products and
+In factor space the proximal term is elementwise, so each process applies it to its own shard; only inner products and
 norms are summed over the processes, a few numbers per step. In delta space the factors are gathered: they are small.
-Everything here is a collective operation where a tensor is sharded: every process must come by. Tensors that are not
-sharded are passed through.
+Everything here is a collective operation if a tensor is sharded: all ranks must call it. Tensors that are not sharded
+are passed through.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def is_supported(tensor: Tensor) -> bool:
-    """Whether it is a plain tensor, or a DTensor cut along its dimensions or replicated, and nothing else."""
+    """Whether it is a plain tensor, or a DTensor whose placements are all `Shard` or `Replicate`."""
     if not is_sharded(tensor):
         return not hasattr(tensor, "device_mesh")
     return all(type(placement).__name__ in ("Shard", "Replicate") for placement in _placements(tensor))
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """The part of the tensor on this process, in the tensor's own memory. Call it where no gradient is recorded."""
+    """The shard of the tensor on this process, in the tensor's own memory. To be called under `no_grad`."""
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
@@ -40,7 +40,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def part_of(full: Tensor, like: Tensor) -> Tensor:
-    """The part of `full` that this process holds of the sharded tensor `like`: a view."""
+    """The part of `full` that corresponds to the local shard of `like`: a view."""
     if not is_sharded(like) or is_sharded(full):
         return local_part(full)
     mesh: Any = like.device_mesh  # type: ignore[attr-defined]
@@ -52,7 +52,7 @@ def part_of(full: Tensor, like: Tensor) -> Tensor:
 
 
 def added(tensor: Tensor, part: Tensor) -> Tensor:
-    """A new tensor, sharded as `tensor`, to whose part on this process `part` was added."""
+    """A new tensor, sharded as `tensor`: the sum of `tensor` and, on this process's shard, `part`."""
     if not is_sharded(tensor):
         return tensor + part.to(tensor)
     result = tensor.clone()
@@ -61,7 +61,7 @@ def added(tensor: Tensor, part: Tensor) -> Tensor:
 
 
 def totals(values: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Scalars that belong to the parts of `tensors`, one each, summed over the processes that hold the other parts."""
+    """One scalar per tensor, computed from its local shard, summed over the processes that hold its other shards."""
     result = list(values)
     for layout, members in _by_layout(tensors):
         if layout is None:
@@ -73,7 +73,7 @@ def totals(values: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def total(tensors: Sequence[Tensor], partial: Callable[[list[int]], Tensor]) -> Tensor:
-    """A sum over `tensors`, of which `partial` gives that over the parts at some positions, here on this process."""
+    """A sum over `tensors`; `partial(positions)` gives the sum over the local shards of the tensors at `positions`."""
     sums = []
     for layout, members in _by_layout(tensors):
         value = partial(members)
@@ -86,7 +86,7 @@ def _placements(tensor: Tensor) -> Any:
 
 
 def _by_layout(tensors: Sequence[Tensor]) -> list[tuple[Any, list[int]]]:
-    """Positions of the tensors that are cut over the same processes, in an order that all processes share."""
+    """Positions of the tensors that are sharded over the same processes, in the same order on every process."""
     groups: dict[Any, list[int]] = {}
     for index, tensor in enumerate(tensors):
         axes = [axis for axis, p in enumerate(_placements(tensor)) if p.is_shard()] if is_sharded(tensor) else []

@@ -1,6 +1,25 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-"""One optimizer step of ProximalLoRA adapters: what is decided before it, and what is done after it."""
+"""The proximal term in one optimizer step, whatever the optimizer.
+
+`before` is called when the gradient of the training loss is complete (unscaled and clipped, as the optimizer gets
+it), `after` when the parameters have moved. `before` finds the factors that the optimizer is about to update
+(`updates.find_updates`) and evaluates the selective rule; then, by `proximal_mode`,
+
+- `"coupled"`: `before` adds the penalty's gradient to `.grad`, `after` puts the loss gradient back;
+- `"decoupled"`: `after` applies the proximal operator, with the learning rate of each factor's parameter group;
+- `"projection"`: `before` records each tensor's distance and whether it fires, `after` projects.
+
+So nothing depends on the optimizer's rule: it needs `param_groups` with `"params"` and `"lr"`, and must update the
+model's own parameters from `.grad`. The selective rule's inner product is over all factors of an adapter that the
+optimizer holds, in all its groups; where several optimizers share an adapter, each decides for its own factors.
+
+- An optimizer that calls another one's `step` (Lookahead and other wrappers): the term acts once, in the inner step.
+- An optimizer that evaluates the gradient several times in one step (L-BFGS): the first one decides; `"coupled"` is
+  refused.
+- `GradScaler` with a fused optimizer, which unscales and skips steps by itself: the added gradient is scaled, and a
+  step that was skipped changes and counts nothing.
+"""
 
 from __future__ import annotations
 
@@ -11,111 +30,128 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import PeftLinearError
-from .apply import apply_decoupled, apply_projection, penalty_gradients, prepare_projection, risk_product
-from .find import AdapterStep, find_steps
+from .operators import (
+    apply_projection,
+    apply_proximal_operator,
+    penalty_gradients,
+    prepare_projection,
+    risk_inner_product,
+)
 from .shards import added
-from .stack import ModuleStep
+from .updates import AdapterUpdate, ModuleUpdate, find_updates
 
 
-class ProximalStep:
-    """The proximal term in one call of `optimizer.step`.
+class OptimizerStep:
+    """The proximal term in one call of `optimizer.step`."""
 
-    `before` runs when the gradient of the risk is complete (unscaled and clipped, as the optimizer gets it), `after`
-    when the parameters have moved.
-    """
-
-    def __init__(self, others: Iterable[ProximalStep] = ()) -> None:
+    def __init__(self, enclosing: Iterable[OptimizerStep] = ()) -> None:
         self.prepared = False
-        self._others = list(others)  # of optimizers whose step is under way, which this one's is part of
-        self._parts: list[AdapterStep] = []
-        self._substitutes: list[tuple[nn.Parameter, Tensor, Tensor]] = []  # parameter, our gradient, the risk's
+        self._enclosing = list(enclosing)  # open steps of optimizers whose `step` has called this optimizer's
+        self._adapters: list[AdapterUpdate] = []
+        self._substitutes: list[tuple[nn.Parameter, Tensor, Tensor]] = []  # parameter, gradient with penalty, without
 
     @torch.no_grad()
     def before(self, optimizer: Any) -> None:
         """Finds the adapters in this step, decides whether the term acts, adds the coupled gradient."""
-        again = self.prepared
+        if self.prepared:
+            self._refuse_coupled(optimizer)
+            return
         self.prepared = True
-        if again and any(part.adapter.config.proximal_mode == "coupled" for part in self._parts):
+        self._adapters = find_updates(optimizer)
+        taken = {factor for outer in self._enclosing for update in outer._adapters for factor in _ids(update.modules)}
+        for update in self._adapters:
+            self._decide(update)
+            if update.mode == "coupled":  # the outer optimizer has added the gradient already
+                update.modules = _without(update.modules, taken)
+                self._add_gradient(update, getattr(optimizer, "grad_scale", None))
+            else:  # an outer optimizer leaves the term to this one, which uses the gradient itself
+                for outer in self._enclosing:
+                    outer._release(update)
+
+    @torch.no_grad()
+    def after(self, optimizer: Any) -> None:
+        """Puts the gradients back, applies the decoupled term or the projection, counts the step."""
+        self.restore_gradients()
+        taken = _step_taken(optimizer)
+        for update in self._adapters:
+            if update.modules:
+                _finish(update, taken)
+
+    def restore_gradients(self) -> None:
+        """Puts back the loss gradients, so that one that is kept for the next step does not contain the penalty's."""
+        for parameter, substitute, original in self._substitutes:
+            if parameter.grad is substitute:
+                parameter.grad = original
+        self._substitutes = []
+
+    def _refuse_coupled(self, optimizer: Any) -> None:
+        if any(update.mode == "coupled" for update in self._adapters):
             raise PeftLinearError(
                 f"{type(optimizer).__name__} evaluates the gradient several times in one step, for which "
                 "proximal_mode='coupled' is not defined; use proximal_mode='decoupled'"
             )
-        if again:
-            return
-        self._parts = list(find_steps(optimizer))
-        taken = {id(s.value) for o in self._others for part in o._parts for m in part.modules for s in m.stepped()}
-        for part in self._parts:
-            mode, steps = part.adapter.config.proximal_mode, part.stepped()
-            if not steps:
-                pass  # the schedule has λ = 0 at this step
-            elif mode == "projection":
-                prepare_projection(part, [self._risk_gradient(s.value) for s in steps])
-            elif part.adapter.config.proximal_selective:
-                product = risk_product(steps, [self._risk_gradient(s.value) for s in steps])
-                part.gate = (product >= 0).to(product.dtype)
-            if mode == "coupled":
-                part.modules = [module for module in part.modules if not _any_in(module, taken)]
-                self._add_gradient(part, getattr(optimizer, "grad_scale", None))
-            else:
-                # an optimizer that wraps another leaves the term to the inner one, which sees the real gradient
-                for other in self._others:
-                    other._release(part)
 
-    @torch.no_grad()
-    def after(self, optimizer: Any) -> None:
-        """Applies the decoupled term, puts the gradients back, counts."""
-        self.restore_gradients()
-        valid = _not_skipped(optimizer)
-        for part in self._parts:
-            if not part.modules:
-                continue
-            gate = part.gate if valid is None else (valid if part.gate is None else part.gate * valid.to(part.gate))
-            fired: float | Tensor = 1 if gate is None else gate
-            if not part.pulled:
-                fired = 0
-            elif part.adapter.config.proximal_mode == "decoupled":
-                apply_decoupled(part, gate)
-            elif part.adapter.config.proximal_mode == "projection":
-                fired = apply_projection(part, gate)
-            part.counter.add(1 if valid is None else valid, bool(part.pulled), fired)
-
-    def restore_gradients(self) -> None:
-        """The gradients become the risk's again, so that one that is kept does not take the term in twice."""
-        for parameter, ours, original in self._substitutes:
-            if parameter.grad is ours:
-                parameter.grad = original
-        self._substitutes = []
+    def _decide(self, update: AdapterUpdate) -> None:
+        """Evaluates the selection at the point before the step, by tensor (projection) or for the whole adapter."""
+        factors = update.factors()
+        if not factors:
+            return  # the schedule has λ = 0 at this step
+        if update.mode == "projection":
+            prepare_projection(factors, [self._risk_gradient(factor.parameter) for factor in factors])
+        elif update.adapter.config.proximal_selective:
+            product = risk_inner_product(factors, [self._risk_gradient(factor.parameter) for factor in factors])
+            update.gate = (product >= 0).to(product.dtype)
 
     def _risk_gradient(self, parameter: nn.Parameter) -> Tensor:
-        for step in self._others:
-            for substituted, _, original in step._substitutes:
+        """The gradient of the training loss alone, also where an enclosing step has added the penalty's."""
+        for outer in self._enclosing:
+            for substituted, _, original in outer._substitutes:
                 if substituted is parameter:
                     return original
         assert parameter.grad is not None
         return parameter.grad
 
-    def _add_gradient(self, part: AdapterStep, scale: Tensor | None) -> None:
-        factor: float | Tensor = 1.0 if part.gate is None else part.gate
+    def _add_gradient(self, update: AdapterUpdate, scale: Tensor | None) -> None:
+        weight: float | Tensor = 1.0 if update.gate is None else update.gate
         if scale is not None:  # a fused optimizer under GradScaler unscales the gradient by itself
-            factor = scale.to(torch.float64).reshape(()) * factor
-        for step, gradient in penalty_gradients(part, factor):
-            original = step.value.grad
+            weight = scale.to(torch.float64).reshape(()) * weight
+        for factor, gradient in penalty_gradients(update, weight):
+            original = factor.parameter.grad
             assert original is not None
-            step.value.grad = ours = added(original, gradient)
-            self._substitutes.append((step.value, ours, original))
+            factor.parameter.grad = substitute = added(original, gradient)
+            self._substitutes.append((factor.parameter, substitute, original))
 
-    def _release(self, part: AdapterStep) -> None:
-        inner = {id(step.value) for module in part.modules for step in module.stepped()}
-        for mine in self._parts:
-            if mine.adapter is part.adapter:
-                mine.modules = [module for module in mine.modules if not _any_in(module, inner)]
+    def _release(self, inner: AdapterUpdate) -> None:
+        """Leaves the modules of an inner optimizer's update to it."""
+        for update in self._adapters:
+            if update.adapter is inner.adapter:
+                update.modules = _without(update.modules, set(_ids(inner.modules)))
 
 
-def _not_skipped(optimizer: Any) -> Tensor | None:
-    """1 if a fused optimizer under GradScaler took the step, 0 if it found infinities; None where that cannot be."""
+def _finish(update: AdapterUpdate, taken: Tensor | None) -> None:
+    """Applies the term after the step, unless the gate or `taken` is 0, and counts."""
+    gate = update.gate if taken is None else (taken if update.gate is None else update.gate * taken.to(update.gate))
+    fired: float | Tensor = 1 if gate is None else gate
+    active = bool(update.active_modules)
+    if not active:
+        fired = 0
+    elif update.mode == "decoupled":
+        apply_proximal_operator(update, gate)
+    elif update.mode == "projection":
+        fired = apply_projection(update.factors(), gate)
+    update.counter.add(1 if taken is None else taken, active, fired)
+
+
+def _step_taken(optimizer: Any) -> Tensor | None:
+    """1 if a fused optimizer under GradScaler took the step, 0 if it found infinities; None for other optimizers."""
     found = getattr(optimizer, "found_inf", None)
     return None if found is None else (found == 0).to(torch.float64).reshape(())
 
 
-def _any_in(module: ModuleStep, ids: set[int]) -> bool:
-    return any(id(step.value) in ids for step in module.stepped())
+def _ids(modules: list[ModuleUpdate]) -> Iterable[int]:
+    return (id(factor.parameter) for module in modules for factor in module.factors())
+
+
+def _without(modules: list[ModuleUpdate], parameters: set[int]) -> list[ModuleUpdate]:
+    """The modules of which no factor is among `parameters`, given by id."""
+    return [module for module in modules if not any(id(f.parameter) in parameters for f in module.factors())]

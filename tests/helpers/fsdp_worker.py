@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-"""What each of two processes does in test_proximal_fsdp: it trains sharded adapters and writes down the results."""
+"""Run by each of the two processes of test_proximal_fsdp: trains sharded adapters and saves the results."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from peft_linear.errors import PeftLinearError
-from peft_linear.proximal.hook import proximal_distance, proximal_firing_rate
+from peft_linear.proximal import proximal_distance, proximal_firing_rate
 from peft_linear.tuners.proximal_lora import reset_proximal_anchor
 from peft_linear.tuners.proximal_lora.state import find_adapters
 from tests.helpers.proximal_loop import batches, groups, proximal, risk
@@ -31,7 +31,7 @@ from tests.helpers.reference_proximal import lora_parameters
 VARIANTS = {
     "selective": {"proximal_selective": True},
     "always": {"proximal_selective": False, "proximal_schedule": "linear", "proximal_schedule_steps": 20},
-    # with rank 1 nothing of that A is on the second process
+    # an A of LoRA rank 1 has no row on the second process
     "coupled": {"proximal_mode": "coupled", "proximal_selective": True, "rank_pattern": {"0": 1}},
     "projection": {"proximal_mode": "projection", "rank_pattern": {"0": 1}},
     "delta": {"proximal_space": "delta", "proximal_selective": True, "proximal_lambda_pattern": {"0": 3.0}},
@@ -83,7 +83,7 @@ def whole(model):
 def main(rank: int, folder: Path) -> None:
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
+    distributed.init_process_group("gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=2)
     half = slice(0, 3) if rank == 0 else slice(3, 6)
     for name in VARIANTS:
         model = sharded(name)
@@ -91,7 +91,7 @@ def main(rank: int, folder: Path) -> None:
         train(model, optimizer, half)
         torch.save((whole(model), facts(model)), folder / f"{name}{rank}.pt")
 
-    # the position in the schedule travels with the optimizer's state as torch.distributed.checkpoint handles it
+    # the position in the schedule is part of the optimizer's state as torch.distributed.checkpoint saves it
     model = sharded("always")
     optimizer = torch.optim.AdamW(groups(model))
     train(model, optimizer, half, batches()[:5])
@@ -111,12 +111,12 @@ def main(rank: int, folder: Path) -> None:
 
     reset_proximal_anchor(resumed)
     assert proximal_distance(resumed) == 0
-    refused(rank, folder)
+    train_with_unsupported_layout(rank, folder)
     distributed.destroy_process_group()
 
 
-def refused(rank: int, folder: Path) -> None:
-    """A layout that is neither cut nor replicated."""
+def train_with_unsupported_layout(rank: int, folder: Path) -> None:
+    """A DTensor with a placement that is neither `Shard` nor `Replicate`."""
     from torch.distributed.tensor import DTensor, Partial
 
     model = proximal()

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-"""A tiny network with ProximalLoRA, and steps with gradients of zero, which show what the term alone does."""
+"""A tiny network with ProximalLoRA, and steps with gradients of zero, in which the term acts alone."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def displaced(model, amount=0.5):
 
 
 def step_at_rest(model, rate=0.5):
-    """A step with gradients of zero: whatever moves, the term has moved."""
+    """A step with gradients of zero: all changes are the term's."""
     optimizer = SGD(lora_parameters(model).values(), lr=rate)
     for p in lora_parameters(model).values():
         p.grad = torch.zeros_like(p)

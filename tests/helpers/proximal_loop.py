@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-"""A tiny network with LoRA or ProximalLoRA, and training loops on it, with and without the reference by hand."""
+"""A tiny network with LoRA or ProximalLoRA, and training loops on it, with and without the reference."""
 
 from __future__ import annotations
 

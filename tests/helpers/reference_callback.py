@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-"""The reference between the events of a Hugging Face Trainer: after clipping and before the step; after the step."""
+"""The reference in a Hugging Face Trainer's events: after clipping and before the step; after the step."""
 
 from __future__ import annotations
 

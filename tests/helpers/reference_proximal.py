@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-"""Proximal fine-tuning of plain LoRA written out by hand, slowly: dense weights, one tensor at a time, no hooks."""
+"""Proximal fine-tuning of plain LoRA written by hand, slowly: dense weights, one tensor at a time, no hooks."""
 
 from __future__ import annotations
 

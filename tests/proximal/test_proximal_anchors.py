@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-"""Where adapters of every kind start, and that the term pulls there."""
+"""The anchors of adapters of every kind, and that the term pulls toward them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from peft_linear.errors import PeftLinearError
-from peft_linear.proximal.hook import proximal_distance
+from peft_linear.proximal import proximal_distance
 from peft_linear.tuners.proximal_lora import reset_proximal_anchor
 from peft_linear.tuners.proximal_lora.state import find_adapters
 from tests.helpers.proximal_at_rest import SGD, config, displaced, mlp, proximal, step_at_rest
@@ -26,11 +26,14 @@ def test_the_anchor_can_be_set_to_the_present_factors():
     assert proximal_distance(model) == 0
     step_at_rest(displaced(model))
     assert proximal_distance(model) > 0
-    with pytest.raises(PeftLinearError, match="no ProximalLoRA adapter 'nobody'"):
-        reset_proximal_anchor(model, "nobody")
 
 
-def test_a_changed_rank_is_found_and_resetting_heals_it():
+def test_the_anchor_of_an_unknown_adapter_cannot_be_set():
+    with pytest.raises(PeftLinearError, match="no ProximalLoRA adapter 'unknown'"):
+        reset_proximal_anchor(proximal(), "unknown")
+
+
+def test_a_changed_rank_is_refused_until_the_anchor_is_reset():
     model = proximal()
     layer = model.base_model.model[0]
     layer.lora_A["default"], layer.lora_B["default"] = nn.Linear(5, 3, bias=False), nn.Linear(3, 7, bias=False)
@@ -44,7 +47,7 @@ def test_a_changed_rank_is_found_and_resetting_heals_it():
 
 @pytest.mark.parametrize("space", ["factors", "delta"])
 @pytest.mark.parametrize("scheme", ["pissa", "olora", "orthogonal", "gaussian", "mica"])
-def test_schemes_that_start_elsewhere_are_pulled_to_where_they_start(scheme, space):
+def test_initialisation_schemes_are_pulled_toward_their_initial_factors(scheme, space):
     if not hasattr(LoraLayer, f"{scheme}_init") and scheme != "gaussian":
         pytest.skip(f"this version of peft has no {scheme}")
     model = proximal(init_lora_weights=scheme, proximal_space=space, lam=1e9)
@@ -65,7 +68,7 @@ def test_schemes_that_start_elsewhere_are_pulled_to_where_they_start(scheme, spa
     assert proximal_distance(model, space=space) < 0.02 * before
 
 
-def test_eva_fills_in_a_later_and_the_anchor_waits_for_it():
+def test_the_anchor_of_eva_is_the_a_it_sets_after_the_adapter_is_made():
     from peft import EvaConfig
 
     model = proximal(init_lora_weights="eva", eva_config=EvaConfig(), lam=1e9)
@@ -85,8 +88,8 @@ def test_eva_fills_in_a_later_and_the_anchor_waits_for_it():
 
 
 @pytest.mark.parametrize("target", ["embedding", "linear"])
-def test_an_untrained_adapter_starts_where_its_first_step_finds_it(target):
-    """As when DDP has copied the first process's weights."""
+def test_the_anchor_of_an_untrained_adapter_is_its_factors_at_the_first_step(target):
+    """As when DDP has copied the weights of rank 0."""
     model = get_peft_model(
         nn.Sequential(OrderedDict(embedding=nn.Embedding(6, 4), linear=nn.Linear(4, 3))),
         config(target_modules=[target]),
@@ -106,20 +109,20 @@ def test_an_untrained_adapter_starts_where_its_first_step_finds_it(target):
     assert proximal_distance(model) == pytest.approx(before / 2)
 
 
-def test_weights_of_a_trained_adapter_do_not_move_the_anchor():
-    """As when a plain loop goes on from its own checkpoint; one module whose B is not zero is enough."""
-    for moved in ("0", "2"):
-        model = proximal()
-        with torch.no_grad():
-            for p in lora_parameters(model).values():
-                p.add_(0.5 * (p != 0))
-            model.base_model.model.get_submodule(moved).lora_B["default"].weight.add_(0.5)
-        before = proximal_distance(model)
-        step_at_rest(model)
-        assert proximal_distance(model) == pytest.approx(before / 2)
+@pytest.mark.parametrize("trained", ["0", "2"])
+def test_loading_weights_of_a_trained_adapter_leaves_the_anchor(trained):
+    """As when a plain loop continues from its own checkpoint; one module whose B is not zero is enough."""
+    model = proximal()
+    with torch.no_grad():
+        for p in lora_parameters(model).values():
+            p.add_(0.5 * (p != 0))
+        model.base_model.model.get_submodule(trained).lora_B["default"].weight.add_(0.5)
+    before = proximal_distance(model)
+    step_at_rest(model)
+    assert proximal_distance(model) == pytest.approx(before / 2)
 
 
-def test_a_loaded_adapters_anchor_is_its_files_although_it_is_untrained(tmp_path):
+def test_the_anchor_of_a_loaded_untrained_adapter_is_that_of_its_file(tmp_path):
     proximal().save_pretrained(tmp_path)
     model = PeftModel.from_pretrained(mlp(), tmp_path, is_trainable=True)
     assert proximal_distance(model) == 0
@@ -131,7 +134,7 @@ def test_a_loaded_adapters_anchor_is_its_files_although_it_is_untrained(tmp_path
     assert proximal_distance(model) == pytest.approx(before / 2) and before > 0
 
 
-def test_an_embeddings_anchor_is_its_a_of_zero():
+def test_an_embedding_is_anchored_at_its_initial_b_and_an_a_of_zero():
     torch.manual_seed(0)
     base = nn.Sequential(nn.Embedding(6, 4), nn.Linear(4, 3))
     model = get_peft_model(base, config(target_modules=["0", "1"]))
@@ -160,7 +163,7 @@ class Experts(nn.Module):
 
 @pytest.mark.parametrize("space", ["factors", "delta"])
 @pytest.mark.parametrize("mode", ["decoupled", "coupled"])
-def test_convolutions_and_expert_parameters(space, mode):
+def test_distance_and_pull_of_convolutions_and_expert_parameters(space, mode):
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
@@ -190,7 +193,7 @@ def test_convolutions_and_expert_parameters(space, mode):
     assert 0 < proximal_distance(model, space=space) < before
 
 
-def test_tied_adapters_share_one_memory_and_are_pulled_once():
+def test_tied_factors_are_pulled_once():
     model = proximal(target_modules=["0"])
     layer = model.base_model.model[0]
     tied = nn.Parameter(layer.lora_B["default"].weight.data)

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-"""FSDP2 with two processes trains what one process trains, in every mode; what is saved and resumed."""
+"""FSDP2 with two processes trains what one process trains, in every mode, also after saving and resuming."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ def together(tmp_path_factory):
         for rank in range(2)
     ]
     try:
-        said = [process.communicate(timeout=180)[1] for process in processes]
+        errors = [process.communicate(timeout=180)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
     return folder
 
 
@@ -81,7 +81,7 @@ def test_the_anchor_is_saved_whole(together):
     assert all(torch.equal(stored[f"{name}.lora_A"], anchor.a) for name, anchor in anchors.items())
 
 
-def test_other_layouts_are_refused_by_name(together):
+def test_other_layouts_are_refused_with_the_adapters_name(together):
     for rank in range(2):
         text = (together / f"refused{rank}.txt").read_text()
         assert "'default'" in text and "train with DDP or FSDP2" in text

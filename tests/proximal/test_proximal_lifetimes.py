@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-"""What the term may touch, and for how long: copies, switched, merged, frozen and collected adapters."""
+"""Which parameters the term changes, and when: copied, switched, merged, frozen and collected adapters."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ import torch
 from peft import PeftModel, inject_adapter_in_model
 
 from peft_linear.errors import PeftLinearError
-from peft_linear.proximal.find import find_steps
-from peft_linear.proximal.hook import proximal_distance, proximal_firing_rate
+from peft_linear.proximal import proximal_distance, proximal_firing_rate
+from peft_linear.proximal.updates import find_updates
 from peft_linear.tuners.proximal_lora.state import find_adapters, live_records
 from tests.helpers import small_models
 from tests.helpers.proximal_at_rest import SGD, config, displaced, mlp, proximal, step_at_rest
 from tests.helpers.reference_proximal import lora_parameters
 
 
-def test_injected_adapters_are_pulled_although_their_tuner_is_gone():
+def test_injected_adapters_are_pulled_without_a_tuner():
     model = inject_adapter_in_model(config(), mlp())
     gc.collect()
     before = proximal_distance(displaced(model))
@@ -30,7 +30,7 @@ def test_injected_adapters_are_pulled_although_their_tuner_is_gone():
     assert proximal_distance(model) == pytest.approx(before / 2)
 
 
-def test_transformers_own_adapters_are_pulled():
+def test_adapters_added_by_transformers_are_pulled():
     model = small_models.bert()
     model.add_adapter(config(target_modules=["query"]))
     before = proximal_distance(displaced(model))
@@ -55,7 +55,7 @@ def test_copies_are_pulled_toward_the_same_anchor(how):
     assert proximal_distance(model) == before
 
 
-def test_a_collected_model_leaves_nothing_behind():
+def test_a_collected_model_leaves_no_record_and_no_cycle():
     gc.collect()
     alive = len(live_records)
     model = proximal()
@@ -68,7 +68,7 @@ def test_a_collected_model_leaves_nothing_behind():
     step_at_rest(proximal())
 
 
-def test_only_factors_of_the_adapter_that_trains_are_touched():
+def test_only_factors_of_the_active_adapter_change():
     model = proximal(modules_to_save=["0"], target_modules=["2"], bias="all")
     model.add_adapter("other", config(target_modules=["2"]))
     with torch.no_grad():
@@ -84,7 +84,7 @@ def test_only_factors_of_the_adapter_that_trains_are_touched():
     assert moved == {f"base_model.model.2.lora_{letter}.default.weight" for letter in "AB"}
 
 
-def test_adapters_are_switched_and_deleted_in_the_middle_of_training():
+def test_adapters_can_be_switched_and_deleted_during_training():
     model = proximal()
     model.add_adapter("other", config(lam=6.0))
     optimizer = SGD([p for n, p in model.named_parameters() if "lora_" in n], lr=0.5)
@@ -112,7 +112,7 @@ def test_adapters_are_switched_and_deleted_in_the_middle_of_training():
     assert proximal_firing_rate(model, "other") == 1.0
 
 
-def test_a_disabled_or_merged_adapter_is_left_alone():
+def test_a_disabled_or_merged_adapter_does_not_change():
     model = displaced(proximal())
     before = proximal_distance(model)
     parameters = list(lora_parameters(model).values())
@@ -131,17 +131,17 @@ def test_a_disabled_or_merged_adapter_is_left_alone():
     assert proximal_distance(model) == pytest.approx(before / 2)
 
 
-def test_a_frozen_adapter_in_an_optimizer_is_none_of_our_business(tmp_path):
+def test_a_frozen_adapter_in_an_optimizer_is_ignored(tmp_path):
     proximal().save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(mlp(), tmp_path)
     (tmp_path / "proximal_anchor.safetensors").write_bytes(b"damaged")
     for p in loaded.parameters():
         p.grad = torch.zeros_like(p)
     SGD(loaded.parameters(), lr=0.1).step()
-    assert not find_adapters(loaded)[0].seen
+    assert not find_adapters(loaded)[0].stepped
 
 
-def test_merge_and_unload_ends_the_record():
+def test_merge_and_unload_drops_the_record():
     gc.collect()
     alive = len(live_records)
     merged = displaced(proximal()).merge_and_unload()
@@ -149,14 +149,14 @@ def test_merge_and_unload_ends_the_record():
     assert not any("proximal" in name for name in vars(merged))
 
 
-def test_other_models_and_lambda_zero_cost_no_search(monkeypatch):
+def test_other_models_and_lambda_zero_have_no_updates():
     model = proximal(lam=0.0)
-    assert list(find_steps(SGD(lora_parameters(model).values(), lr=0.1))) == []
-    assert list(find_steps(SGD(mlp().parameters(), lr=0.1))) == []
+    assert list(find_updates(SGD(lora_parameters(model).values(), lr=0.1))) == []
+    assert list(find_updates(SGD(mlp().parameters(), lr=0.1))) == []
     assert live_records
 
 
-def test_lambda_can_be_scheduled_and_stays_validated():
+def test_lambda_can_be_changed_between_steps_and_is_validated():
     model = displaced(proximal(lam=0.0))
     before = proximal_distance(model)
     step_at_rest(model)

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-"""The term in plain PyTorch loops, against loops written out by hand on plain LoRA in float64."""
+"""The term in plain PyTorch loops, against loops written by hand on plain LoRA in float64."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from peft_linear.errors import PeftLinearError
-from peft_linear.proximal.hook import attach_proximal, proximal_distance, proximal_firing_rate
+from peft_linear.proximal import attach_proximal, proximal_distance, proximal_firing_rate
 from peft_linear.tuners.proximal_lora.state import find_adapters
 from tests.helpers.proximal_loop import assert_same, batches, groups, lora, proximal, reference_run, risk, train
 from tests.helpers.reference_proximal import ReferenceProximal, lora_parameters
@@ -36,7 +36,7 @@ def double():
 @pytest.mark.parametrize(("space", "mode", "selective"), VARIANTS)
 @pytest.mark.parametrize("make", [SGD, ADAMW])
 @pytest.mark.parametrize("clip", [None, 0.05])
-def test_every_variant_is_the_loop_written_by_hand(space, mode, selective, make, clip):
+def test_every_variant_equals_the_loop_written_by_hand(space, mode, selective, make, clip):
     options = {"space": space, "mode": mode, "selective": selective}
     expected, reference = reference_run(make, clip=clip, **options)
     model = proximal(proximal_space=space, proximal_mode=mode, proximal_selective=selective)
@@ -61,7 +61,7 @@ def test_lambda_zero_is_lora_bit_for_bit(space, mode, selective):
         assert torch.equal(a, b)
 
 
-def test_projection_selects_by_itself_whatever_the_selective_field_says():
+def test_projection_ignores_the_selective_field():
     models = [proximal(proximal_mode="projection", proximal_selective=selective) for selective in (True, False)]
     for model in models:
         train(model, ADAMW(groups(model)))
@@ -71,7 +71,8 @@ def test_projection_selects_by_itself_whatever_the_selective_field_says():
 
 
 @pytest.mark.parametrize("space", ["factors", "delta"])
-def test_a_very_large_lambda_stays_at_the_pretrained_model(space):  # see test_proximal_laws for the other modes
+def test_with_a_very_large_lambda_training_stays_at_the_pretrained_model(space):
+    """See tests/functional/test_proximal_laws.py for the other modes."""
     model = proximal(lam=1e12, proximal_space=space, proximal_selective=False)
     train(model, ADAMW(groups(model)))
     assert proximal_distance(model, space="delta") < 1e-9
@@ -99,7 +100,7 @@ def test_coupled_and_decoupled_sgd_agree_to_second_order(space):
 
 @pytest.mark.parametrize(("mode", "selective"), SELECTIVE)
 @pytest.mark.parametrize("kwargs", [{"foreach": True}, {"foreach": False}, {"fused": True}])
-def test_foreach_and_fused_optimizers(mode, selective, kwargs):
+def test_foreach_and_fused_optimizers_equal_the_loop_written_by_hand(mode, selective, kwargs):
     expected, _ = reference_run(lambda params: ADAMW(params, foreach=False), mode=mode, selective=selective)
     model = proximal(proximal_mode=mode, proximal_selective=selective)
     train(model, ADAMW(groups(model), **kwargs))
@@ -107,7 +108,7 @@ def test_foreach_and_fused_optimizers(mode, selective, kwargs):
 
 
 @pytest.mark.parametrize(("mode", "selective"), SELECTIVE)
-def test_a_tensor_learning_rate(mode, selective):
+def test_a_learning_rate_may_be_a_tensor(mode, selective):
     expected, _ = reference_run(ADAMW, mode=mode, selective=selective)
     model = proximal(proximal_mode=mode, proximal_selective=selective)
     train(model, ADAMW([{**group, "lr": torch.tensor(group["lr"])} for group in groups(model)], foreach=False))
@@ -115,7 +116,7 @@ def test_a_tensor_learning_rate(mode, selective):
 
 
 @pytest.mark.parametrize(("space", "mode", "selective"), VARIANTS)
-def test_a_closure_is_the_same_as_a_backward_pass_before_the_step(space, mode, selective):
+def test_a_closure_equals_a_backward_pass_before_the_step(space, mode, selective):
     expected, _ = reference_run(SGD, space=space, mode=mode, selective=selective)
     model = proximal(proximal_space=space, proximal_mode=mode, proximal_selective=selective)
     optimizer = SGD(groups(model))
@@ -132,16 +133,17 @@ def test_a_closure_is_the_same_as_a_backward_pass_before_the_step(space, mode, s
     assert_same(model, expected)
 
 
-def test_decoupled_lbfgs_acts_once_a_step_and_coupled_is_refused():
-    def closure_for(model, optimizer):
-        def closure():
-            optimizer.zero_grad()
-            loss = risk(model, batches(1)[0])
-            loss.backward()
-            return loss
+def closure_for(model, optimizer):
+    def closure():
+        optimizer.zero_grad()
+        loss = risk(model, batches(1)[0])
+        loss.backward()
+        return loss
 
-        return closure
+    return closure
 
+
+def test_decoupled_acts_once_a_step_of_lbfgs():
     plain, model = lora(), proximal(lam=2.0, proximal_selective=False)
     for each in (plain, model):
         optimizer = torch.optim.LBFGS(lora_parameters(each).values(), lr=0.1, max_iter=4)
@@ -149,6 +151,9 @@ def test_decoupled_lbfgs_acts_once_a_step_and_coupled_is_refused():
         optimizer.step(closure_for(each, optimizer))
     for s, a, b in zip(start, lora_parameters(plain).values(), lora_parameters(model).values(), strict=True):
         torch.testing.assert_close(b, s + (a - s) / (1 + 0.1 * 2.0))
+
+
+def test_coupled_is_refused_for_lbfgs():
     model = proximal(proximal_mode="coupled")
     optimizer = torch.optim.LBFGS(lora_parameters(model).values(), lr=0.1, max_iter=4)
     with pytest.raises(PeftLinearError, match="evaluates the gradient several times"):
@@ -156,18 +161,18 @@ def test_decoupled_lbfgs_acts_once_a_step_and_coupled_is_refused():
 
 
 def test_an_optimizer_that_ignores_its_closure_is_refused():
-    class Deaf(SGD):
+    class IgnoresClosure(SGD):
         def step(self, closure=None):
             return None
 
     model = proximal()
-    optimizer = Deaf(lora_parameters(model).values(), lr=0.1)
+    optimizer = IgnoresClosure(lora_parameters(model).values(), lr=0.1)
     risk(model, batches(1)[0]).backward()
     with pytest.raises(PeftLinearError, match="did not call the closure"):
         optimizer.step(lambda: 0.0)
 
 
-def test_a_gradient_that_is_kept_takes_the_coupled_term_in_once():
+def test_coupled_restores_a_gradient_that_is_kept():
     model = proximal(lam=3.0, proximal_mode="coupled", proximal_selective=False)
     with torch.no_grad():
         for p in lora_parameters(model).values():
@@ -180,18 +185,18 @@ def test_a_gradient_that_is_kept_takes_the_coupled_term_in_once():
         assert p.grad is gradient and torch.equal(gradient, value)
 
 
-def test_the_term_is_applied_once_when_a_subclass_calls_its_parents_step():
+@pytest.mark.parametrize(("mode", "selective"), SELECTIVE)
+def test_the_term_is_applied_once_when_a_subclass_calls_its_parents_step(mode, selective):
     SGD([nn.Parameter(torch.zeros(1))], lr=0.1)  # torch hooks a class when its first instance is made
 
     class Twice(SGD):
         def step(self, closure=None):
             return super().step(closure)
 
-    for mode, selective in SELECTIVE:
-        expected, _ = reference_run(SGD, mode=mode, selective=selective)
-        model = proximal(proximal_mode=mode, proximal_selective=selective)
-        train(model, Twice(groups(model)))
-        assert_same(model, expected)
+    expected, _ = reference_run(SGD, mode=mode, selective=selective)
+    model = proximal(proximal_mode=mode, proximal_selective=selective)
+    train(model, Twice(groups(model)))
+    assert_same(model, expected)
 
 
 @pytest.mark.parametrize(("mode", "selective"), SELECTIVE)
@@ -212,7 +217,7 @@ def test_the_term_is_applied_once_when_an_optimizer_wraps_another(mode, selectiv
 
 
 @pytest.mark.parametrize("selective", [True, False])
-def test_two_optimizers_for_one_adapter_decide_each_for_its_part(selective):
+def test_each_of_two_optimizers_decides_for_its_own_factors(selective):
     model, expected = proximal(proximal_selective=selective), lora()
     start = {n: p.detach().clone() for n, p in lora_parameters(expected).items()}
     parts = [[n for n in start if letter in n] for letter in ("lora_A", "lora_B")]
@@ -233,7 +238,7 @@ def test_two_optimizers_for_one_adapter_decide_each_for_its_part(selective):
 
 
 @pytest.mark.parametrize("space", ["factors", "delta"])
-def test_a_factor_that_is_frozen_or_without_gradient_stays(space):
+def test_a_factor_that_is_frozen_or_without_gradient_does_not_change(space):
     model = proximal(lam=10.0, proximal_space=space, proximal_selective=False)
     named = lora_parameters(model)
     with torch.no_grad():
@@ -260,7 +265,7 @@ def test_a_factor_that_is_frozen_or_without_gradient_stays(space):
 
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("mode", MODES)
-def test_grad_scaler_unscales_and_skips(fused, mode):
+def test_scaled_gradients_and_skipped_steps_equal_the_unscaled_loop(fused, mode):
     torch.set_default_dtype(torch.float32)
 
     def run(model, reference=None, scaled=True, poison=3):
@@ -314,17 +319,17 @@ class OwnOptimizer:
 
 
 @pytest.mark.parametrize(("space", "mode", "selective"), VARIANTS)
-def test_attached_optimizers_are_as_good_as_torchs(space, mode, selective):
+def test_attached_optimizers_equal_the_loop_written_by_hand(space, mode, selective):
     expected, _ = reference_run(SGD, space=space, mode=mode, selective=selective)
     model = proximal(proximal_space=space, proximal_mode=mode, proximal_selective=selective)
     optimizer = OwnOptimizer(groups(model))
     attach_proximal(model, optimizer)
-    attach_proximal(model, optimizer)  # once more is once
+    attach_proximal(model, optimizer)  # a second time has no effect
     train(model, optimizer)
     assert_same(model, expected)
 
 
-def test_attaching_is_undone_and_is_nothing_for_torchs_optimizers():
+def test_removing_the_handle_restores_the_step():
     model = proximal()
     own = OwnOptimizer(groups(model))
     handle = attach_proximal(model, own)
@@ -332,9 +337,13 @@ def test_attaching_is_undone_and_is_nothing_for_torchs_optimizers():
     handle.remove()
     handle.remove()
     assert "step" not in vars(own)
-    own.step = own.step  # an optimizer whose step is already its own
+    own.step = own.step  # an optimizer whose step is an attribute of the instance
     attach_proximal(model, own).remove()
     assert "step" in vars(own)
+
+
+def test_attaching_does_not_change_torchs_optimizers_nor_wrappers_of_them():
+    model = proximal()
     torchs = SGD(groups(model))
     attach_proximal(model, torchs).remove()
     assert "step" not in vars(torchs)

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two processes under DDP and accelerate train what one trains, also where they do not draw the same random A.
 
-accelerate takes its FSDP plugin on accelerators alone: on a CPU it trains with DDP and says nothing. What it does with
-the plugin needs no accelerator, so the tests put the state into which it would come there.
+accelerate uses its FSDP plugin on accelerators only: on a CPU it trains with DDP without a warning. What it does with
+the plugin needs no accelerator, so the tests set the state that it would have there.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainingArguments
 
 from peft_linear.integrations.callbacks import ProximalCallback
-from peft_linear.proximal.hook import proximal_distance, proximal_firing_rate
+from peft_linear.proximal import proximal_distance, proximal_firing_rate
 from peft_linear.tuners.proximal_lora import ProximalLoraConfig
 from peft_linear.tuners.proximal_lora.state import find_adapters
 from tests.helpers import small_models
@@ -56,7 +56,7 @@ def double():
 
 
 class Plain:
-    """What accelerate does, without it."""
+    """The methods of `Accelerator` that are used here, for one process or plain DDP."""
 
     def backward(self, loss):
         loss.backward()
@@ -76,12 +76,12 @@ def accelerate_ddp(model, optimizer):
 
 
 def accelerate_fsdp2(model, optimizer, efficient):
-    """`efficient`: the model passes through the meta device and gets the weights of the first process."""
+    """`efficient`: the model is moved to the meta device and then gets the weights of rank 0."""
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2, auto_wrap_policy="NO_WRAP", cpu_ram_efficient_loading=efficient
     )
     accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
-    assert accelerator.distributed_type == DistributedType.MULTI_CPU  # else the next lines can go
+    assert accelerator.distributed_type == DistributedType.MULTI_CPU  # otherwise the next lines are obsolete
     accelerator.state.distributed_type, accelerator.state.fsdp_plugin = DistributedType.FSDP, plugin
     prepared = accelerator.prepare(model, optimizer)
     assert all(hasattr(p, "full_tensor") for p in lora_parameters(model).values())
@@ -97,7 +97,7 @@ PREPARE = {
 
 
 def forget_accelerate():
-    """accelerate's state is one for the process."""
+    """accelerate has one state per process."""
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
@@ -169,7 +169,7 @@ def run(rank, port, folder, ways):
     torch.save(fit(folder / "trainer", seed=1 if rank == 0 else 99, batch_size=2), folder / f"trainer{rank}.pt")
     half = slice(0, 3) if rank == 0 else slice(3, 6)
     for way, variant in itertools.product(ways, VARIANTS):
-        alike = way == "accelerate-fsdp2"  # nobody copies the first process's weights to the second
+        alike = way == "accelerate-fsdp2"  # the weights of rank 0 are not copied
         model = proximal(seed=1 if alike or rank == 0 else 99, **VARIANTS[variant])
         forget_accelerate()
         accelerator, wrapped, optimizer = PREPARE[way](model, torch.optim.AdamW(groups(model)))

@@ -3,7 +3,7 @@
 """A Trainer's run killed after any step and resumed from its checkpoint is the uninterrupted run, bit for bit.
 
 With dropout, gradient accumulation, momentum, schedules of the learning rate and of λ, and a λ by module. The model
-that resumes was made with another random A, so the anchor cannot be had from anywhere but the checkpoint.
+that resumes was made with another random A, so its anchor can only come from the checkpoint.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from transformers import Trainer, TrainingArguments
 
 from peft_linear.errors import FileError
 from peft_linear.integrations.callbacks import ProximalCallback
-from peft_linear.proximal.hook import proximal_distance, proximal_firing_rate, proximal_summary
+from peft_linear.proximal import proximal_distance, proximal_firing_rate, proximal_summary
 from peft_linear.tuners.proximal_lora import ProximalLoraConfig
 from peft_linear.tuners.proximal_lora.anchors import ANCHOR_NAME
 from peft_linear.tuners.proximal_lora.state import find_adapters
@@ -107,7 +107,7 @@ def uninterrupted(tmp_path_factory):
 
 @pytest.mark.parametrize("killed_after", range(1, STEPS))
 @pytest.mark.parametrize("variant", list(VARIANTS))
-def test_a_run_killed_after_any_step_goes_on_bit_for_bit(uninterrupted, tmp_path, variant, killed_after):
+def test_a_run_killed_after_any_step_continues_bit_for_bit(uninterrupted, tmp_path, variant, killed_after):
     whole, trainer, folder = uninterrupted(variant)
     other = proximal(variant, seed=99)
     assert not torch.equal(*(next(iter(lora_parameters(m).values())) for m in (other, proximal(variant))))
@@ -123,14 +123,14 @@ def test_saving_changes_nothing(uninterrupted, tmp_path):
     assert_the_same_run(model, fit(model, tmp_path), whole, trainer)
 
 
-def test_a_model_loaded_from_the_checkpoint_resumes_as_well(uninterrupted, tmp_path):
+def test_a_model_loaded_from_the_checkpoint_resumes_bit_for_bit(uninterrupted, tmp_path):
     whole, trainer, folder = uninterrupted("delta")
     checkpoint = str(folder / "checkpoint-2")
     model = PeftModel.from_pretrained(base(), checkpoint, is_trainable=True, autocast_adapter_dtype=False)
     assert_the_same_run(model, fit(model, tmp_path, resume=checkpoint), whole, trainer)
 
 
-def test_without_the_optimizers_state_the_schedule_starts_anew_from_the_same_anchor(uninterrupted, tmp_path):
+def test_without_the_optimizers_state_the_schedule_restarts_and_the_anchor_stays(uninterrupted, tmp_path):
     _, _, folder = uninterrupted("factors")
     checkpoint = str(folder / "checkpoint-4")
     model = PeftModel.from_pretrained(base(), checkpoint, is_trainable=True, autocast_adapter_dtype=False)
@@ -141,13 +141,20 @@ def test_without_the_optimizers_state_the_schedule_starts_anew_from_the_same_anc
     assert all(torch.equal(anchors[name].a, stored[name].a) for name in stored)
 
 
-def test_the_anchor_is_checked_not_recomputed(uninterrupted, tmp_path):
+@pytest.fixture
+def checkpoint(uninterrupted, tmp_path):
+    """A copy of a checkpoint, which may be damaged."""
     _, _, folder = uninterrupted("factors")
-    copy = tmp_path / "checkpoint-3"
-    shutil.copytree(folder / "checkpoint-3", copy)
-    (copy / ANCHOR_NAME).write_bytes(b"damaged")
+    return shutil.copytree(folder / "checkpoint-3", tmp_path / "checkpoint-3")
+
+
+def test_resuming_with_a_damaged_anchor_is_refused(checkpoint, tmp_path):
+    (checkpoint / ANCHOR_NAME).write_bytes(b"damaged")
     with pytest.raises(FileError, match="cannot be read"):
-        fit(proximal("factors"), tmp_path / "out", resume=str(copy))
-    (copy / ANCHOR_NAME).unlink()
+        fit(proximal("factors"), tmp_path / "out", resume=str(checkpoint))
+
+
+def test_resuming_without_the_anchor_warns(checkpoint, tmp_path):
+    (checkpoint / ANCHOR_NAME).unlink()
     with pytest.warns(UserWarning, match=f"has no {ANCHOR_NAME}"):
-        fit(proximal("factors"), tmp_path / "out", resume=str(copy))
+        fit(proximal("factors"), tmp_path / "out", resume=str(checkpoint))

@@ -1,10 +1,11 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-"""What the term must refuse, and that plain LoRA is never trained unawares."""
+"""What the term refuses, and that training which bypasses it is detected."""
 
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from peft_linear.errors import PeftLinearError
-from peft_linear.proximal.hook import attach_proximal, proximal_distance, proximal_summary
+from peft_linear.proximal import attach_proximal, proximal_distance, proximal_summary
 from tests.helpers.proximal_at_rest import SGD, backward, displaced, mlp, proximal
 from tests.helpers.reference_proximal import lora_parameters
 
@@ -66,21 +67,24 @@ def train_by_hand(model, steps):
                 p.grad = None
 
 
-def test_updates_that_no_hook_sees_are_refused():
-    train_by_hand(get_peft_model(mlp(), LoraConfig(target_modules=["0", "2"])), 8)
-    train_by_hand(proximal(lam=0.0), 8)
+def test_updates_that_bypass_the_hooks_are_refused():
     with pytest.raises(PeftLinearError, match="plain LoRA is being trained"):
         train_by_hand(proximal(), 8)
 
 
-def test_the_watch_ends_with_the_first_step_that_acts():
+def test_plain_lora_and_lambda_zero_may_bypass_the_hooks():
+    train_by_hand(get_peft_model(mlp(), LoraConfig(target_modules=["0", "2"])), 8)
+    train_by_hand(proximal(lam=0.0), 8)
+
+
+def test_the_guard_is_removed_at_the_first_optimizer_step():
     model = proximal()
     backward(model)
     SGD(lora_parameters(model).values(), lr=0.01).step()
-    train_by_hand(model, 8)  # a user who writes on the weights after training has begun knows what they do
+    train_by_hand(model, 8)  # changes of the weights after training has begun are deliberate
 
 
-def test_the_watch_bears_perturbations_and_loaded_weights():
+def test_the_guard_allows_perturbations_and_loaded_weights():
     model = proximal()
     for change in (0.1, -0.1):  # two backward passes at two points before each step: sharpness-aware methods
         backward(model)
@@ -89,25 +93,36 @@ def test_the_watch_bears_perturbations_and_loaded_weights():
     assert lora_parameters(model)
 
 
-def test_the_watch_follows_copies():
+def test_copies_are_guarded_too():
     model = copy.deepcopy(proximal())
     with pytest.raises(PeftLinearError, match="plain LoRA is being trained"):
         train_by_hand(model, 8)
 
 
-def test_distance_of_what_has_none():
-    with pytest.raises(PeftLinearError, match="has no active ProximalLoRA adapter; it has none"):
-        proximal_distance(mlp())
-    with pytest.raises(PeftLinearError, match="space must be one of 'factors', 'delta', got 'weights'"):
-        proximal_distance(proximal(), space="weights")
-    with pytest.raises(PeftLinearError, match="use_dora, with which the change of the weight is not"):
-        proximal_distance(proximal(use_dora=True), space="delta")
+@pytest.mark.parametrize(
+    ("make", "space", "message"),
+    [
+        (mlp, None, "has no active ProximalLoRA adapter; it has none"),
+        (proximal, "weights", "space must be one of 'factors', 'delta', got 'weights'"),
+        (partial(proximal, use_dora=True), "delta", "use_dora, with which the change of the weight is not"),
+    ],
+    ids=["no adapter", "unknown space", "not a product"],
+)
+def test_a_distance_that_is_not_defined_is_refused(make, space, message):
+    with pytest.raises(PeftLinearError, match=message):
+        proximal_distance(make(), space=space)
+
+
+def test_a_model_without_adapter_cannot_be_attached():
     with pytest.raises(PeftLinearError, match="has no active ProximalLoRA adapter"):
         attach_proximal(mlp(), SGD(mlp().parameters(), lr=0.1))
+
+
+def test_the_summary_before_the_first_step_has_no_firing_rate():
     assert set(proximal_summary(proximal())) == {"proximal_distance", "proximal_distance_delta", "proximal_lambda"}
 
 
-def test_distances_through_wrappers():
+def test_a_wrapper_has_the_distance_of_its_model():
     model = displaced(proximal())
     wrapper = nn.Module()
     wrapper.module = model

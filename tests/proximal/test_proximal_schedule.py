@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-"""λ that changes over a run and from module to module, against loops written by hand; where the position is kept."""
+"""λ by step and by module, against loops written by hand; where the position in a schedule is stored."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from peft import get_peft_model
 from torch import nn
 
 from peft_linear.errors import PeftLinearError
-from peft_linear.proximal.hook import proximal_firing_rate, proximal_strength, proximal_summary
+from peft_linear.proximal import proximal_firing_rate, proximal_strength, proximal_summary
 from peft_linear.tuners.proximal_lora import ProximalLoraConfig, set_proximal_schedule
 from peft_linear.tuners.proximal_lora.state import find_adapters
 from tests.helpers.proximal_loop import assert_same, batches, groups, lora, proximal, reference_run, risk, train
@@ -54,12 +54,12 @@ def position(model):
     return find_adapters(model)[0].statistics.position
 
 
-# --- what is trained ----------------------------------------------------------------------------------------------
+# --- schedules and patterns ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 @pytest.mark.parametrize("name", list(FACTORS))
-def test_schedules_are_the_loop_written_by_hand(name, variant):
+def test_schedules_equal_the_loop_written_by_hand(name, variant):
     expected, reference = reference_run(ADAMW, lam=lambda _, t: 2.0 * FACTORS[name](t), **variant)
     model = proximal(2.0, proximal_schedule=name, proximal_schedule_steps=8, **fields(variant))
     train(model, ADAMW(groups(model)))
@@ -73,7 +73,7 @@ def test_schedules_are_the_loop_written_by_hand(name, variant):
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 @pytest.mark.parametrize("pattern", [{"2": 0.0}, {"0": 3.0, "2": 0.0}, {r"\d": 2.0}, {"2": 4.0}], ids=str)
 @pytest.mark.parametrize("base", [0.0, 1.0])
-def test_patterns_are_the_loop_written_by_hand(base, pattern, variant):
+def test_patterns_equal_the_loop_written_by_hand(base, pattern, variant):
     def lam(name, step):
         module = name.split(".")[2]
         return pattern.get(module, pattern.get(r"\d", base))
@@ -105,7 +105,7 @@ def test_a_schedule_that_ended_is_lora_bit_for_bit():
         assert torch.equal(a, b)
 
 
-def test_the_first_pattern_that_matches_counts_and_patterns_may_change():
+def test_the_first_pattern_that_matches_is_used_and_patterns_may_change():
     model = proximal(1.0, proximal_lambda_pattern={"2": 5.0, r"\d": 7.0})
     strengths = find_adapters(model)[0].strengths
     assert [strengths.base(name) for name in ("0", "2")] == [7.0, 5.0]
@@ -116,18 +116,22 @@ def test_the_first_pattern_that_matches_counts_and_patterns_may_change():
         train(model, SGD(groups(model)))
 
 
-def test_a_pattern_that_matches_nothing_is_refused_before_the_model_is_changed():
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_pattern_that_matches_nothing_is_refused_before_the_model_is_changed(mixed):
     base = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     config = ProximalLoraConfig(target_modules=["0"], proximal_lambda_pattern={"quary": 1.0})
-    for mixed in (False, True):
-        with pytest.raises(PeftLinearError, match="the key 'quary', which matches no module of the model"):
-            get_peft_model(base, config, mixed=mixed)
-        assert all(type(module) is nn.Linear for module in base)
-    config.proximal_lambda_pattern = {"1": 1.0}  # a module without the adapter, as after restricting it
-    get_peft_model(base, config)
+    with pytest.raises(PeftLinearError, match="the key 'quary', which matches no module of the model"):
+        get_peft_model(base, config, mixed=mixed)
+    assert all(type(module) is nn.Linear for module in base)
 
 
-def test_parameters_are_matched_by_their_own_name_as_ranks_are():
+def test_a_pattern_may_match_only_modules_without_adapter():
+    """As after restricting the adapter."""
+    base = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    get_peft_model(base, ProximalLoraConfig(target_modules=["0"], proximal_lambda_pattern={"1": 1.0}))
+
+
+def test_parameters_are_matched_by_their_own_name_as_by_rank_pattern():
     class Experts(nn.Module):
         def __init__(self):
             super().__init__()
@@ -153,13 +157,13 @@ def test_parameters_are_matched_by_their_own_name_as_ranks_are():
     assert found == {"up": (1, 3.0), "down": (2, ProximalLoraConfig().proximal_lambda)}
 
 
-# --- the position -------------------------------------------------------------------------------------------------
+# --- the position in a schedule -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 @settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(kill=st.integers(0, 12), make=st.sampled_from([SGD, ADAMW]))
-def test_a_plain_loop_killed_anywhere_goes_on_with_its_optimizers_state(variant, kill, make):
+def test_a_plain_loop_killed_anywhere_continues_with_its_optimizers_state(variant, kill, make):
     def new():
         model = proximal(2.0, proximal_schedule="cosine", proximal_schedule_steps=10, **fields(variant))
         return model, make(groups(model))
@@ -184,7 +188,7 @@ def test_a_plain_loop_killed_anywhere_goes_on_with_its_optimizers_state(variant,
         assert position(resumed) == position(whole) == 12
 
 
-def test_a_state_that_was_taken_stays_as_it_was_and_a_new_optimizer_starts_anew():
+def test_a_saved_state_does_not_change_and_a_new_optimizer_starts_from_zero():
     model = proximal(2.0, proximal_schedule="linear", proximal_schedule_steps=24)
     optimizer = SGD(groups(model))
     train(model, optimizer)
@@ -197,7 +201,7 @@ def test_a_state_that_was_taken_stays_as_it_was_and_a_new_optimizer_starts_anew(
     assert position(model) == 1 and proximal_strength(model)["default"] == 2.0
 
 
-def test_optimizers_that_share_an_adapter_count_each_for_itself():
+def test_optimizers_that_share_an_adapter_count_separately():
     model = proximal(2.0, proximal_schedule="linear", proximal_schedule_steps=24)
     optimizers = [SGD([group]) for group in groups(model)]
     for batch in batches():
@@ -209,7 +213,7 @@ def test_optimizers_that_share_an_adapter_count_each_for_itself():
     assert find_adapters(model)[0].statistics.total().steps == 24
 
 
-def test_two_models_in_one_optimizer_are_counted_apart():
+def test_two_models_in_one_optimizer_are_counted_separately():
     models = [proximal(2.0, proximal_schedule="linear", proximal_schedule_steps=24) for _ in range(2)]
     optimizer = SGD([p for model in models for p in lora_parameters(model).values()], lr=0.1)
     for index, batch in enumerate(batches(6)):
@@ -226,7 +230,7 @@ def test_two_models_in_one_optimizer_are_counted_apart():
 
 @pytest.mark.parametrize("selective", [True, False])
 @pytest.mark.parametrize("mode", ["decoupled", "coupled", "projection"])
-def test_a_step_is_counted_once_however_optimizers_are_nested(mode, selective):
+def test_a_step_of_nested_optimizers_is_counted_once(mode, selective):
     class Outer(torch.optim.Optimizer):
         def __init__(self, inner):
             super().__init__(inner.param_groups, {})
@@ -260,11 +264,11 @@ def test_steps_that_a_grad_scaler_skips_are_not_counted(fused):
     assert proximal_strength(model)["default"] == pytest.approx(2 * (1 - 4 / 8))
 
 
-# --- a schedule of the user's own -----------------------------------------------------------------------------------
+# --- a function as schedule ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("selective", [True, False])
-def test_a_function_is_a_schedule_and_none_gives_the_configured_one_back(selective):
+def test_a_function_is_a_schedule_and_none_restores_the_configured_one(selective):
     expected, _ = reference_run(SGD, lam=lambda _, t: 2.0 * 0.5**t, selective=selective)
     model = proximal(2.0, proximal_schedule="warmup", proximal_schedule_steps=5, proximal_selective=selective)
     set_proximal_schedule(model, lambda t: 0.5**t)
@@ -276,16 +280,19 @@ def test_a_function_is_a_schedule_and_none_gives_the_configured_one_back(selecti
 
 
 @pytest.mark.parametrize("value", [-1.0, float("nan"), None])
-def test_a_function_that_gives_no_strength_is_an_error_at_its_step(value):
+def test_a_function_that_returns_no_strength_is_refused_at_its_step(value):
     model = proximal()
     set_proximal_schedule(model, lambda t: value if t == 2 else 1.0)
-    with pytest.raises(PeftLinearError, match="what the schedule returned for step 2 must be a finite number >= 0"):
+    with pytest.raises(PeftLinearError, match="the value of the schedule at step 2 must be a finite number >= 0"):
         train(model, SGD(groups(model)))
-    with pytest.raises(PeftLinearError, match="no ProximalLoRA adapter 'nobody'"):
-        set_proximal_schedule(model, None, "nobody")
 
 
-def test_the_summary_tells_adapters_that_differ_apart():
+def test_the_schedule_of_an_unknown_adapter_cannot_be_set():
+    with pytest.raises(PeftLinearError, match="no ProximalLoRA adapter 'unknown'"):
+        set_proximal_schedule(proximal(), None, "unknown")
+
+
+def test_the_summary_names_adapters_whose_lambda_differs():
     model = proximal(2.0)
     options = {"target_modules": ["0"], "r": 2}
     model.add_adapter("other", ProximalLoraConfig(proximal_lambda=5.0, **options))

@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from peft_linear.errors import PeftLinearError
 from peft_linear.integrations.callbacks import ProximalCallback
-from peft_linear.proximal.hook import attach_proximal, proximal_distance, proximal_firing_rate
+from peft_linear.proximal import attach_proximal, proximal_distance, proximal_firing_rate
 from peft_linear.tuners.proximal_lora import ProximalLoraConfig
 from tests.helpers import small_models
 from tests.helpers.reference_callback import ByHand
@@ -45,7 +45,7 @@ def proximal(seed=1, **kwargs):
 
 
 class OwnLoss(Trainer):
-    """A loss that does not come from the model, and is not outputs.loss."""
+    """A loss that is computed outside the model and is not `outputs.loss`."""
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
         labels = inputs.pop("labels")
@@ -135,13 +135,13 @@ def test_the_callback_adds_to_the_logs_and_lambda_zero_logs_no_rate(tmp_path):
     assert "proximal_firing_rate" not in trainer.state.log_history[0]
 
 
-def test_the_callback_leaves_out_the_weight_distance_where_there_is_none(tmp_path):
+def test_the_callback_omits_the_weight_distance_where_it_is_not_defined(tmp_path):
     trainer = fit(proximal(use_dora=True), tmp_path, [ProximalCallback()], max_steps=1)
     assert "proximal_distance" in trainer.state.log_history[0]
     assert "proximal_distance_delta" not in trainer.state.log_history[0]
 
 
-def test_the_callback_on_plain_lora_is_an_error_before_the_first_step(tmp_path):
+def test_the_callback_refuses_plain_lora_before_the_first_step(tmp_path):
     with pytest.raises(PeftLinearError, match="has no active ProximalLoRA adapter"):
         fit(adapted(LoraConfig(**OPTIONS)), tmp_path, [ProximalCallback()])
 
@@ -166,7 +166,7 @@ def test_resuming_in_another_process_is_the_uninterrupted_run_bit_for_bit(tmp_pa
 
 
 @pytest.mark.parametrize("selective", [True, False])
-def test_accelerate_with_accumulation_and_clipping(selective):
+def test_accelerate_with_accumulation_and_clipping_trains_what_the_reference_trains(selective):
     plain, model = adapted(LoraConfig(**OPTIONS)), proximal(proximal_selective=selective)
     reference = ReferenceProximal(plain, lam=LAMBDA, scaling=2.0, selective=selective)
     for each, by_hand in ((plain, reference), (model, None)):
@@ -175,7 +175,7 @@ def test_accelerate_with_accumulation_and_clipping(selective):
         loader = torch.utils.data.DataLoader(rows(), batch_size=2)
         wrapped, optimizer, loader = accelerator.prepare(each, optimizer, loader)
         if by_hand is None:
-            attach_proximal(each, optimizer)  # needless, and harmless
+            attach_proximal(each, optimizer)  # not needed, and without effect
         for batch in loader:
             with accelerator.accumulate(wrapped):
                 accelerator.backward(wrapped(**batch).loss)

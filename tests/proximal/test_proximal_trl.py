@@ -18,7 +18,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from peft_linear import ProximalCallback, ProximalLoraConfig, proximal_distance
-from peft_linear.proximal.hook import proximal_firing_rate
+from peft_linear.proximal import proximal_firing_rate
 from tests.helpers import small_models
 from tests.helpers.reference_callback import ByHand
 from tests.helpers.reference_proximal import lora_parameters
@@ -132,7 +132,7 @@ def assert_one_application_a_step(model, by_hand, steps):
 
 @pytest.mark.parametrize("accumulation", [1, 4])
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: str(variant or "default"))
-def test_supervised_fine_tuning_is_the_reference(tmp_path, tokenizer, variant, accumulation):
+def test_supervised_fine_tuning_equals_the_reference(tmp_path, tokenizer, variant, accumulation):
     by_hand = ByHand(lam=LAMBDA, scaling=2.0, **variant)
     settings = {"gradient_accumulation_steps": accumulation}
     run = (SFTTrainer, tmp_path, tokenizer, sentences())
@@ -141,7 +141,7 @@ def test_supervised_fine_tuning_is_the_reference(tmp_path, tokenizer, variant, a
     assert_same(trainer.model, plain.model)
     assert_one_application_a_step(trainer.model, by_hand, steps=4)
     untouched = fit(*run, config=plain_config(), **settings)
-    with pytest.raises(AssertionError):  # else the term would make no difference here
+    with pytest.raises(AssertionError):  # otherwise the term would make no difference here
         assert_same(trainer.model, untouched.model, tolerance=1e-6)
 
 
@@ -155,7 +155,7 @@ def test_supervised_fine_tuning_is_the_reference(tmp_path, tokenizer, variant, a
     ],
     ids=["checkpointing", "completions", "packing", "label-smoothing"],
 )
-def test_the_ways_of_supervised_fine_tuning(tmp_path, tokenizer, settings):
+def test_options_of_supervised_fine_tuning_equal_the_reference(tmp_path, tokenizer, settings):
     settings = dict(settings)
     dataset = settings.pop("dataset", None) or sentences()
     by_hand = ByHand(lam=LAMBDA, scaling=2.0, selective=False)
@@ -166,7 +166,7 @@ def test_the_ways_of_supervised_fine_tuning(tmp_path, tokenizer, settings):
     assert_one_application_a_step(trainer.model, by_hand, settings.get("max_steps", 4))
 
 
-def test_the_defaults_of_trl_bfloat16_and_checkpointing(tmp_path, tokenizer):
+def test_bfloat16_and_checkpointing_equal_the_reference(tmp_path, tokenizer):
     settings = {"bf16": True, "gradient_checkpointing": True, "gradient_accumulation_steps": 2}
     by_hand = ByHand(lam=LAMBDA, scaling=2.0, selective=False)
     trained = []
@@ -188,7 +188,7 @@ def test_lambda_zero_is_lora_bit_for_bit(tmp_path, tokenizer):
 
 @pytest.mark.parametrize("accumulation", [1, 4])
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: str(variant or "default"))
-def test_preference_optimisation_is_the_reference(tmp_path, tokenizer, variant, accumulation):
+def test_preference_optimisation_equals_the_reference(tmp_path, tokenizer, variant, accumulation):
     by_hand = ByHand(lam=LAMBDA, scaling=2.0, **variant)
     run = (DPOTrainer, tmp_path, tokenizer, preferences())
     settings = {"gradient_accumulation_steps": accumulation}
@@ -214,7 +214,7 @@ class Reference(TrainerCallback):
     on_step_end = on_train_begin
 
 
-def test_the_reference_model_of_preferences_is_the_pretrained_model_throughout(tmp_path, tokenizer):
+def test_the_reference_model_of_dpo_is_the_pretrained_model_throughout(tmp_path, tokenizer):
     reference = Reference()
     run = {"config": proximal_config({"selective": False}), "callbacks": [reference], "gradient_accumulation_steps": 2}
     trainer = fit(DPOTrainer, tmp_path, tokenizer, preferences(), **run)
@@ -247,7 +247,7 @@ def test_the_callback_logs_through_trl(tmp_path, tokenizer, trainer_class):
     assert all(entry["proximal_firing_rate"] == 1.0 for entry in logged)
 
 
-def test_resuming_is_the_uninterrupted_run_bit_for_bit(tmp_path, tokenizer):
+def test_a_resumed_run_equals_the_uninterrupted_run_bit_for_bit(tmp_path, tokenizer):
     """The trainer gets a PeftModel; the one that resumes was made with another A, so the anchor is the file's."""
     config = proximal_config({"selective": False})
     whole = fit(SFTTrainer, tmp_path / "a", tokenizer, sentences(), model=adapted(config), save_steps=2)
@@ -267,8 +267,8 @@ class Start(TrainerCallback):
         self.parameters = {name: value.detach().clone() for name, value in lora_parameters(model).items()}
 
 
-def test_preferences_after_supervised_fine_tuning(tmp_path, tokenizer):
-    """A loaded adapter goes on: TRL's reference is a copy of it ("ref"), the anchor is the pretrained model."""
+def test_dpo_after_sft_keeps_the_pretrained_model_as_anchor(tmp_path, tokenizer):
+    """For a loaded adapter TRL's reference is a copy of it ("ref"), while the anchor is the pretrained model."""
     start, config = Start(), proximal_config({"selective": False})
     first = fit(SFTTrainer, tmp_path / "sft", tokenizer, sentences(), config=config, callbacks=[start]).model
     first.save_pretrained(tmp_path / "adapter")

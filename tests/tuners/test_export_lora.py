@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-"""A ProximalLoRA adapter as plain LoRA, read by a process that never imports this package."""
+"""A ProximalLoRA adapter exported as plain LoRA, read by a process that does not import this package."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -58,7 +59,7 @@ def test_stock_peft_reads_every_variant_with_warnings_as_errors(tmp_path):
     for name, variant in VARIANTS.items():
         torch.save(save(tmp_path / name, **variant), tmp_path / f"{name}.pt")
         export_lora(tmp_path / name, tmp_path / f"{name}-out")
-    # one deprecation inside transformers is not the subject: peft calls what it deprecates, for LoRA as well
+    # one deprecation inside transformers is ignored: peft calls the deprecated function for LoRA as well
     code = f"""
 import sys, warnings
 from pathlib import Path
@@ -96,8 +97,8 @@ def test_without_patterns_the_tensors_are_the_same_bits(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["patterns", "rslora", "alpha-zero"])
-def test_one_alpha_over_r_serves_every_module(tmp_path, name):
-    """What a consumer computes that knows `lora_alpha / r` and the tensors, and nothing of patterns."""
+def test_one_alpha_over_r_holds_for_every_module(tmp_path, name):
+    """What a consumer computes from `lora_alpha / r` and the tensors, without patterns."""
     save(tmp_path / "in", **VARIANTS[name])
     export_lora(tmp_path / "in", tmp_path / "out")
     model = PeftModel.from_pretrained(base(), tmp_path / "in")
@@ -153,15 +154,15 @@ def damage(folder, what):
     ("what", "message"),
     [
         ("no config", "is not an adapter: it has no adapter_config.json$"),
-        ("nested", r"adapters lie in its subfolders \['sub'\]"),
+        ("nested", r"there are adapters in its subfolders \['sub'\]"),
         ("bad json", "is not valid JSON"),
-        ("list", "holds an adapter of type None"),
+        ("list", "contains an adapter of type None"),
         ("no weights", "has no adapter_model.safetensors$"),
         ("pickle", "is a pickle, which is not read"),
         ("truncated", "cannot be read"),
     ],
 )
-def test_what_is_no_adapter_is_refused_and_nothing_written(tmp_path, what, message):
+def test_an_incomplete_adapter_is_refused_and_nothing_written(tmp_path, what, message):
     save(tmp_path / "in")
     damage(tmp_path / "in", what)
     with pytest.raises(FileError, match=message):
@@ -169,38 +170,63 @@ def test_what_is_no_adapter_is_refused_and_nothing_written(tmp_path, what, messa
     assert sorted(os.listdir(tmp_path)) == ["in"]
 
 
-def test_adapters_of_other_types_are_refused(tmp_path):
-    save(tmp_path / "lora", cls=LoraConfig)
-    with pytest.raises(FileError, match="of type 'LORA', not 'PROXIMAL_LORA': it needs no export"):
-        export_lora(tmp_path / "lora", tmp_path / "out")
-    get_peft_model(base(), VeraConfig(r=2, target_modules=["query"])).save_pretrained(tmp_path / "vera")
-    with pytest.raises(FileError, match="of type 'VERA'.*only ProximalLoRA adapters can be exported"):
-        export_lora(tmp_path / "vera", tmp_path / "out")
-    with pytest.raises(FileError, match="is not a folder; pass the local folder"):
-        export_lora(tmp_path / "nowhere", tmp_path / "out")
-    config = tmp_path / "lora" / "adapter_config.json"
-    config.write_text(config.read_text().replace('"LORA"', '"PROXIMAL_LORA"'))
-    (tmp_path / "vera" / "adapter_model.safetensors").replace(tmp_path / "lora" / "adapter_model.safetensors")
-    with pytest.raises(FileError, match="holds no LoRA factors"):
-        export_lora(tmp_path / "lora", tmp_path / "out")
+def save_vera(folder):
+    get_peft_model(base(), VeraConfig(r=2, target_modules=["query"])).save_pretrained(folder)
 
 
-def test_outputs_are_whole_or_not_there(tmp_path, monkeypatch):
+def save_vera_weights_as_ours(folder):
+    save(folder)
+    save_vera(folder / "vera")
+    (folder / "vera" / "adapter_model.safetensors").replace(folder / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (partial(save, cls=LoraConfig), "contains an adapter of type 'LORA', not 'PROXIMAL_LORA': it needs no export"),
+        (save_vera, "of type 'VERA'.*only ProximalLoRA adapters can be exported"),
+        (save_vera_weights_as_ours, "contains no LoRA factors"),
+        (lambda folder: None, "is not a folder; pass the local folder"),
+    ],
+    ids=["lora", "vera", "other weights", "nothing"],
+)
+def test_what_is_not_a_proximal_lora_adapter_is_refused(tmp_path, write, message):
+    write(tmp_path / "in")
+    with pytest.raises(FileError, match=message):
+        export_lora(tmp_path / "in", tmp_path / "out")
+
+
+def test_the_adapters_own_folder_is_refused_as_output(tmp_path):
     save(tmp_path / "in")
     with pytest.raises(FileError, match="is the adapter's own"):
         export_lora(tmp_path / "in", tmp_path / "in", overwrite=True)
+
+
+@pytest.fixture
+def occupied(tmp_path):
+    """An adapter in `in` and a folder `out` that is not empty."""
+    save(tmp_path / "in")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("keep")
-    with pytest.raises(FileError, match="not empty"):
-        export_lora(tmp_path / "in", tmp_path / "out")
+    return tmp_path
 
+
+def test_a_folder_that_is_not_empty_is_replaced_only_with_overwrite(occupied):
+    with pytest.raises(FileError, match="not empty"):
+        export_lora(occupied / "in", occupied / "out")
+    assert os.listdir(occupied / "out") == ["mine"]
+    export_lora(occupied / "in", occupied / "out", overwrite=True)
+    assert "mine" not in os.listdir(occupied / "out")
+
+
+def test_an_export_that_fails_leaves_the_output_folder_as_it_was(occupied, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
         patch.setattr("peft_linear.tuners.proximal_lora.export.save_file", fail)
         with pytest.raises(OSError, match="disk full"):
-            export_lora(tmp_path / "in", tmp_path / "out", overwrite=True)
-    assert os.listdir(tmp_path / "out") == ["mine"] and sorted(os.listdir(tmp_path)) == ["in", "out"]
-    export_lora(tmp_path / "in", tmp_path / "out", overwrite=True)
-    assert "mine" not in os.listdir(tmp_path / "out")
+            export_lora(occupied / "in", occupied / "out", overwrite=True)
+    assert os.listdir(occupied / "out") == ["mine"] and sorted(os.listdir(occupied)) == ["in", "out"]
+    export_lora(occupied / "in", occupied / "out", overwrite=True)
+    assert "mine" not in os.listdir(occupied / "out")

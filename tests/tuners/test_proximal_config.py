@@ -61,7 +61,7 @@ assert mapping[peft.PeftType.PROXIMAL_LORA] is ProximalLoraConfig
 assert not hasattr(peft.PeftModel.load_adapter._peft_linear_original, "_peft_linear_original")
 
 import torch
-from peft_linear.proximal.hook import proximal_distance
+from peft_linear.proximal import proximal_distance
 model = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(3, 3)),
                             ProximalLoraConfig(target_modules=["0"], proximal_lambda=2.0, proximal_selective=False))
 parameters = [p for p in model.parameters() if p.requires_grad]
@@ -77,7 +77,7 @@ print("fine")
     assert result.stdout.strip() == "fine", result.stderr
 
 
-def test_reloading_keeps_the_member():
+def test_reloading_the_package_keeps_the_enum_member():
     importlib.reload(peft_linear)
     assert PeftType("PROXIMAL_LORA") is PROXIMAL_LORA
 
@@ -122,11 +122,11 @@ DEFAULTS = {
 
 
 def stated(pattern, text):
-    """The defaults that a text states: groups 1 and 2 of every match are a field and the value in Python."""
+    """The defaults stated in a text: groups 1 and 2 of every match are a field and its value in Python."""
     return {match[1]: ast.literal_eval(match[2]) for match in re.finditer(pattern, text, re.MULTILINE)}
 
 
-def test_defaults_are_what_docstring_and_guide_say():
+def test_docstring_and_guide_state_the_defaults():
     config = ProximalLoraConfig()
     assert {name: getattr(config, name) for name in DEFAULTS} == DEFAULTS
     assert stated(r"^ +(proximal_\w+) \(.*, defaults to `(.+?)`\):$", ProximalLoraConfig.__doc__) == DEFAULTS
@@ -134,19 +134,19 @@ def test_defaults_are_what_docstring_and_guide_say():
     assert stated(r"^\| `(proximal_\w+)` \| `(.+?)` \|", guide) == DEFAULTS
 
 
-def test_a_strength_of_numpy_is_a_float():
+def test_a_numpy_strength_becomes_a_float():
     value = ProximalLoraConfig(proximal_lambda=np.float32(0.5)).proximal_lambda
     assert type(value) is float and value == 0.5
 
 
 @pytest.mark.parametrize("selective", [True, False])
-def test_projection_leaves_the_selective_field_alone(selective):
+def test_projection_does_not_change_the_selective_field(selective):
     config = ProximalLoraConfig(proximal_mode="projection", proximal_selective=selective)
     assert config.proximal_selective is selective
 
 
 @pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf"), "0.1", None, True])
-def test_bad_lambda(value):
+def test_a_lambda_that_is_not_a_finite_number_from_zero_on_is_refused(value):
     with pytest.raises(PeftLinearError, match=r"proximal_lambda must be a finite number >= 0 .* got"):
         ProximalLoraConfig(proximal_lambda=value)
 
@@ -165,15 +165,15 @@ def test_bad_lambda(value):
         ({"proximal_schedule": "step"}, "proximal_schedule must be one of 'constant', 'linear', 'cosine', 'warmup'"),
         ({"proximal_schedule": "linear"}, "needs proximal_schedule_steps, a positive number .* got None"),
         ({"proximal_schedule": "cosine", "proximal_schedule_steps": 0}, "needs proximal_schedule_steps, .* got 0"),
-        ({"proximal_schedule_steps": 5}, "proximal_schedule_steps=5 says how long a schedule is, but"),
+        ({"proximal_schedule_steps": 5}, "proximal_schedule_steps=5 is the length of a schedule, but"),
         ({"r": 0}, "the rank r must be a positive integer, got 0"),
         ({"r": -4}, "the rank r must be a positive integer, got -4"),
         ({"r": 2.5}, "the rank r must be a positive integer, got 2.5"),
         ({"r": True}, "the rank r must be a positive integer, got True"),
         ({"rank_pattern": {"q": 0, "k": 3}}, r"the ranks in rank_pattern must be positive integers, got \{'q': 0\}"),
-        ({"proximal_space": "delta", "use_dora": True}, "which is not so with use_dora"),
+        ({"proximal_space": "delta", "use_dora": True}, "adds s·B·A to the weight; this one has use_dora"),
     ],
 )
-def test_bad_fields(fields, message):
+def test_invalid_fields_are_refused(fields, message):
     with pytest.raises(PeftLinearError, match=message):
         ProximalLoraConfig(**fields)

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-"""The adapter type in peft and transformers: everything a LoRA user does."""
+"""The adapter type in peft and transformers: what users do with LoRA."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from peft import (
 from peft.tuners.lora import Linear
 from safetensors.torch import load_file
 
-from peft_linear.proximal.hook import proximal_distance
+from peft_linear.proximal import proximal_distance
 from peft_linear.tuners.proximal_lora import ProximalLoraConfig, ProximalLoraModel
 from peft_linear.tuners.proximal_lora.anchors import ANCHOR_NAME
 from peft_linear.tuners.proximal_lora.state import find_adapters
@@ -35,7 +35,7 @@ NEW_PEFT = pytest.mark.skipif(
 )
 
 
-def test_layers_are_loras_own():
+def test_layers_and_tensor_names_are_loras():
     model = proximal()
     assert type(model.base_model) is ProximalLoraModel
     layers = [m for m in model.modules() if type(m) is Linear]
@@ -53,7 +53,7 @@ def test_lambda_zero_trains_bert_as_lora_bit_for_bit():
         assert torch.equal(a, b), name
 
 
-def test_saved_files_are_loras_and_the_anchor_beside_them(tmp_path):
+def test_saved_files_are_those_of_lora_and_the_anchor(tmp_path):
     model = trained()
     model.save_pretrained(tmp_path)
     names = set(load_file(tmp_path / "adapter_model.safetensors"))
@@ -80,7 +80,7 @@ def test_loading_gives_the_same_logits_and_the_same_anchor(tmp_path, low_cpu_mem
     assert proximal_distance(loaded) != proximal_distance(model)
 
 
-def test_fresh_processes_load_with_the_plugin_and_not_without(tmp_path):
+def test_a_new_process_can_load_the_adapter_only_with_the_plugin(tmp_path):
     model = trained(modules_to_save=None)
     base().save_pretrained(tmp_path / "base")
     model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
@@ -101,7 +101,7 @@ print(type(model.peft_config["default"]).__name__)
     assert "PROXIMAL_LORA" in result.stderr
 
 
-def test_auto_model_classes(tmp_path):
+def test_auto_model_classes_load_the_adapter(tmp_path):
     model = trained()
     base().save_pretrained(tmp_path / "base")
     model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
@@ -122,7 +122,7 @@ def test_merging_changes_nothing_and_unloading_gives_the_base_back():
     assert torch.equal(logits(unloaded), logits(base()))
 
 
-def test_several_adapters_save_and_load_apart(tmp_path):
+def test_several_adapters_are_saved_and_loaded_separately(tmp_path):
     model = trained()
     model.add_adapter("second", ProximalLoraConfig(proximal_lambda=1.0, proximal_space="delta", **OPTIONS))
     model.set_adapter("second")
@@ -134,8 +134,11 @@ def test_several_adapters_save_and_load_apart(tmp_path):
     for name in ("default", "second"):
         assert proximal_distance(loaded, name) == proximal_distance(model, name) > 0
     assert proximal_distance(model, "default") != proximal_distance(model, "second")
+
+
+def test_a_plain_lora_adapter_beside_ours_is_refused_by_peft():
     with pytest.raises(ValueError, match="peft types"):
-        model.add_adapter("plain", LoraConfig(**OPTIONS))
+        proximal().add_adapter("plain", LoraConfig(**OPTIONS))
 
 
 def test_weighted_adapters_are_anchored_at_a_zero_product():
@@ -149,7 +152,7 @@ def test_weighted_adapters_are_anchored_at_a_zero_product():
     assert proximal_distance(model, "both", space="delta") == pytest.approx(float(sum(squares)) ** 0.5, rel=1e-5)
 
 
-def test_injected_adapters_round_trip():
+def test_injected_adapters_can_be_saved_and_loaded():
     config = ProximalLoraConfig(proximal_lambda=2.0, **OPTIONS | {"task_type": None})
     model = train(inject_adapter_in_model(config, base()))
     state = get_peft_model_state_dict(model)
@@ -159,7 +162,7 @@ def test_injected_adapters_round_trip():
     assert proximal_distance(model) > 0
 
 
-def test_transformers_integration(tmp_path):
+def test_transformers_adds_saves_and_loads_the_adapter(tmp_path):
     model = base()
     model.add_adapter(ProximalLoraConfig(proximal_lambda=2.0, **OPTIONS | {"task_type": None}))
     train(model)
@@ -200,7 +203,7 @@ def test_transformers_integration(tmp_path):
     ],
     ids=str,
 )
-def test_loras_options_train_save_and_load(tmp_path, variant):
+def test_options_of_lora_train_save_and_load(tmp_path, variant):
     model = trained(**variant)
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(base(), tmp_path, is_trainable=True)

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-"""Where peft asks for LORA by name, our type is treated as LoRA is."""
+"""Where peft tests for the type LORA, our type is treated as LoRA is."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from peft.tuners.lora import Linear
 from torch import nn
 from transformers import MambaConfig, MambaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from peft_linear.proximal.hook import proximal_distance
+from peft_linear.proximal import proximal_distance
 from peft_linear.tuners.proximal_lora import ProximalLoraConfig
 from peft_linear.tuners.proximal_lora.anchors import ANCHOR_NAME
 from tests.helpers.proximal_bert import OPTIONS, base, logits, proximal, train, trained
@@ -26,7 +26,7 @@ SHARDS_WARN = version.parse(peft.__version__) >= version.parse("0.21")
 
 
 @pytest.mark.parametrize("scheme", ["pissa", "olora"])
-def test_mutated_base_weights_convert_to_plain_lora(tmp_path, scheme):
+def test_schemes_that_change_base_weights_convert_to_plain_lora(tmp_path, scheme):
     model = base()
     expected_base = logits(model)
     torch.manual_seed(1)
@@ -45,7 +45,7 @@ def test_mutated_base_weights_convert_to_plain_lora(tmp_path, scheme):
     torch.testing.assert_close(logits(converted), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_hotswapping(tmp_path):
+def test_adapters_can_be_hotswapped(tmp_path):
     from peft.utils.hotswap import hotswap_adapter
 
     trained(modules_to_save=None, task_type=None).save_pretrained(tmp_path / "one")
@@ -56,7 +56,7 @@ def test_hotswapping(tmp_path):
     torch.testing.assert_close(logits(model), logits(second))
 
 
-def test_mixed_models_accept_the_type_and_pull_it():
+def test_mixed_models_accept_the_type_and_the_term_acts():
     from peft import LoHaConfig
 
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
@@ -74,7 +74,7 @@ def test_mixed_models_accept_the_type_and_pull_it():
     assert proximal_distance(mixed, "ours") == pytest.approx(before / 2)
 
 
-def test_mambas_projections_stay_guarded():
+def test_projections_of_mamba_are_refused_as_for_lora():
     model = MambaForCausalLM(MambaConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, state_size=2))
     with pytest.raises(ValueError, match="incompatible with Mamba-based models"):
         get_peft_model(model, ProximalLoraConfig(target_modules=["out_proj"]))
@@ -108,7 +108,7 @@ def test_model_cards_carry_the_lora_tag(tmp_path):
     assert "lora" in ModelCard.load(tmp_path / "README.md").data.tags
 
 
-def test_saving_shards_warns_as_for_lora_and_is_not_stopped(tmp_path):
+def test_saving_shards_warns_as_for_lora_and_saves(tmp_path):
     model = proximal(task_type=None)
     layer = next(m for m in model.modules() if isinstance(m, Linear))
     layer.lora_A["default"].weight = nn.Parameter(torch.zeros(0))

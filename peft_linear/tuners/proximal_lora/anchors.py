@@ -1,10 +1,10 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-"""The anchor θ0 of an adapter: the factors of the pretrained model, in memory and in a file beside the adapter.
+"""The anchor θ0 of an adapter: its factors at the pretrained model, in memory and in a file beside the adapter.
 
-`adapter_model.safetensors` keeps LoRA's tensor names and nothing else, so that every LoRA consumer can read it. The
-anchor travels in `proximal_anchor.safetensors` beside it: the initial A of every module (`<module>.lora_A`), and the
-initial B only where it was not zero (`<module>.lora_B`). Nothing but further training reads that file.
+`adapter_model.safetensors` has LoRA's tensor names and nothing else, so that every LoRA consumer can read it. The
+anchor is saved beside it in `proximal_anchor.safetensors`: the initial A of every module (`<module>.lora_A`), and the
+initial B only where it was not zero (`<module>.lora_B`). That file is read only to continue training.
 """
 
 from __future__ import annotations
@@ -34,23 +34,23 @@ _FORMAT = "1"
 
 @dataclass
 class FactorAnchor:
-    """Where the two factors of one module started; `None` stands for zeros."""
+    """The initial values of the two factors of one module; `None` stands for zeros."""
 
     a: Tensor | None  # shaped as lora_A
     b: Tensor | None  # shaped as lora_B
 
     @classmethod
     def of(cls, a: Tensor, b: Tensor) -> FactorAnchor:
-        """A copy of the factors as they are, gathered where processes hold parts of them; zeros cost no memory."""
+        """A copy of the present factors, gathered if they are sharded; zeros take no memory."""
         return cls(_copy_unless_zero(a), _copy_unless_zero(b))
 
     @classmethod
     def continuing(cls, a: Tensor, b: Tensor, initial: FactorAnchor) -> FactorAnchor:
-        """The best anchor for weights that were trained elsewhere, when their own is not known.
+        """A guess of the anchor of weights that were trained elsewhere and came without theirs.
 
-        `initial` is the anchor of a fresh adapter of the same configuration. Where one of its factors is zero, so is
-        the adapter's product at the pretrained model: that factor is anchored at zero (exact), the other where it is
-        (a guess). Where neither is zero (PiSSA and its kin) the initial factors follow from the base weights.
+        `initial` is the anchor of a new adapter with the same configuration. Where one of its factors is zero, so is
+        the product BA at the pretrained model: that factor is anchored at zero (exact), the other at its present value
+        (a guess). Where neither is zero (PiSSA and similar schemes), the initial factors follow from the base weights.
         """
         if initial.a is not None and initial.b is not None:
             return initial
@@ -69,16 +69,16 @@ class FactorAnchor:
 
 @dataclass(frozen=True)
 class AnchorSource:
-    """The folder or Hub repository an adapter was loaded from."""
+    """The folder or Hub repository that an adapter was loaded from."""
 
     path: str
     hub_kwargs: Mapping[str, Any]
 
     def read(self) -> dict[str, FactorAnchor] | None:
-        """The anchors stored beside the adapter, or None where there is no such file.
+        """The anchors saved beside the adapter, or None if there is no such file.
 
         Raises:
-            FileError: there is one, and it cannot be read.
+            FileError: the file exists and cannot be read.
         """
         file = self._file()
         return None if file is None else read_anchors(file)
@@ -98,7 +98,7 @@ class AnchorSource:
 
 
 def write_anchors(path: str | os.PathLike, anchors: Mapping[str, FactorAnchor]) -> None:
-    """Writes the anchors of an adapter, whole or not at all; exact to the bit."""
+    """Writes the anchors of an adapter atomically; what is read back is equal bit for bit."""
     tensors = {}
     for name, anchor in anchors.items():
         if anchor.a is not None:
@@ -114,7 +114,7 @@ def read_anchors(path: str | os.PathLike) -> dict[str, FactorAnchor]:
     """Reads what `write_anchors` wrote, on the CPU.
 
     Raises:
-        FileError: not a safetensors file, or one of something else.
+        FileError: not a safetensors file, or a safetensors file without anchors.
     """
     try:
         with safe_open(path, framework="pt", device="cpu") as file:

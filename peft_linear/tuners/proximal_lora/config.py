@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-"""The configuration of ProximalLoRA: a `LoraConfig` with the strength and the kind of the pull."""
+"""The configuration of ProximalLoRA: a `LoraConfig` with the strength λ and the form of the proximal term."""
 
 from __future__ import annotations
 
@@ -29,46 +29,46 @@ class ProximalLoraConfig(LoraConfig):
     """LoRA whose trained factors are pulled toward the pretrained model, with everything a `LoraConfig` takes.
 
     The objective becomes `R(θ) + (λ/2)·D(θ)` with R the training loss and D the squared distance from the pretrained
-    model ("Linearization Explains Fine-Tuning in Large Language Models", arXiv 2602.08239, section 3). The pull acts
-    in the optimizer's step, once a step and with the learning rate of each group, whatever computes the loss. Only the
-    factors A and B are pulled: a task head in `modules_to_save`, biases and DoRA's magnitudes are not.
+    model ("Linearization Explains Fine-Tuning in Large Language Models", arXiv 2602.08239, section 3). The pull is
+    applied once per optimizer step, with the learning rate of each parameter group, however the loss is computed. Only
+    the factors A and B are pulled: a task head in `modules_to_save`, biases and DoRA's magnitudes are not.
 
     Args:
         proximal_lambda (`float`, defaults to `1.0`):
-            λ >= 0. 0 is LoRA, bit for bit. Over a training run the pull multiplies a displacement that no gradient
-            keeps up by about exp(−λ·Σ_t η_t), η_t the learning rates: λ that matters is of the order of 1/Σ_t η_t. The
-            default is that for Σ_t η_t = 1, more than AdamW's usual rates add up to: a gentle pull that costs nothing
-            of what is learned (in our measurement λ = 1/Σ_t η_t did not). It is strong where the rates add up to far
-            more, as those of SGD do. Set 1/Σ_t η_t of your run or more. This holds for the other fields' defaults.
+            λ >= 0. 0 is LoRA, bit for bit. Over a training run with learning rates η_t the pull multiplies a
+            displacement that no gradient opposes by about exp(−λ·Σ_t η_t), so λ has an effect from about 1/Σ_t η_t on.
+            The default 1.0 is that value for Σ_t η_t = 1. With AdamW the sum is usually smaller and the default weak:
+            in our measurement even λ = 1/Σ_t η_t did not reduce what is learned. With SGD the sum can be far larger
+            and the default strong. Set 1/Σ_t η_t of your run or more. This holds for the other fields' defaults.
         proximal_space (`"factors"` or `"delta"`, defaults to `"factors"`):
             `"factors"`: D = Σ ‖A−A0‖² + ‖B−B0‖², the paper's. `"delta"`: D = Σ ‖s·BA − s·B0A0‖_F², the distance of
-            the weights, computed from r×r matrices; it does not depend on how the product BA is written.
+            the weights, computed from r×r matrices; it does not depend on how BA is factorised.
         proximal_mode (`"decoupled"`, `"coupled"` or `"projection"`, defaults to `"decoupled"`):
             `"decoupled"`: the proximal operator after the optimizer's step (as AdamW decays weights). `"coupled"`: the
             gradient of the penalty is added to the loss gradient before the step (as L2 regularisation); under Adam
-            its λ is measured against the loss gradient, and 1.0 is a strong pull. `"projection"`, for comparison:
+            its λ is relative to the loss gradient, and 1.0 is a strong pull. `"projection"`, for comparison:
             Selective Projection Decay (Tian et al., arXiv 2411.01713), tensor by tensor; λ then has no unit and is not
-            multiplied by the learning rate, 1 being the projection onto the ball around θ0 that the tensor came from.
-            In factor space only.
+            multiplied by the learning rate, and 1 projects each tensor onto the ball around θ0 on which it was before
+            the step. In factor space only.
         proximal_selective (`bool`, defaults to `False`):
             Whether the pull acts only at steps at which ⟨∇R(θ_t), θ_t−θ0⟩ >= 0 (the paper's eq. 8). In our measurement
-            this needed a λ 6 to 28 times as large for the same gain, and by the measures that decide it no less was
-            forgotten. The mode `"projection"` brings a selection of its own (per tensor, > 0) and does not read this.
+            this needed a λ 6 to 28 times as large for the same gain, without reducing forgetting by the measures that
+            decide it. The mode `"projection"` has its own selection (per tensor, > 0) and ignores this field.
         proximal_lambda_pattern (`dict`, defaults to `{}`):
-            λ of modules by name or regular expression, matched as `rank_pattern` and `alpha_pattern` are; the others
-            have `proximal_lambda`. A module with λ = 0 is plain LoRA. In the selective rule each module
-            counts in proportion to its λ: one with λ = 0 does not count.
+            λ of modules by name or regular expression, matched as `rank_pattern` and `alpha_pattern` are; all other
+            modules have `proximal_lambda`. A module with λ = 0 is plain LoRA. The selective rule weights each module's
+            inner product by its λ.
         proximal_schedule (`"constant"`, `"linear"`, `"cosine"` or `"warmup"`, defaults to `"constant"`):
-            How λ changes over the first `proximal_schedule_steps` optimizer steps: down to 0 along a line or a half
-            cosine, or up from 0 along a line. What comes after keeps the last value. The position is counted in the
-            optimizer's state, so a run that is resumed with its optimizer goes on where it was.
+            How λ changes over the first `proximal_schedule_steps` optimizer steps: linearly or along a half cosine
+            down to 0, or linearly up from 0. Later steps have the last value. The position is stored in the
+            optimizer's state, so that a run resumed with its optimizer continues the schedule.
         proximal_schedule_steps (`int`, defaults to `None`):
             Length of the schedule in optimizer steps of this adapter; needed by all but `"constant"`.
 
     Raises:
-        PeftLinearError: one of these is not one of its values, `r` is not positive, `proximal_space="delta"` is
-            combined with a variant of LoRA whose change of the weight is not s·B·A, or `proximal_mode="projection"`
-            with `proximal_space="delta"`.
+        PeftLinearError: a field has an invalid value, `r` is not positive, `proximal_space="delta"` is combined with a
+            variant of LoRA whose change of the weight is not s·B·A, or `proximal_mode="projection"` with
+            `proximal_space="delta"`.
     """
 
     proximal_lambda: float = field(
@@ -125,8 +125,8 @@ class ProximalLoraConfig(LoraConfig):
             variants = variants_without_product(self)
             if variants:
                 raise PeftLinearError(
-                    f"proximal_space='delta' needs an adapter that adds s·B·A to the weight, which is not so with "
-                    f"{', '.join(variants)}; use proximal_space='factors'"
+                    f"proximal_space='delta' needs an adapter that adds s·B·A to the weight; this one has "
+                    f"{', '.join(variants)}, which changes it otherwise: use proximal_space='factors'"
                 )
 
     @classmethod
@@ -154,7 +154,7 @@ def variants_without_product(config: LoraConfig) -> list[str]:
 
 
 def check_strength(value: Any, name: str = "proximal_lambda") -> None:
-    """Raises `PeftLinearError` unless `value` is a finite number >= 0; `name` says what it is."""
+    """Raises `PeftLinearError` unless `value` is a finite number >= 0; `name` is its name in the message."""
     number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not number or not math.isfinite(value) or value < 0:
         raise PeftLinearError(
@@ -173,8 +173,8 @@ def _checked_pattern(pattern: Any) -> dict[str, float]:
             re.compile(key)
         except (TypeError, re.error) as error:
             raise PeftLinearError(
-                f"the key {key!r} of proximal_lambda_pattern is not a regular expression ({error}); use re.escape on "
-                "names that are meant literally"
+                f"the key {key!r} of proximal_lambda_pattern is not a regular expression ({error}); use re.escape for "
+                "literal names"
             ) from error
     return {key: float(value) for key, value in (pattern or {}).items()}
 
@@ -185,8 +185,8 @@ def _check_schedule(config: ProximalLoraConfig) -> None:
     if config.proximal_schedule == "constant":
         if steps is not None:
             raise PeftLinearError(
-                f"proximal_schedule_steps={steps!r} says how long a schedule is, but proximal_schedule is 'constant'; "
-                f"set it to one of {', '.join(map(repr, SCHEDULES[1:]))}, or leave the steps out"
+                f"proximal_schedule_steps={steps!r} is the length of a schedule, but proximal_schedule is 'constant'; "
+                f"set it to one of {', '.join(map(repr, SCHEDULES[1:]))}, or omit proximal_schedule_steps"
             )
         return
     if isinstance(steps, bool) or not isinstance(steps, numbers.Integral) or steps <= 0:

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-"""A ProximalLoRA adapter as a plain LoRA adapter, for everyone who does not have this package."""
+"""Exports a ProximalLoRA adapter as a plain LoRA adapter, which can be loaded without this package."""
 
 from __future__ import annotations
 
@@ -34,26 +34,26 @@ _FACTORS = {"lora_A.weight": "lora_B.weight", "lora_embedding_A": "lora_embeddin
 
 
 def export_lora(adapter_dir: str | os.PathLike, out_dir: str | os.PathLike, *, overwrite: bool = False) -> Path:
-    """Writes the ProximalLoRA adapter in `adapter_dir` as a plain LoRA adapter that needs nothing of this package.
+    """Writes the ProximalLoRA adapter in `adapter_dir` as a plain LoRA adapter, which does not need this package.
 
-    The weights are the same; the configuration loses the proximal fields and says `LORA`. Where `rank_pattern` or
-    `alpha_pattern` give modules different ranks or scalings, ranks are padded with zeros to the largest one and
-    scalings are folded into B, so that the one `lora_alpha / r` of the configuration holds for every module (consumers
-    outside of peft know no other): the products are unchanged up to rounding in the stored dtype. Adapters of
-    parameters (`target_parameters`), of grouped convolutions and of variants with further tensors of size r keep their
-    patterns, which peft reads. The anchor is left out; a model card is copied.
+    The weights are the same; the configuration has type `LORA` and no proximal fields. Where `rank_pattern` or
+    `alpha_pattern` give modules different ranks or scalings, factors are padded with zeros to the largest rank and
+    scalings are folded into B, so that one `lora_alpha / r` holds for every module (consumers other than peft support
+    only that): the products BA are unchanged up to rounding in the stored dtype. Adapters of parameters
+    (`target_parameters`), of grouped convolutions and of variants with further tensors of size r keep their patterns,
+    which peft supports. The anchor is not exported; a model card is copied.
 
     Args:
         adapter_dir: a folder written by `save_pretrained` or as a checkpoint by the Trainer.
-        out_dir: the folder to write, whole or not at all.
+        out_dir: the folder to write; it is complete or, after an error, not there.
         overwrite: replace `out_dir` if it exists and is not empty.
 
     Returns:
         `out_dir`.
 
     Raises:
-        FileError: `adapter_dir` is no folder, holds no adapter, or one of another type or in pickle format; `out_dir`
-            is `adapter_dir`, a file, or a folder that is not empty (without `overwrite`).
+        FileError: `adapter_dir` is not a folder, or contains no adapter, or one of another type or in pickle format;
+            `out_dir` is `adapter_dir`, a file, or a folder that is not empty (without `overwrite`).
     """
     source, target = Path(adapter_dir), Path(out_dir)
     config = _read_config(source)
@@ -80,7 +80,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_NAME
     if not path.is_file():
         nested = sorted(child.parent.name for child in folder.glob(f"*/{CONFIG_NAME}"))
-        hint = f"; adapters lie in its subfolders {nested}" if nested else ""
+        hint = f"; there are adapters in its subfolders {nested}" if nested else ""
         raise FileError(f"{folder} is not an adapter: it has no {CONFIG_NAME}{hint}")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -89,7 +89,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     found = config.get("peft_type") if isinstance(config, dict) else None
     if found != PROXIMAL_LORA.value:
         remedy = "it needs no export" if found == PeftType.LORA.value else "only ProximalLoRA adapters can be exported"
-        raise FileError(f"{folder} holds an adapter of type {found!r}, not {PROXIMAL_LORA.value!r}: {remedy}")
+        raise FileError(f"{folder} contains an adapter of type {found!r}, not {PROXIMAL_LORA.value!r}: {remedy}")
     return config
 
 
@@ -103,16 +103,16 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
         raise FileError(f"{folder} has no {WEIGHTS_NAME}{hint}")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, OSError) as error:
-        raise FileError(f"{path} cannot be read ({error}); it is damaged or no safetensors file") from error
+        raise FileError(f"{path} cannot be read ({error}); it is damaged or not a safetensors file") from error
     if not any(key.endswith(tuple(_FACTORS)) for key in tensors):
-        raise FileError(f"{path} holds no LoRA factors (first keys: {sorted(tensors)[:3]})")
+        raise FileError(f"{path} contains no LoRA factors (first keys: {sorted(tensors)[:3]})")
     return tensors
 
 
 def _one_rank_and_scaling(config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict]:
-    """The same adapter with one rank and one alpha/r; patterns stay where the tensors do not tell their meaning."""
+    """The same adapter with one rank and one alpha/r; patterns stay where the tensors' shapes are not the ranks."""
     pairs = [
         (key, key[: -len(a)] + b, _module_name(key[: -len(a)]))
         for key in tensors

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-"""The tuner: LoRA's own, whose adapters are recorded when they are made and forgotten when they go."""
+"""The tuner: LoRA's own, which also records each adapter when it is made and drops the record when it is deleted."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class ProximalLoraModel(LoraModel):
     """LoRA with a proximal term; made by `get_peft_model(model, ProximalLoraConfig(...))`.
 
     The layers are LoRA's layers, quantised back ends included, and the forward pass is LoRA's. The term acts in the
-    optimizer's step (see `peft_linear.attach_proximal`), on the adapters this class records.
+    optimizer's step (see `peft_linear.attach_proximal`), on the adapters that this class records.
 
     Args:
         model (`torch.nn.Module`): the model to adapt.
@@ -30,7 +30,7 @@ class ProximalLoraModel(LoraModel):
     """
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Makes the adapter's layers as LoRA does, then records the factors as they start."""
+        """Makes the adapter's layers as LoRA does, then records the initial factors."""
         config = self.peft_config[adapter_name]
         if isinstance(config, ProximalLoraConfig):
             check_patterns(config, adapter_name, model)
@@ -47,7 +47,7 @@ class ProximalLoraModel(LoraModel):
     def add_weighted_adapter(  # type: ignore[override]
         self, adapters: list[str], weights: list[float], adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
-        """As LoRA's; the combined weights are anchored as loaded ones are: at a zero product."""
+        """As LoRA's; the combined weights are anchored as loaded weights without an anchor are: at a zero product."""
         exists = adapter_name in self.peft_config
         super().add_weighted_adapter(adapters, weights, adapter_name, *args, **kwargs)
         if not exists:

@@ -1,8 +1,8 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-"""The places where peft and transformers ask for `PeftType.LORA` by name, or have no hook for what a plugin must do.
+"""Changes to peft and transformers where they test for `PeftType.LORA`, or have no hook for what a plugin must do.
 
-Every function here changes one thing, does nothing to adapters of other types, and can be applied again.
+Every function here makes one change, does not affect adapters of other types, and can be applied again.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .tracked import TrackedAdapter
 
 @contextmanager
 def as_lora(config: Any) -> Iterator[None]:
-    """Within the block, a ProximalLoRA configuration says it is LORA (conversion of MoE targets, guard for Mamba)."""
+    """Within the block, a ProximalLoRA configuration has type LORA (conversion of MoE targets, guard for Mamba)."""
     if getattr(config, "peft_type", None) != PROXIMAL_LORA:
         yield
         return
@@ -54,9 +54,9 @@ def apply_all() -> None:
 
 
 def _read_and_write_state_as_lora() -> None:
-    """The state dict of an adapter has special cases of LORA: shards are found, experts converted, biases included.
+    """Reading and writing an adapter's state dict has special cases for LORA: shards, experts, biases.
 
-    The two functions are imported by name all over peft, so they are replaced wherever they are.
+    Many modules of peft import the two functions by name, so they are replaced in each of them.
     """
 
     def call_as_lora(original: Callable, *args: Any, **kwargs: Any) -> Any:
@@ -85,14 +85,14 @@ class _FoundAsLora(dict):
 
 
 def _hotswap_our_adapters() -> None:
-    """Hotswapping looks up, by type, the settings that must agree."""
+    """Hotswapping looks up, by type, the settings that must be equal."""
     module = _optional("peft.utils.hotswap")
     if module is not None:
         module.CONFIG_KEYS_TO_CHECK = _FoundAsLora(module.CONFIG_KEYS_TO_CHECK)
 
 
 def _mix_our_adapters() -> None:
-    """PeftMixedModel holds a tuple of the types it accepts, and makes the layers without the type's own tuner."""
+    """PeftMixedModel has a tuple of the types it accepts, and makes the layers without the type's own tuner."""
     package, module = _optional("peft.tuners.mixed"), _optional("peft.tuners.mixed.model")
     if package is None or module is None:
         return
@@ -115,7 +115,7 @@ def _mix_our_adapters() -> None:
 
 
 def _tag_our_adapters_as_lora() -> None:
-    """Model cards on the Hub carry `lora` for LORA only; our adapters are LoRA adapters to every consumer."""
+    """Model cards on the Hub get the tag `lora` for LORA only; our adapters are LoRA adapters to every consumer."""
 
     def tags(original: Callable, self: PeftModel) -> list[str]:
         found = original(self)
@@ -126,7 +126,7 @@ def _tag_our_adapters_as_lora() -> None:
 
 
 def _save_anchor_with_adapter() -> None:
-    """`save_pretrained` writes the weights and the configuration; the anchor goes beside them."""
+    """`save_pretrained` writes the weights and the configuration, and now the anchor beside them."""
 
     def save_pretrained(original: Callable, self: PeftModel, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(self, save_directory, *args, **kwargs)
@@ -147,9 +147,9 @@ def _save_anchor_with_adapter() -> None:
 
 
 def _load_anchor_with_adapter() -> None:
-    """Loading sets the weights without telling the tuner; afterwards the anchor is the one stored with them.
+    """Loading sets the weights without calling the tuner; now the anchor saved with them is loaded too.
 
-    Both ways in are covered: peft's (`from_pretrained`, the Trainer's resume) and transformers' `load_adapter`.
+    Both entry points are covered: peft's (`from_pretrained`, the Trainer's resume) and transformers' `load_adapter`.
     """
     hub_names = set(inspect.signature(hf_hub_download).parameters) - {"repo_id", "filename"}
 
@@ -193,7 +193,7 @@ def wrap(owner: Any, name: str, around: Callable) -> None:
 
 
 def _optional(name: str) -> Any:
-    """The module, or None in a version of peft that does not have it."""
+    """The module, or None in a version of peft without it."""
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError:

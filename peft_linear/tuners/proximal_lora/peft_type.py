@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-"""`PeftType.PROXIMAL_LORA`: peft finds adapter types in a closed enum, which has no door for plugins."""
+"""`PeftType.PROXIMAL_LORA`: peft looks adapter types up in a closed enum, to which plugins cannot add."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from peft import PeftType
 
 
 def _enum_member(name: str) -> PeftType:
-    """A real member of `PeftType`, made once: iteration, lookup by value, pickle, deepcopy treat it as any other."""
+    """A real member of `PeftType`, made once; iteration, lookup by value, pickle, deepcopy work as for others."""
     if name in PeftType.__members__:
         return PeftType.__members__[name]
     member = str.__new__(PeftType, name)
@@ -16,7 +16,7 @@ def _enum_member(name: str) -> PeftType:
     member._value_ = name
     member._sort_order_ = len(PeftType._member_names_)  # type: ignore[attr-defined]
     member.__objclass__ = PeftType  # type: ignore[attr-defined]
-    type.__setattr__(PeftType, name, member)  # EnumType.__setattr__ guards the members that exist, not new ones
+    type.__setattr__(PeftType, name, member)  # EnumType.__setattr__ protects existing members, not new ones
     PeftType._member_names_.append(name)
     PeftType._member_map_[name] = member
     PeftType._value2member_map_[name] = member

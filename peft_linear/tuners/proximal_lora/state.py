@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The record of a model's ProximalLoRA adapters, and how it is found.
 
-It belongs to the adapted model (not to the tuner around it, which `inject_adapter_in_model` throws away) and refers to
-the LoRA layers weakly. All live records are found through one weak set; a model that is collected, an adapter that is
-deleted and a layer that is replaced drop out by themselves. deepcopy and pickle carry the record along.
+It is an attribute of the adapted model (not of the tuner around it, which `inject_adapter_in_model` discards) and has
+weak references to the LoRA layers. All live records are in one weak set, so that collected models, deleted adapters
+and replaced layers need no deregistration. deepcopy and pickle copy the record.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class ProximalRecord:
 
 
 def track_adapter(model: nn.Module, adapter_name: str, config: ProximalLoraConfig) -> TrackedAdapter:
-    """Starts the record of an adapter that was just injected into `model`; the anchor is the factors as they are."""
+    """Records an adapter that was just injected into `model`; its anchor is the present factors."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     carrying = {
         name: layer
@@ -57,7 +57,7 @@ def track_adapter(model: nn.Module, adapter_name: str, config: ProximalLoraConfi
 
 
 def forget_adapter(model: nn.Module, adapter_name: str | None = None) -> None:
-    """Ends the record of one adapter of `model`, or of all."""
+    """Drops the record of one adapter of `model`, or of all."""
     record = model.__dict__.get(_ATTRIBUTE)
     if record is None:
         return
@@ -70,7 +70,7 @@ def forget_adapter(model: nn.Module, adapter_name: str | None = None) -> None:
 
 
 def find_records(model: nn.Module) -> list[ProximalRecord]:
-    """The records of `model` and of everything inside it, whatever wraps it (PeftModel, DDP, torch.compile)."""
+    """The records of `model` and all its submodules, in any wrapper (PeftModel, DDP, torch.compile)."""
     return [module.__dict__[_ATTRIBUTE] for module in model.modules() if _ATTRIBUTE in module.__dict__]
 
 
@@ -78,7 +78,7 @@ def find_adapters(model: nn.Module, adapter_name: str | None = None) -> list[Tra
     """The ProximalLoRA adapters of `model`: the named one, or all that are active.
 
     Raises:
-        PeftLinearError: there is none; the message lists those there are.
+        PeftLinearError: there is none; the message lists the existing ones.
     """
     adapters = [adapter for record in find_records(model) for adapter in record.adapters.values()]
     if adapter_name is None:
@@ -95,7 +95,7 @@ def find_adapters(model: nn.Module, adapter_name: str | None = None) -> list[Tra
 
 
 def reset_proximal_anchor(model: nn.Module, adapter_name: str | None = None) -> None:
-    """Makes the factors as they are now the point that the named adapter (default: every active one) is pulled toward.
+    """Makes the present factors of the named adapter (default: of every active one) its anchor.
 
     For an adapter whose weights were set by hand after it was made, or to continue training a loaded adapter with the
     loaded adapter, not the pretrained model, as the anchor.
@@ -110,18 +110,18 @@ def reset_proximal_anchor(model: nn.Module, adapter_name: str | None = None) -> 
 
 
 def set_proximal_schedule(model: nn.Module, schedule: Schedule | None, adapter_name: str | None = None) -> None:
-    """Gives the named adapter (default: every active one) a schedule of λ that the configuration has no name for.
+    """Sets a function as the schedule of λ of the named adapter (default: of every active one).
 
     Args:
-        model: the model, or anything around it.
-        schedule: `schedule(t)` is what `proximal_lambda` (and each value of `proximal_lambda_pattern`) is multiplied
-            with in the step after t optimizer steps, a finite number >= 0. It replaces `proximal_schedule`; `None`
-            gives that back. A function cannot be saved with the adapter: when a run is resumed, set it again; the
-            position t is saved in the optimizer's state and goes on.
+        model: the model, or a wrapper of it.
+        schedule: `schedule(t)` is the factor by which `proximal_lambda` (and each value of `proximal_lambda_pattern`)
+            is multiplied in the step after t optimizer steps, a finite number >= 0. It replaces `proximal_schedule`;
+            `None` restores that. A function cannot be saved with the adapter: set it again when a run is resumed; the
+            position t is restored from the optimizer's state.
         adapter_name: one adapter.
 
     Raises:
-        PeftLinearError: `model` has no such ProximalLoRA adapter; at a step, `schedule` gave no such number.
+        PeftLinearError: `model` has no such ProximalLoRA adapter; at a step: `schedule` returned no such number.
 
     Example:
         >>> set_proximal_schedule(model, lambda t: 1.0 if t < 100 else 0.1)  # doctest: +SKIP

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-"""λ of each module of an adapter at each step: the configuration's, a pattern's, times a schedule's factor."""
+"""λ of each module of an adapter at each step: from the configuration or its pattern, times the schedule's factor."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from ...functional.schedule import schedule_factor
 from .config import ProximalLoraConfig, check_strength
 
 
-Schedule = Callable[[int], float]  # optimizer steps taken -> what λ is multiplied with
+Schedule = Callable[[int], float]  # optimizer steps taken -> factor of λ
 
 
 class Strengths:
-    """λ of every module of one adapter. The configuration is read anew at each step, so that it may change."""
+    """λ of every module of one adapter. The configuration is read at each step, so that it may be changed."""
 
     def __init__(self, config: ProximalLoraConfig, layers: dict[str, LoraLayer]) -> None:
         self.config = config
@@ -30,7 +30,7 @@ class Strengths:
         self._patterns: tuple[str, ...] = ()
 
     def base(self, name: str) -> float:
-        """λ of a module before the schedule: what the first matching pattern says, else `proximal_lambda`."""
+        """λ of a module before the schedule: the value of the first matching pattern, else `proximal_lambda`."""
         pattern = self.config.proximal_lambda_pattern
         if not pattern:
             return self.config.proximal_lambda
@@ -39,8 +39,8 @@ class Strengths:
             self._matched = {module: get_pattern_key(list(pattern), key) for module, key in self._keys.items()}
         return pattern.get(self._matched[name], self.config.proximal_lambda)
 
-    def pulled(self) -> bool:
-        """Whether any module has λ > 0, at some time.
+    def active(self) -> bool:
+        """Whether any module has λ > 0, whatever the schedule's factor.
 
         Raises:
             PeftLinearError: a λ is not a finite number >= 0.
@@ -54,15 +54,15 @@ class Strengths:
         return any(self.base(name) > 0 for name in self._keys)
 
     def factor(self, steps: int) -> float:
-        """What every λ is multiplied with after `steps` optimizer steps.
+        """The factor of every λ in the step after `steps` optimizer steps.
 
         Raises:
-            PeftLinearError: the user's schedule gave something else than a finite number >= 0.
+            PeftLinearError: the user's schedule did not return a finite number >= 0.
         """
         if self.schedule is None:
             return schedule_factor(self.config.proximal_schedule, steps, self.config.proximal_schedule_steps)
         value = self.schedule(steps)
-        check_strength(value, f"what the schedule returned for step {steps}")
+        check_strength(value, f"the value of the schedule at step {steps}")
         return float(value)
 
     @property
@@ -72,7 +72,7 @@ class Strengths:
 
 
 def pattern_name(name: str, layer: LoraLayer) -> str:
-    """The name by which peft looks up `rank_pattern` and `alpha_pattern`: that of the module, or of the parameter."""
+    """The name that peft matches with `rank_pattern` and `alpha_pattern`: that of the module, or of the parameter."""
     if not isinstance(layer, ParamWrapper):
         return name
     return f"{_without_base_layer(name)}.{layer.parameter_name}"
@@ -81,7 +81,7 @@ def pattern_name(name: str, layer: LoraLayer) -> str:
 def check_patterns(config: ProximalLoraConfig, adapter_name: str, model: nn.Module) -> None:
     """Raises `PeftLinearError` for a key of `proximal_lambda_pattern` that matches no module or parameter of `model`.
 
-    A key that matches modules without an adapter is in order: the adapter may have been restricted since.
+    A key that matches only modules without an adapter is accepted: the adapter may have been restricted since.
     """
     if not config.proximal_lambda_pattern:
         return

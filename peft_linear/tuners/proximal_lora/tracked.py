@@ -1,13 +1,12 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-"""One ProximalLoRA adapter of one model: its factors, where those started, how often the pull acted."""
+"""One ProximalLoRA adapter of one model: its factors, their anchors, its step counts."""
 
 from __future__ import annotations
 
 import warnings
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from peft.tuners.lora import LoraLayer
@@ -16,7 +15,8 @@ from torch import Tensor, nn
 from ...errors import FileError, PeftLinearError
 from .anchors import ANCHOR_NAME, AnchorSource, FactorAnchor
 from .config import ProximalLoraConfig
-from .guard import UnseenUpdateGuard
+from .counts import Statistics
+from .guard import UnhookedUpdateGuard
 from .strength import Strengths
 
 
@@ -30,31 +30,6 @@ class Factors(NamedTuple):
     anchor: FactorAnchor
 
 
-class Counts(NamedTuple):
-    """Optimizer steps of one adapter in one optimizer; tensors where what is counted was decided on a device."""
-
-    steps: float | Tensor = 0  # taken: the position in a schedule
-    active: float | Tensor = 0  # of these, with λ > 0
-    fired: float | Tensor = 0  # of these, at which the term acted (the fraction of tensors, for projection decay)
-
-
-@dataclass
-class Statistics:
-    """What the optimizers that step an adapter have counted. Each is known by the first factor it holds."""
-
-    by_optimizer: dict[str, Counts] = field(default_factory=dict)
-
-    def total(self) -> Counts:
-        """The sum over optimizers."""
-        counts = self.by_optimizer.values()
-        return Counts(*(sum(float(value) for value in column) for column in zip(*counts, strict=True)))
-
-    @property
-    def position(self) -> int:
-        """The optimizer steps taken, of the optimizer that took most."""
-        return max((int(counts.steps) for counts in self.by_optimizer.values()), default=0)
-
-
 class TrackedAdapter:
     """One ProximalLoRA adapter of one model."""
 
@@ -63,20 +38,20 @@ class TrackedAdapter:
         self.config = config
         self.strengths = Strengths(config, layers)
         self.statistics = Statistics()
-        self.seen = False  # whether an optimizer step was ever seen with this adapter in it
-        # EVA fills in A by a call of its own after the adapter exists
+        self.stepped = False  # whether an optimizer step has included this adapter
+        # EVA sets A by a separate call after the adapter is made
         self.provisional = config.init_lora_weights == "eva"
         self._made_here = True  # not loaded from anywhere
-        self._guessed = False  # the anchor is not known, and chosen as well as can be
+        self._guessed = False  # the true anchor is unknown; this one is a guess (`FactorAnchor.continuing`)
         self._layers = {key: weakref.ref(layer) for key, layer in layers.items()}
         self._anchors: dict[str, FactorAnchor] = {}
         self._source: AnchorSource | None = None
-        self._guards: list[UnseenUpdateGuard] = []
+        self._guards: list[UnhookedUpdateGuard] = []
         self.capture()
         self.arm()
 
     def layers(self) -> Iterator[tuple[str, LoraLayer, nn.Parameter, nn.Parameter]]:
-        """The modules that carry the adapter now: name, layer, A, B."""
+        """The modules that have the adapter at present: name, layer, A, B."""
         for name, reference in self._layers.items():
             layer = reference()
             if layer is None:
@@ -89,7 +64,7 @@ class TrackedAdapter:
                 yield name, layer, getattr(a, "weight", a), getattr(b, "weight", b)
 
     def factors(self) -> Iterator[Factors]:
-        """The modules that carry the adapter now, with their anchors on the factors' device and in their dtype.
+        """The modules that have the adapter at present, with anchors on the factors' device and in their dtype.
 
         Raises:
             PeftLinearError: a factor does not have the shape of its anchor.
@@ -109,24 +84,27 @@ class TrackedAdapter:
             yield Factors(name, layer, a, b, anchor)
 
     def anchors(self) -> dict[str, FactorAnchor]:
-        """The anchors of the modules that carry the adapter now, whatever shape the factors are in."""
+        """The anchors of the modules that have the adapter at present; shapes are not checked."""
         self._ensure_anchors()
         for name, layer, a, b in self.layers():
             if name not in self._anchors:  # it was on the meta device when the adapter was made
-                self._anchors[name] = FactorAnchor.continuing(a, b, self._usual(layer, a, b))
+                self._anchors[name] = FactorAnchor.continuing(a, b, self._default_anchor(layer, a, b))
         return {name: self._anchors[name] for name, *_ in self.layers()}
 
     @property
     def worth_saving(self) -> bool:
-        """Whether the anchor says more than the factors do: it is used, and known or trained with."""
-        return self.strengths.pulled() and (self.seen or not self._guessed)
+        """Whether the anchor should be saved: some λ > 0, and the anchor is known or has been trained with."""
+        return self.strengths.active() and (self.stepped or not self._guessed)
 
-    def see(self) -> None:
-        """An optimizer is about to step the adapter: its anchor is final."""
+    def before_step(self) -> None:
+        """To be called before every optimizer step that includes the adapter; the first call fixes the anchor."""
         self._ensure_anchors()
-        if not self.seen and self._made_here:
+        if self.stepped:
+            return
+        if self._made_here:
             self._start_here_if_untrained()
-        self.seen = True
+        self.stepped = True
+        self.disarm()
 
     def capture(self) -> None:
         """Makes the factors as they are now the anchor."""
@@ -134,35 +112,36 @@ class TrackedAdapter:
         self._anchors = {n: FactorAnchor.of(a, b) for n, _, a, b in self.layers() if not (a.is_meta or b.is_meta)}
 
     def capture_continuing(self) -> None:
-        """Anchors weights that were trained elsewhere as well as can be (see `FactorAnchor.continuing`)."""
+        """Guesses the anchor of weights that were trained elsewhere (see `FactorAnchor.continuing`)."""
         self._source, self._guessed, self._made_here = None, True, False
         self._anchors = {
-            name: FactorAnchor.continuing(a, b, self._anchors.get(name) or self._usual(layer, a, b))
+            name: FactorAnchor.continuing(a, b, self._anchors.get(name) or self._default_anchor(layer, a, b))
             for name, layer, a, b in self.layers()
         }
 
     def loaded_from(self, source: AnchorSource, trainable: bool) -> None:
-        """The weights were just loaded: the anchor is the one stored with them, read when it is first needed."""
+        """To be called after weights were loaded: their anchor is the one saved with them, read when first needed."""
         self.provisional = self._made_here = False
-        if self.seen and source.read() is None:
-            return  # weights of this very run (λ = 0 writes no anchor): they started where they started
+        if self.stepped and source.read() is None:
+            return  # weights of this same run (λ = 0 saves no anchor): the anchor stays
         self._source = source
         if trainable or not self.config.inference_mode:
             self._ensure_anchors()
             self.arm()
             return
-        for name, _, a, b in self.layers():  # for inference: remember which factor is zero, hold no copy of the other
+        for name, _, a, b in self.layers():  # for inference: keep which anchor is zero, and no copy of the other
             anchor = self._anchors.get(name)
             if anchor is not None and (anchor.a is None or anchor.b is None):
                 anchor.a = None if anchor.a is None else a.detach()
                 anchor.b = None if anchor.b is None else b.detach()
 
     def _start_here_if_untrained(self) -> None:
-        """While the factors that start at zero are zero, the adapter starts where the others are now.
+        """If the factors that start at zero still are, the present values of the others become their anchor.
 
-        Between making the adapter and its first step, DDP and accelerate's FSDP2 give all processes the factors of the
-        first: in processes that were not seeded alike the anchor taken before is not what is trained. Where no factor
-        starts at zero this cannot be told from weights that were loaded. Gathers sharded factors: all processes call.
+        Between making the adapter and its first step, DDP and accelerate's FSDP2 copy the factors of rank 0 to all
+        ranks: where ranks were seeded differently, the anchor taken before is not the start of training. Where no
+        factor starts at zero, this case cannot be distinguished from loaded weights, and the anchor stays. Gathers
+        sharded factors: all ranks must call it.
         """
         now = {name: FactorAnchor.of(a, b) for name, _, a, b in self.layers()}
         starts = {name: self._anchors[name] for name in now if name in self._anchors}
@@ -171,33 +150,34 @@ class TrackedAdapter:
         ):
             self._anchors |= {n: now[n] for n, s in starts.items() if s.a is None or s.b is None}
 
-    def _usual(self, layer: LoraLayer, a: Tensor, b: Tensor) -> FactorAnchor:
+    def _default_anchor(self, layer: LoraLayer, a: Tensor, b: Tensor) -> FactorAnchor:
         return FactorAnchor(None, b) if self.name in layer.lora_embedding_A else FactorAnchor(a, None)
 
     def arm(self) -> None:
-        """Watches the first module for updates that no optimizer hook has seen, until one has."""
+        """Guards the first module's factors against updates that bypass the optimizer hooks, until the first step."""
         self.disarm()
-        if not self.seen:
+        if not self.stepped:
             for _, _, a, b in self.layers():
-                self._guards = [UnseenUpdateGuard(self, p) for p in (a, b) if not (p.is_meta or p.is_inference())]
+                guarded = [p for p in (a, b) if not (p.is_meta or p.is_inference())]
+                self._guards = [UnhookedUpdateGuard(p, self.name, self.strengths) for p in guarded]
                 break
 
     def disarm(self) -> None:
-        """Removes the watch."""
+        """Removes the guards."""
         for guard in self._guards:
             guard.remove()
         self._guards = []
 
     def _ensure_anchors(self) -> None:
         if self._source is None:
-            if self.provisional and not self.seen:
+            if self.provisional and not self.stepped:
                 self.capture()
             return
         source = self._source
         stored = source.read()
         if stored is None:
             self.capture_continuing()
-            if self.strengths.pulled() and (self.config.proximal_space == "factors" or self.config.proximal_selective):
+            if self.strengths.active() and (self.config.proximal_space == "factors" or self.config.proximal_selective):
                 warnings.warn(
                     f"{source.path} has no {ANCHOR_NAME}: adapter {self.name!r} is pulled toward zero in the factor "
                     "that starts at zero (usually B), and toward its loaded value in the other"

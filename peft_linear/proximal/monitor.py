@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-"""What can be known about ProximalLoRA adapters while they train: distance, firing rate, present λ."""
+"""Monitoring of ProximalLoRA adapters during training: distance from the anchor, firing rate, present λ."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from ..functional.proximal import delta_squared_distance, squared_distance
 from ..tuners.proximal_lora.config import SPACES, variants_without_product
 from ..tuners.proximal_lora.state import find_adapters
 from ..tuners.proximal_lora.tracked import TrackedAdapter
+from .delta_space import anchor_matrices, matrices
 from .shards import local_part, part_of, total, whole
-from .stack import anchor_matrices, matrices
 
 
 def proximal_distance(model: nn.Module, adapter_name: str | None = None, space: str | None = None) -> float:
@@ -28,8 +28,8 @@ def proximal_distance(model: nn.Module, adapter_name: str | None = None, space: 
             the weights); default: the one that the adapter is configured with.
 
     Returns:
-        The distance, accumulated in float64. O(number of adapter parameters · r) at most. Where processes hold parts
-        of the factors (FSDP2), that of the whole; all of them must then call this.
+        The distance, accumulated in float64. O(number of adapter parameters · r) at most. Where factors are sharded
+        (FSDP2), that of the whole factors; all ranks must then call it.
 
     Raises:
         PeftLinearError: no such adapter or space.
@@ -44,8 +44,8 @@ def proximal_firing_rate(model: nn.Module, adapter_name: str | None = None) -> f
     """Fraction of the optimizer steps so far with λ > 0 at which the term acted (1 without the selective rule).
 
     Of one adapter, or of all active ones together; NaN before the first step, and with λ = 0. A run that is resumed
-    with its optimizer's state goes on counting. With `proximal_mode="projection"`, which decides tensor by tensor, the
-    fraction of the tensors is meant, averaged over the steps.
+    with its optimizer's state continues the count. With `proximal_mode="projection"`, which decides tensor by tensor,
+    it is the fraction of the tensors, averaged over the steps.
 
     Raises:
         PeftLinearError: no such adapter.
@@ -56,10 +56,10 @@ def proximal_firing_rate(model: nn.Module, adapter_name: str | None = None) -> f
 
 
 def proximal_strength(model: nn.Module, adapter_name: str | None = None) -> dict[str, float]:
-    """λ of the last optimizer step (before the first: of that one), of the named adapter or of every active one.
+    """λ of the last optimizer step (before the first step: of the first), of the named adapter or of all active ones.
 
-    By adapter name; `proximal_lambda` times what the schedule makes of it. What `proximal_lambda_pattern` gives to
-    single modules is multiplied alike.
+    By adapter name: `proximal_lambda` times the factor of the schedule. The values of `proximal_lambda_pattern` are
+    multiplied by the same factor.
 
     Raises:
         PeftLinearError: no such adapter.
@@ -72,7 +72,7 @@ def proximal_strength(model: nn.Module, adapter_name: str | None = None) -> dict
 
 
 def proximal_summary(model: nn.Module) -> dict[str, float]:
-    """The quantities worth logging about the active adapters, by the names `ProximalCallback` logs them under.
+    """The quantities that `ProximalCallback` logs about the active adapters, by the names it logs them under.
 
     Raises:
         PeftLinearError: there is no active ProximalLoRA adapter.
@@ -100,26 +100,26 @@ def _squared(adapter: TrackedAdapter, space: str | None) -> float:
             f"adapter {adapter.name!r} has {', '.join(variants)}, with which the change of the weight is not s·B·A; "
             "use space='factors'"
         )
-    factors = list(adapter.factors())
     with torch.no_grad():
-        if space == "factors":
-            values = [value for f in factors for value in (f.a, f.b)]
-            starts = [start for f in factors for start in (f.anchor.a, f.anchor.b)]
-            return float(_squared_in_factors(values, starts))
-        square = 0.0
-        for f in factors:
-            a, b = matrices(f.layer, whole(f.a), whole(f.b))
-            a0, b0 = anchor_matrices(f) or (None, None)
-            scaling = float(f.layer.scaling[adapter.name])
-            square += float(delta_squared_distance(a, b, a0, b0, scaling).sum())
-        return square
+        return _squared_in_factors(adapter) if space == "factors" else _squared_in_delta(adapter)
 
 
-def _squared_in_factors(values: list[nn.Parameter], anchors: list[Tensor | None]) -> Tensor:
-    parts = [local_part(value) for value in values]
-    starts = [None if start is None else part_of(start, v) for v, start in zip(values, anchors, strict=True)]
+def _squared_in_factors(adapter: TrackedAdapter) -> float:
+    pairs = [(p, start) for f in adapter.factors() for p, start in ((f.a, f.anchor.a), (f.b, f.anchor.b))]
+    parts = [local_part(parameter) for parameter, _ in pairs]
+    starts = [None if start is None else part_of(start, parameter) for parameter, start in pairs]
 
-    def here(members: list[int]) -> Tensor:
+    def local_sum(members: list[int]) -> Tensor:
         return squared_distance([parts[i] for i in members], [starts[i] for i in members])
 
-    return total(values, here)
+    return float(total([parameter for parameter, _ in pairs], local_sum))
+
+
+def _squared_in_delta(adapter: TrackedAdapter) -> float:
+    square = 0.0
+    for f in adapter.factors():
+        a, b = matrices(f.layer, whole(f.a), whole(f.b))
+        a0, b0 = anchor_matrices(f) or (None, None)
+        scaling = float(f.layer.scaling[adapter.name])
+        square += float(delta_squared_distance(a, b, a0, b0, scaling).sum())
+    return square

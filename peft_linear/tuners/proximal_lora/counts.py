@@ -1,0 +1,78 @@
+# SPDX-FileCopyrightText: 2026 The peft-linear authors
+# SPDX-License-Identifier: Apache-2.0
+"""How many optimizer steps an adapter has had, stored in the optimizer's state so that a resumed run continues.
+
+The counts of an adapter are in the parameter group of the first of its factors that the optimizer holds, as a dict
+under the key `"proximal_lora"`. Parameter groups are part of every optimizer's `state_dict()`: a run that is resumed
+with its optimizer keeps its position in the schedule of λ and its firing rate, in any training loop, and a loaded
+adapter that is trained by a new optimizer starts from zero.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+
+GROUP_KEY = "proximal_lora"
+
+
+class Counts(NamedTuple):
+    """Optimizer steps of one adapter in one optimizer; tensors where the outcome was computed on a device."""
+
+    steps: float | Tensor = 0  # taken: the position in a schedule
+    active: float | Tensor = 0  # of these, with λ > 0
+    fired: float | Tensor = 0  # of these, at which the term acted (the fraction of tensors, for projection decay)
+
+
+@dataclass
+class Statistics:
+    """The counts of one adapter, by the name of the first of its factors that each optimizer holds."""
+
+    by_optimizer: dict[str, Counts] = field(default_factory=dict)
+
+    def total(self) -> Counts:
+        """The sum over optimizers."""
+        counts = self.by_optimizer.values()
+        return Counts(*(sum(float(value) for value in column) for column in zip(*counts, strict=True)))
+
+    @property
+    def position(self) -> int:
+        """The optimizer steps taken, of the optimizer that took most."""
+        return max((int(counts.steps) for counts in self.by_optimizer.values()), default=0)
+
+
+@dataclass(frozen=True)
+class StepCounter:
+    """Counts the steps of one adapter in one optimizer."""
+
+    statistics: Statistics  # the adapter's
+    factor: str  # the first factor of the adapter that the optimizer holds
+    group: dict[str, Any]  # the parameter group of that factor
+    label: str  # the adapter's name, made unique within the group
+
+    def read(self) -> Counts:
+        """The counts so far, from the optimizer's state."""
+        return Counts(**self.group.get(GROUP_KEY, {}).get(self.label, {}))
+
+    def add(self, taken: float | Tensor, active: bool, fired: float | Tensor) -> None:
+        """Counts one step; `taken` (0 or 1, a number or a tensor) says whether the optimizer took it.
+
+        The dicts are replaced, not changed, so that a `state_dict()` taken before keeps its values.
+        """
+        before = self.read()
+        after = Counts(
+            _sum(before.steps, taken),
+            _sum(before.active, taken) if active else before.active,
+            _sum(before.fired, fired) if active else before.fired,
+        )
+        self.group[GROUP_KEY] = {**self.group.get(GROUP_KEY, {}), self.label: after._asdict()}
+        self.statistics.by_optimizer[self.factor] = after
+
+
+def _sum(total: float | Tensor, addend: float | Tensor) -> float | Tensor:
+    if isinstance(total, Tensor) and isinstance(addend, Tensor):  # a loaded state may be on another device
+        total = total.to(addend.device)
+    return total + addend
