@@ -13,7 +13,7 @@ from importlib.metadata import version
 SPACES = ("lora", "weight", "rows", "columns", "bias")
 CRITERIA_HELP = (
     "default-by-evidence, or one of: condition_number, trace, gradient_energy, effective_dimension, effective_rank, "
-    "alignment, leave_one_out, risk_reduction, predicted_loss (see docs/choosing_modules.md)"
+    "alignment, leave_one_out, risk_reduction, predicted_loss (see docs/reference/criteria.md)"
 )
 
 
@@ -50,11 +50,16 @@ def _add_recommend(commands: argparse._SubParsersAction) -> None:
         "recommend",
         help="recommend target modules before training",
         description="Computes the kernels of every candidate module on some examples, chooses within the budget, and "
-        "writes the recommendation (JSON, Markdown, figure), the kernels, and an adapter config.",
+        "writes the recommendation (JSON, Markdown, HTML, figure), the kernels, and an adapter config.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.set_defaults(run=_recommend)
-    what = parser.add_argument_group("model and data")
+    _add_data_arguments(parser.add_argument_group("model and data"))
+    _add_choice_arguments(parser.add_argument_group("choice"))
+    _add_run_arguments(parser.add_argument_group("run"))
+
+
+def _add_data_arguments(what: argparse._ArgumentGroup) -> None:
     what.add_argument("--model", required=True, help='folder, Hub name, or "minilm" (extra [demo])')
     what.add_argument("--dataset", required=True, help="JSONL/CSV file, folder with train.jsonl …, or a Hub name")
     what.add_argument("--task", choices=("classification", "causal-lm"), default="classification", help="kind of task")
@@ -72,7 +77,9 @@ def _add_recommend(commands: argparse._SubParsersAction) -> None:
     what.add_argument("--examples", type=int, default=64, help="examples to compute kernels on")
     what.add_argument("--batch-size", type=int, default=16, help="examples in a forward pass")
     what.add_argument("--max-length", type=int, default=128, help="tokens of an example at most")
-    choice = parser.add_argument_group("choice")
+
+
+def _add_choice_arguments(choice: argparse._ArgumentGroup) -> None:
     choice.add_argument(
         "--budget",
         required=True,
@@ -109,7 +116,9 @@ def _add_recommend(commands: argparse._SubParsersAction) -> None:
         help="draws of LoRA's random A to average over; default: 32 for causal-lm, else 1, and 8 through heads",
     )
     choice.add_argument("--proximal-lambda", type=float, default=0.0, help="proximal_lambda of the adapter config")
-    run = parser.add_argument_group("run")
+
+
+def _add_run_arguments(run: argparse._ArgumentGroup) -> None:
     run.add_argument("--seed", type=int, default=0, help="of the sample, the head, LoRA's A and the folds")
     run.add_argument("--device", help="cpu, cuda, …; default: cuda where there is one")
     run.add_argument("--output", default="recommendation", metavar="FOLDER", help="where the files go")

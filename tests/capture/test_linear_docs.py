@@ -12,7 +12,7 @@ from tests.helpers.linear_models import with_adapter
 from tests.helpers.small_models import bert, text_batches
 
 
-DOCS = Path(__file__).parents[2] / "docs"
+DOCS = Path(__file__).parents[2] / "docs" / "explanation"
 
 
 @pytest.mark.parametrize("page", ["linearised_model.md", "bounds.md"])

@@ -130,7 +130,7 @@ def test_docstring_and_guide_state_the_defaults():
     config = ProximalLoraConfig()
     assert {name: getattr(config, name) for name in DEFAULTS} == DEFAULTS
     assert stated(r"^ +(proximal_\w+) \(.*, defaults to `(.+?)`\):$", ProximalLoraConfig.__doc__) == DEFAULTS
-    guide = (ROOT / "docs" / "proximal_lora.md").read_text(encoding="utf-8")
+    guide = (ROOT / "docs" / "reference" / "proximal_lora.md").read_text(encoding="utf-8")
     assert stated(r"^\| `(proximal_\w+)` \| `(.+?)` \|", guide) == DEFAULTS
 
 
