@@ -17,6 +17,13 @@ CRITERIA_HELP = (
 )
 
 
+class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the default to a help text, where there is one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code: 0, or 2 after an error that is the user's to fix."""
     arguments = build_parser().parse_args(argv)
@@ -51,7 +58,7 @@ def _add_recommend(commands: argparse._SubParsersAction) -> None:
         help="recommend target modules before training",
         description="Computes the kernels of every candidate module on some examples, chooses within the budget, and "
         "writes the recommendation (JSON, Markdown, HTML, figure), the kernels, and an adapter config.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_Defaults,
     )
     parser.set_defaults(run=_recommend)
     _add_data_arguments(parser.add_argument_group("model and data"))

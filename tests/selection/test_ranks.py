@@ -25,7 +25,7 @@ from peft_linear.recommendation.ranks import (
 )
 from peft_linear.selection import Recommendation, recommend
 from peft_linear.selection.request import recommend_modules
-from peft_linear.tuners.proximal_lora import ProximalLoraConfig, export_lora
+from peft_linear.tuners.proximal_lora import export_lora
 from tests.helpers.planted import planted_kernels
 from tests.helpers.small_models import bert, seeded, text_batches
 
@@ -291,15 +291,6 @@ def test_the_basis_is_saved_and_one_without_it_says_what_to_do(rec, tmp_path):
 def test_configs_that_contradict_themselves(rec, arguments, message):
     with pytest.raises(PeftLinearError, match=message):
         rec.to_config(**arguments)
-
-
-def test_a_config_from_a_recommendation_is_its_own(rec, tmp_path):
-    arguments = {"r": "adaptive", "budget": "2k", "proximal_lambda": 0.25, "task_type": "SEQ_CLS"}
-    config = ProximalLoraConfig.from_recommendation(rec, **arguments)
-    assert config == rec.to_config(**arguments) and config.proximal_lambda == 0.25
-    rec.save(tmp_path)
-    with pytest.raises(PeftLinearError, match=r"got '.*' of type str; a saved one is read with Recommendation.load"):
-        ProximalLoraConfig.from_recommendation(str(tmp_path))
 
 
 def test_adaptive_ranks_are_exported_as_plain_lora(rec, tmp_path):

@@ -129,24 +129,6 @@ class ProximalLoraConfig(LoraConfig):
                     f"{', '.join(variants)}, which changes it otherwise: use proximal_space='factors'"
                 )
 
-    @classmethod
-    def from_recommendation(cls, recommendation: Any, **kwargs: Any) -> ProximalLoraConfig:
-        """The configuration that adapts exactly the modules of a `Recommendation`: its `to_config(**kwargs)`.
-
-        Args:
-            recommendation (`Recommendation`): what `recommend` returned, or `Recommendation.load(folder)`.
-            **kwargs: `r` (a rank, or `"adaptive"` with `budget`), `lora_alpha` and other fields of this class.
-
-        Raises:
-            PeftLinearError: `recommendation` is something else, or what `Recommendation.to_config` raises.
-        """
-        if not hasattr(recommendation, "to_config"):
-            raise PeftLinearError(
-                f"from_recommendation needs a Recommendation, got {recommendation!r} of type "
-                f"{type(recommendation).__name__}; a saved one is read with Recommendation.load(folder)"
-            )
-        return recommendation.to_config(**kwargs)
-
 
 def variants_without_product(config: LoraConfig) -> list[str]:
     """The fields of `config` that make the adapter's change of the weight something else than s·B·A."""
