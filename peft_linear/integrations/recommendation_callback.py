@@ -46,7 +46,7 @@ class NtkRecommendationCallback(TrainerCallback):
 
     - "report": writes the recommendation into `args.output_dir` and changes nothing. Candidates are the modules that
       carry the active adapter, or every linear module of a model without one.
-    - "restrict": also takes the adapter off the modules that were not chosen (their base layers come back and
+    - "restrict": also removes the adapter from the modules that were not chosen (their base layers are restored and
       `target_modules` is rewritten), so that they do not train and are not saved.
 
     **Resuming.** The choice is read from the checkpoint's adapter_config.json, not made again. Which checkpoint will
@@ -59,10 +59,10 @@ class NtkRecommendationCallback(TrainerCallback):
     `ntk_predicted_loss`, …) is logged as by `Trainer.log`: in the log history, and seen by every other callback of the
     Trainer, trackers (`report_to`) included. A resumed run has it in its log history already and does not repeat it.
 
-    **Report and model card.** recommendation.json, recommendation.md, report.html (after training with what was
-    measured beside what was predicted, if losses were logged) and a figure are written into
-    `args.output_dir`. Every model card written for a PeftModel from then on (`save_pretrained`, `push_to_hub`,
-    `Trainer.create_model_card`, `Trainer.push_to_hub`) has a section with the choice and what was predicted for it.
+    **Report and model card.** recommendation.json, recommendation.md, report.html and a figure are written into
+    `args.output_dir`; after training report.html also has the measured losses, if any were logged. Every model card
+    written for a PeftModel from then on (`save_pretrained`, `push_to_hub`, `Trainer.create_model_card`,
+    `Trainer.push_to_hub`) has a section with the choice and its predictions.
 
     **Several processes.** The main process chooses, or reads the checkpoint's choice, and sends it to the others; all
     restrict to it.
@@ -76,7 +76,7 @@ class NtkRecommendationCallback(TrainerCallback):
         budget: As for `recommend`.
         action: "report" or "restrict".
         criterion, seed: As for `recommend`.
-        data_collator, examples, batch_size: As for `training.calibration.calibration_batches`.
+        data_collator, examples, batch_size: As for `integrations.calibration.calibration_batches`.
         adapter_name: Default: the active adapter.
         resume_from_checkpoint: A checkpoint's folder; True: the last one in `output_dir`; False: none.
         **options: Other arguments of `recommend_modules`, those of `compute_ntk` among them (`exclude`, `space`,
