@@ -8,6 +8,7 @@ import fcntl
 import gzip
 import json
 import os
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,11 +34,19 @@ class RunLog:
             lines += gzip.decompress(shipped.read_bytes()).decode("utf-8").splitlines()
         if self.path.exists():
             lines += self.path.read_text(encoding="utf-8").splitlines()
-        self.records: dict[Run, dict] = {run_of(record): record for record in parse(lines)}
+        self.records: dict[Run, dict] = {}
+        self.losses: dict[Group, dict[float, float | None]] = defaultdict(dict)
+        for record in parse(lines):
+            self.add(record)
+
+    def add(self, record: dict) -> None:
+        run = run_of(record)
+        self.records[run] = record
+        self.losses[run.group][run.rate] = record["validation_loss"]
 
     def seen(self, group: Group) -> dict[float, float | None]:
         """{rate: validation loss} of the group's runs."""
-        return {run.rate: record["validation_loss"] for run, record in self.records.items() if run.group == group}
+        return dict(self.losses[group])
 
     def append(self, record: dict) -> None:
         """Adds one run; the line reaches the disk whole or is left out at the next reading."""
@@ -51,7 +60,7 @@ class RunLog:
             file.write(line.encode("utf-8"))
             file.flush()
             os.fsync(file.fileno())
-        self.records[run] = record
+        self.add(record)
 
     @contextmanager
     def locked(self) -> Iterator[None]:

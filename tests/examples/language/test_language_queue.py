@@ -124,6 +124,20 @@ def test_a_real_run_records_what_the_report_needs(tmp_path, bench):
     assert 0.98 * record["budget_parameters"] <= record["adapter_parameters"] <= record["budget_parameters"]
 
 
+def test_right_answers_are_counted_with_the_adapter_in_place(bench):
+    record = bench.run(Run("tiny", "spam", "1/2", "mlp", 0, MIDDLE), with_accuracy=True)
+    assert record["accuracy"] in (0.0, 0.25, 0.5, 0.75, 1.0)
+    assert not any(hasattr(module, "lora_A") for module in bench.model.modules())
+
+
+def test_a_model_is_loaded_once_for_all_its_runs(model, tokenizer, bench):
+    names = []
+    bench.load = lambda name: (names.append(name), (model, tokenizer))[1]
+    for name in ("tiny", "tiny", "other"):
+        bench.prepare(name, "spam")
+    assert names == ["tiny", "other"]
+
+
 def test_right_answers_are_counted_at_the_best_rate_once(tmp_path):
     log = RunLog(tmp_path, shipped=None)
     work(log, GROUPS, FakeBench())
