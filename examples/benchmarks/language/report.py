@@ -22,6 +22,7 @@ from .tasks import KEPT, TUNING
 
 BUDGETS = ("1/8", "1/2", "1/16")
 REFERENCE = "all_linear"
+STEP_TIME = "cpu_seconds_per_step"
 
 
 def write_report(output: Path, shipped: Path = SHIPPED, summary: Path | None = None) -> int:
@@ -47,9 +48,13 @@ def render(records: Mapping[Run, dict]) -> str:
 def heading(records: Mapping[Run, dict]) -> str:
     dates = sorted(record["date"] for record in records.values()) or ["no runs"]
     speed = [
-        f"{model}: {mean(chosen):.1f} s a step, {mean(totals):.0f} s a run"
+        f"{model}: {mean(chosen):.1f} s of processor time a step, {mean(totals):.0f} s a run"
         for model in MODELS
-        if (chosen := [record["seconds_per_step"] for run, record in records.items() if run.model == model])
+        if (
+            chosen := [
+                record[STEP_TIME] for run, record in records.items() if run.model == model and STEP_TIME in record
+            ]
+        )
         and (totals := [record["seconds"] for run, record in records.items() if run.model == model])
     ]
     return "\n".join(

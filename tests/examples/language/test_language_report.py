@@ -33,7 +33,7 @@ def planted(order, seeds=(0,), models=("smollm2-135m", "gemma3-270m"), budget="1
                             "test_loss": loss + 0.05,
                             "adapter_parameters": 1000,
                             "seconds": 60.0,
-                            "seconds_per_step": 1.0,
+                            "cpu_seconds_per_step": 1.0,
                             "date": "2026-11-30",
                         }
     return records

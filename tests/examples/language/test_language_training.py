@@ -86,6 +86,7 @@ def test_training_lowers_the_loss_and_leaves_the_base_as_it_was(model, tokens, r
     assert result["validation_loss"] < start - 0.1
     assert result["adapter_parameters"] == budget_parameters(model, "1/2")
     assert len(result["train_curve"]) == 2
+    assert result["cpu_seconds_per_step"] > 0
     after = model.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(after[name], before[name]) for name in before)
