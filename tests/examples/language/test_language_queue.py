@@ -1,0 +1,159 @@
+# SPDX-FileCopyrightText: 2026 The peft-linear authors
+# SPDX-License-Identifier: Apache-2.0
+"""The queue: it goes on where it was killed, never trains a run twice, and the rules for rates."""
+
+import gzip
+import json
+from dataclasses import replace
+
+import pytest
+
+from examples.benchmarks.language import plan, queue
+from examples.benchmarks.language.accuracy import accuracy
+from examples.benchmarks.language.plan import ABOVE, BELOW, RATES, Group, Run, next_rate
+from examples.benchmarks.language.queue import Bench, count_right_answers, work
+from examples.benchmarks.language.run_log import RunLog
+from examples.benchmarks.language.tasks import load_task
+from peft_linear.errors import PeftLinearError
+
+
+LOW, MIDDLE, HIGH = RATES
+GROUPS = [Group("tiny", "spam", "1/2", arm, 0) for arm in ("all_linear", "mlp")]
+
+
+class FakeBench:
+    """Counts what is asked of it; the loss is lowest at the middle rate."""
+
+    def __init__(self, die_after=None):
+        self.asked = []
+        self.die_after = die_after
+
+    def run(self, run, with_accuracy=False):
+        if self.die_after is not None and len(self.asked) == self.die_after:
+            raise KeyboardInterrupt
+        self.asked.append(run)
+        loss = 1.0 if run.rate == MIDDLE else 2.0
+        return {**vars(run), "validation_loss": loss, "test_loss": loss, "seconds": 1.0}
+
+
+def test_a_killed_queue_goes_on_and_repeats_nothing(tmp_path):
+    first = FakeBench(die_after=2)
+    with pytest.raises(KeyboardInterrupt):
+        work(RunLog(tmp_path, shipped=None), GROUPS, first)
+    second = FakeBench()
+    assert work(RunLog(tmp_path, shipped=None), GROUPS, second) == 4
+    assert len({*first.asked, *second.asked}) == 6
+    assert work(RunLog(tmp_path, shipped=None), GROUPS, FakeBench()) == 0
+
+
+def test_a_line_cut_off_by_a_kill_is_trained_again(tmp_path):
+    work(RunLog(tmp_path, shipped=None), GROUPS, FakeBench(), limit=2)
+    path = tmp_path / "runs.jsonl"
+    path.write_text(path.read_text(encoding="utf-8")[:-20], encoding="utf-8")
+    again = FakeBench()
+    work(RunLog(tmp_path, shipped=None), GROUPS, again, limit=1)
+    assert again.asked == [Run(**vars(GROUPS[0]), rate=HIGH)]
+    assert len(RunLog(tmp_path, shipped=None).records) == 2
+
+
+def test_runs_that_are_shipped_are_not_trained_again(tmp_path):
+    work(RunLog(tmp_path / "a", shipped=None), GROUPS, FakeBench())
+    shipped = tmp_path / "runs.jsonl.gz"
+    shipped.write_bytes(gzip.compress((tmp_path / "a" / "runs.jsonl").read_bytes()))
+    assert work(RunLog(tmp_path / "b", shipped), GROUPS, FakeBench()) == 0
+
+
+def test_a_second_queue_on_the_same_folder_is_refused(tmp_path):
+    log = RunLog(tmp_path, shipped=None)
+    with log.locked(), pytest.raises(PeftLinearError, match="another queue runs"):
+        work(RunLog(tmp_path, shipped=None), GROUPS, FakeBench())
+
+
+def test_a_run_is_recorded_once(tmp_path):
+    log = RunLog(tmp_path, shipped=None)
+    record = FakeBench().run(Run(**vars(GROUPS[0]), rate=MIDDLE))
+    log.append(record)
+    with pytest.raises(PeftLinearError, match="recorded once"):
+        log.append(record)
+
+
+@pytest.mark.parametrize(
+    ("losses", "expected"),
+    [
+        ({}, MIDDLE),
+        ({MIDDLE: 2.0}, HIGH),
+        ({MIDDLE: 2.0, HIGH: 2.5}, LOW),
+        ({MIDDLE: 2.0, HIGH: None}, LOW),
+        ({MIDDLE: 2.0, HIGH: 1.99}, LOW),  # better, but not clearly
+        ({MIDDLE: 2.0, HIGH: 1.9}, ABOVE),  # clearly better: the lower rate is left out
+        ({MIDDLE: 2.0, HIGH: 1.9, ABOVE: 1.8}, None),
+        ({MIDDLE: 2.0, HIGH: 2.5, LOW: 1.9}, BELOW),
+        ({MIDDLE: 2.0, HIGH: 2.5, LOW: 1.99}, None),
+        ({MIDDLE: 2.0, HIGH: 2.5, LOW: 2.1}, None),
+        ({MIDDLE: 2.0, HIGH: 2.5, LOW: 1.9, BELOW: 1.95}, None),
+        ({MIDDLE: None, HIGH: None, LOW: None}, None),
+    ],
+)
+def test_the_next_rate(losses, expected):
+    assert next_rate(losses) == expected
+
+
+def test_the_plan_begins_with_one_model_one_budget_and_keeps_the_kept_tasks_out():
+    groups = list(plan.groups())
+    assert len(groups) == len(set(groups)) == 2 * 6 * 2 * 3 * 12
+    assert {group.model for group in groups[:60]} == {"smollm2-135m"}
+    assert [group.arm for group in groups[:10]] == list(plan.FIRST_ARMS)
+    assert not {group.task for group in groups} & {group.task for group in plan.groups(kept=True)}
+
+
+@pytest.fixture
+def bench(model, tokenizer, monkeypatch):
+    task = load_task("spam")
+    short = replace(task, train=task.train[:8], validation=task.validation[:4], test=task.test[:4])
+    monkeypatch.setattr(queue, "load_task", lambda name: short)
+    return Bench(load=lambda name: (model, tokenizer), steps=2)
+
+
+def test_a_real_run_records_what_the_report_needs(tmp_path, bench):
+    log = RunLog(tmp_path, shipped=None)
+    assert work(log, [Group("tiny", "spam", "1/2", "mlp", 0)], bench, limit=1) == 1
+    (record,) = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert record["rate"] == MIDDLE
+    assert record["test_loss"] < record["start_test_loss"]
+    assert record["scaling"] == "16/r of each module"
+    assert 0.98 * record["budget_parameters"] <= record["adapter_parameters"] <= record["budget_parameters"]
+
+
+def test_right_answers_are_counted_with_the_adapter_in_place(bench):
+    record = bench.run(Run("tiny", "spam", "1/2", "mlp", 0, MIDDLE), with_accuracy=True)
+    assert record["accuracy"] in (0.0, 0.25, 0.5, 0.75, 1.0)
+    assert not any(hasattr(module, "lora_A") for module in bench.model.modules())
+
+
+def test_a_model_is_loaded_once_for_all_its_runs(model, tokenizer, bench):
+    names = []
+    bench.load = lambda name: (names.append(name), (model, tokenizer))[1]
+    for name in ("tiny", "tiny", "other"):
+        bench.prepare(name, "spam")
+    assert names == ["tiny", "other"]
+
+
+def test_right_answers_are_counted_at_the_best_rate_once(tmp_path):
+    log = RunLog(tmp_path, shipped=None)
+    work(log, GROUPS, FakeBench())
+    counting = FakeBench()
+    assert count_right_answers(log, GROUPS, counting) == 2
+    assert {run.rate for run in counting.asked} == {MIDDLE}
+    assert count_right_answers(log, GROUPS, FakeBench()) == 0
+
+
+def test_greedy_answers_are_scored_by_the_task_s_verifier(model, tokenizer, monkeypatch):
+    task = load_task("spam")
+    assert 0 <= accuracy(model, tokenizer, task, size=64)["accuracy"] < 1
+    truth = {example.prompt: example.completion for example in task.test}
+    monkeypatch.setattr(
+        "examples.benchmarks.language.accuracy.greedy_answers",
+        lambda model, tokenizer, examples: [truth[example.prompt] for example in examples],
+    )
+    assert accuracy(model, tokenizer, task)["accuracy"] == 1.0
+    assert accuracy(model, tokenizer, load_task("code")) == {}
