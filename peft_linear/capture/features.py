@@ -17,29 +17,33 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import PeftLinearError
 from ..functional.gram import jacobian_rows
+from ..functional.outputs import Outputs
 from ..kernels.jacobian_features import BASE, Columns, JacobianFeatures, laid_out
 from .batches import gather_labels, read_batches
-from .engine.memory import format_memory, parse_memory
-from .outputs import OutputKind
-from .passes import OTHER, Job, Parts, capturing, capturing_other
-from .request import Request
+from .engine.memory import format_memory
+from .job import OTHER, Job, Parts
+from .keywords import with_progress
+from .passes import capturing, capturing_other
+from .request import KernelRequest
+from .resources import Resources
 from .targets import Targets, base_model, require_plain_lora
 from .terms import Term, formed_rows_term
 
 
+AT_MOST_8GB = Resources(max_memory="8GB")
+
+
+@with_progress
 def jacobian_features(
     model: nn.Module,
     batches: Iterable[Mapping[str, Any]],
-    targets: Targets = "all-linear",
-    rank: int = 8,
-    lora_alpha: float = 16.0,
-    outputs: OutputKind = "logits",
-    always_trained: Sequence[str] | None = None,
-    seed: int = 0,
-    progress: bool = True,
-    *,
-    num_projections: int = 16,
-    max_memory: int | str | None = "8GB",
+    targets: Targets = KernelRequest.targets,
+    rank: int = KernelRequest.rank,
+    lora_alpha: float = KernelRequest.lora_alpha,
+    outputs: Outputs = KernelRequest.outputs,
+    always_trained: Sequence[str] | None = KernelRequest.always_trained,
+    seed: int = KernelRequest.seed,
+    resources: Resources = AT_MOST_8GB,
 ) -> JacobianFeatures:
     """The Jacobian rows of LoRA adapters (and of the task head), from one forward and C backward passes a batch.
 
@@ -51,28 +55,30 @@ def jacobian_features(
         model: a plain model (fresh adapters, B = 0), or one that carries LoRA adapters; only of the latter do the
             columns have names in the model. Left as it was found.
         targets: of a model that carries adapters, "all-linear" means those modules that have one.
-        max_memory: an error is raised where the rows would take more. None: no limit.
+        resources: an error is raised where the rows would take more than its `max_memory`. They are kept in memory,
+            in their own precision, by each process for itself: there is no `folder` and no `precision` to set.
 
     Raises:
         TargetError, OutputError: as `compute_ntk`.
-        PeftLinearError: no batches, or more memory needed than `max_memory`.
+        PeftLinearError: no batches, or more memory needed than `max_memory`, or resources that rows do not have.
     """
-    limit = parse_memory(max_memory)
-    request = Request(
+    if resources.folder is not None or resources.precision is not None:
+        raise PeftLinearError(
+            "rows are kept in memory in their own precision; leave `folder` and `precision` out of the resources, or "
+            "call compute_ntk, whose kernels take both"
+        )
+    request = KernelRequest(
         targets=_adapted(model) if targets == "all-linear" else targets,
         space="lora",
         rank=rank,
         lora_alpha=lora_alpha,
-        draws=1,
         outputs=outputs,
         always_trained=always_trained,
         seed=seed,
-        num_projections=num_projections,
-        kernel="gradient",
-        product_dtype=None,
     )
     job = request.prepare(model).job
-    read = read_batches(batches, model, job.function.needs_labels, f"outputs={outputs!r}")
+    output = job.function.output
+    read = read_batches(batches, model, output.needs_labels, f"outputs={output.name!r}")
     job = replace(job, batches=read)
     columns = _columns(job)
     width = columns[-1].stop if columns else 0
@@ -81,9 +87,9 @@ def jacobian_features(
     values: list[Tensor] = []
     first = 0
     with torch.random.fork_rng(devices=[job.device] if job.device.type == "cuda" else []):
-        for parts, batch_outputs in _passes(job, progress):
+        for parts, batch_outputs in _passes(job, resources.progress):
             if rows is None:
-                rows = _allocate(limit, examples * batch_outputs.shape[1], width, parts)
+                rows = _allocate(resources.memory_limit, examples * batch_outputs.shape[1], width, parts)
             _write_rows(rows[first : first + batch_outputs.numel()], job, parts)
             first += batch_outputs.numel()
             values.append(batch_outputs.cpu().double())

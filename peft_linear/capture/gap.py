@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import OutputError, PeftLinearError
+from ..functional.outputs import IGNORED
 from .batches import Batch, read_batches
 from .forward_mode import evaluation
 from .linearize import LinearizedModel
-from .outputs import IGNORED, label_shift, logits_of
+from .outputs import label_shift, logits_of
 from .targets import base_model
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..errors import OutputError, TargetError
+from ..functional.outputs import Outputs
 from .batches import read_batches
 from .forward_mode import (
     LinearLosses,
@@ -27,7 +28,7 @@ from .forward_mode import (
     map_tensors,
     with_gradient_of,
 )
-from .outputs import OutputFunction, OutputKind, label_shift
+from .outputs import OutputFunction
 from .targets import base_model
 
 
@@ -178,7 +179,7 @@ class LinearizedModel(nn.Module):
         self,
         alpha: Tensor,  # (N, C)
         batches: Iterable[Mapping[str, Any]],
-        outputs: OutputKind = "logits",
+        outputs: Outputs = "logits",
     ) -> LinearizedModel:
         """Sets `θ = θ0 + Jᵀα`: training by solving. `J` is taken of the N examples in `batches`, in their order.
 
@@ -188,8 +189,8 @@ class LinearizedModel(nn.Module):
         Raises:
             OutputError: `alpha` does not have one row an example and one column an output.
         """
-        function = OutputFunction(outputs, shift=label_shift(base_model(self.wrapped)))
-        read = read_batches(batches, self.wrapped, function.needs_labels, f"outputs={outputs!r}")
+        function = OutputFunction.of(self.wrapped, outputs)
+        read = read_batches(batches, self.wrapped, function.output.needs_labels, f"outputs={function.output.name!r}")
         count = sum(batch.size for batch in read)
         if alpha.ndim != 2 or len(alpha) != count:
             raise OutputError(f"alpha must be (N, C) with N={count} examples, got shape {tuple(alpha.shape)}")

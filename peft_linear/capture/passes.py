@@ -4,52 +4,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import TargetError
-from ..functional.gram import Part
-from .batches import Batch, evaluate
+from .batches import evaluate
 from .engine.accumulate import TermAccumulator
-from .outputs import OutputFunction
+from .job import OTHER, Job, Parts
 from .parameters import differentiable, parameter_rows
 from .recorder import Recorder, by_example, recording
 from .shared_inputs import SharedInputs
 from .targets import base_model
-from .terms import Term
-
-
-Parts = dict[str, Part | None]
-OTHER = "other head parameters"  # the key of their rows
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is to be computed: of which modules, made of which terms, on which batches."""
-
-    model: nn.Module
-    candidates: Mapping[str, nn.Module]
-    head_linear: Mapping[str, nn.Module]  # linear maps that are trained in full whatever is chosen
-    head_other: Sequence[nn.Parameter]  # and other such parameters
-    terms: Mapping[str, list[Term]]  # of candidates and head_linear
-    batches: Sequence[Batch]
-    function: OutputFunction
-    device: torch.device
-    signed: bool = False  # the kernel of sign descent
-    product_dtype: torch.dtype | None = None  # of products of rows; None: that of the rows
-
-    @property
-    def has_head(self) -> bool:
-        return bool(self.head_linear or self.head_other)
-
-    def keys(self, name: str) -> list[str]:
-        """The keys of a module's terms."""
-        return [f"{name}#{number}" for number in range(len(self.terms[name]))]
 
 
 @contextmanager
@@ -124,7 +92,7 @@ def _check_batch(recorder: Recorder, job: Job, outputs: Tensor) -> None:
     size = outputs.shape[0]
     calls = [(name, call) for name, calls in recorder.calls.items() for call in calls]
     if not outputs.requires_grad or not any(recorder.calls[name] for name in job.candidates):
-        raise no_gradient(job.candidates, job.function.kind)
+        raise no_gradient(job.candidates, job.function.output.name)
     plain = isinstance(base_model(job.model), PreTrainedModel) and all(
         call.inputs.shape[0] == size and size not in call.inputs.shape[1:-1] for _, call in calls
     )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import PeftLinearError, TargetError
 from .batches import Batch, check_outputs, evaluate, read_batches
-from .outputs import OutputFunction, label_shift, logits_of
+from .outputs import OutputFunction, logits_of
 from .parameters import differentiable, head_parameters
 from .targets import base_model, resolve_always_trained
 
@@ -70,7 +70,7 @@ def warmed_head(
     read = read_batches(batches, model, True, "warming the head")
     before = [parameter.detach().clone() for parameter in parameters]
     gradients = [parameter.grad for parameter in parameters]
-    function = OutputFunction("loss", shift=label_shift(base_model(model)))
+    function = OutputFunction.of(model, "loss")
     count = sum(batch.size for batch in read)
     try:
         optimizer = torch.optim.Adam(parameters, lr=learning_rate)

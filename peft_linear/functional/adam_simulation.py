@@ -36,7 +36,7 @@ def simulate_adam(
     selective: bool = False,
     record_every: int = 1,
 ) -> TrainingCurve:
-    """Approximates Adam's training of the linearised model by the sign kernel (`compute_ntk(..., kernel="sign")`).
+    """Approximates Adam's training of the linearised model by the sign kernel (`compute_sign_kernel`).
 
     Adam moves coordinate p by `−η m̂_p/√v̂_p`, m and v being moments of the gradient `g_p = Σ_i e_i J_ip`, `e = ∂R/∂f`.
     If every row had the same size `a_p` in a coordinate, `J_ip = a_p sign(J_ip)`, then `g_p = a_p u_p` with

@@ -208,7 +208,7 @@ class ModuleKernels:
 
     @classmethod
     def load(cls, path: str | os.PathLike, lazy: bool = False) -> ModuleKernels:
-        """Reads what `save` wrote, or the folder of a finished computation (`compute_ntk(..., folder=...)`).
+        """Reads what `save` wrote, or the folder of a finished computation (of `Resources(folder=...)`).
 
         Args:
             path: the file, or the folder; a folder's blocks are always lazy.

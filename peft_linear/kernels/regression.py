@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import KernelError, OutputError
+from ..functional.outputs import recorded_output
 from ..functional.regression import (
     dual_distance,
     leave_one_out_residuals,
@@ -131,7 +132,7 @@ def fit_kernel_regression(
     labels = kernels.labels if labels is None else torch.as_tensor(labels)
     if labels is None:
         raise OutputError("the kernels hold no labels; pass labels= (class numbers or targets of the outputs' shape)")
-    if kernels.output_kind != "logits" and not labels.is_floating_point():
+    if not labels.is_floating_point() and "logits" not in recorded_output(kernels.output_kind).provides(labels):
         raise OutputError(
             f"class numbers are targets of logits only, and these kernels are of {kernels.output_kind!r}; "
             f"pass float targets of shape {tuple(kernels.outputs.shape)}"

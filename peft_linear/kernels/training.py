@@ -30,7 +30,7 @@ def predict_training(
     """Loss and accuracy, step by step, of the linearised model whose `names` are trained: any subset, no network.
 
     Gradient descent where the kernels are gradients' (`simulate_training`, exact for the linear model), Adam where
-    they are those of `compute_ntk(..., kernel="sign")` (`simulate_adam`, an approximation).
+    they are those of `compute_sign_kernel` (`simulate_adam`, an approximation).
 
     Args:
         kernels: of the examples to train on *and* of those to hold out, taken in one call.

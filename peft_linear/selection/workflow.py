@@ -13,11 +13,13 @@ import torch
 from torch import nn
 
 from ..capture.ntk import compute_ntk
-from ..capture.targets import base_model, resolve_always_trained, resolve_targets
-from ..capture.terms import check_adapter_arguments, module_terms
+from ..capture.request import KernelRequest
+from ..capture.resources import Resources
+from ..capture.targets import base_model, resolve_always_trained
 from ..capture.warm_head import STEPS as HEAD_STEPS
 from ..capture.warm_head import warmed_head
 from ..errors import PeftLinearError, TargetError
+from ..functional.outputs import Outputs, resolve_output
 from ..kernels.module_kernels import ModuleKernels
 from ..recommendation.budget import parse_budget
 from ..recommendation.recommendation import Recommendation
@@ -59,6 +61,7 @@ def check_request(
         PeftLinearError: a keyword that `compute_ntk` does not take.
     """
     accepted = [name for name in inspect.signature(compute_ntk).parameters if name not in ("model", "batches")]
+    accepted.append("progress")
     unknown = sorted(set(ntk) - set(accepted))
     if unknown:
         raise PeftLinearError(f"unknown arguments {', '.join(unknown)}; compute_ntk takes: {', '.join(accepted)}")
@@ -76,18 +79,16 @@ def check_request(
             f"head_steps={head_steps}, but {type(base_model(model)).__name__} has no task head, which is trained "
             "whatever is chosen; leave head_steps at 0, or name the head in `always_trained`"
         )
-    modules = resolve_targets(model, ntk.get("targets", "all-linear"), reserved=head)
-    space, rank, alpha = ntk.get("space", "lora"), ntk.get("rank", 8), ntk.get("lora_alpha", 16.0)
-    check_adapter_arguments(space, rank, alpha, ntk.get("draws", 1))
-    sizes = {name: module_terms(name, module, space, rank, alpha, 1, 0)[1] for name, module in modules.items()}
+    asked = {name: value for name, value in ntk.items() if name not in ("progress", "resources")}
+    sizes = KernelRequest(**asked).candidates(model)
     limit = parse_budget(budget, sizes)
-    check_strategy(strategy, len(modules), limit, resolved)
-    return tuple(modules)
+    check_strategy(strategy, len(sizes), limit, resolved)
+    return tuple(sizes)
 
 
-def _labelled(kind: str) -> Problem:
+def _labelled(outputs: Outputs) -> Problem:
     """Outputs of that kind with class labels, to ask which criteria they allow."""
-    return Problem(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long), kind, ridge=1.0)
+    return Problem(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long), resolve_output(outputs).name, ridge=1.0)
 
 
 def look(
@@ -136,9 +137,9 @@ def through_heads(
 
     Args:
         draws: Of A; other spaces have none.
-        **ntk: Others, as for `compute_ntk`; `outputs` and `folder` are not used.
+        **ntk: Others, as for `compute_ntk`; `outputs` and a folder are not used.
     """
-    ntk = {**ntk, "outputs": "loss", "folder": None}
+    ntk = {**ntk, "outputs": "loss", "resources": replace(ntk.get("resources", Resources()), folder=None)}
     if ntk.get("space", "lora") == "lora":
         ntk["draws"] = draws
     as_it_is = compute_ntk(model, batches, **ntk)

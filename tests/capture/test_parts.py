@@ -17,7 +17,7 @@ from peft_linear.capture.engine import run
 from peft_linear.capture.engine.part_store import PartStore
 from peft_linear.capture.engine.processes import Team
 from peft_linear.capture.engine.run_folder import RunFolder
-from peft_linear.capture.ntk import compute_ntk
+from tests.helpers import kernels as quiet
 from tests.helpers import small_models as small
 
 
@@ -28,7 +28,7 @@ SELF = "bert.encoder.layer.{}.attention.self.{}#0"
 
 
 def ntk(model, **kwargs):
-    return compute_ntk(model, small.text_batches(SIZES), progress=False, **OPTIONS | kwargs)
+    return quiet.ntk(model, small.text_batches(SIZES), **OPTIONS | kwargs)
 
 
 def stopped_before_the_products(monkeypatch, model, folder, **kwargs):

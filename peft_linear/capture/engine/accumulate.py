@@ -85,14 +85,14 @@ def term_kernel(
     term: Term,
     max_bytes: int = DEFAULT_MAX_BYTES,
     signed: bool = False,
-    product_dtype: torch.dtype | None = None,
+    precision: torch.dtype | None = None,
 ) -> TermKernel:
     """The kernel of a term from its parts, which may be lazy; the mean over its draws, one of them at a time.
 
     The spread is the standard deviation of the draws about their mean in Frobenius norm, over the mean's norm.
     """
     width = term.features // term.draws
-    return next(nested_kernels(parts, term, [width], max_bytes, signed, product_dtype))[1]
+    return next(nested_kernels(parts, term, [width], max_bytes, signed, precision))[1]
 
 
 def nested_kernels(
@@ -101,7 +101,7 @@ def nested_kernels(
     ranks: Sequence[int],  # ascending; the last is the number of features of a draw
     max_bytes: int = DEFAULT_MAX_BYTES,
     signed: bool = False,
-    product_dtype: torch.dtype | None = None,
+    precision: torch.dtype | None = None,
 ) -> Iterator[tuple[int, TermKernel]]:
     """`term_kernel` of adapters of several ranks from the parts of the largest R, in the order of `ranks`.
 
@@ -112,7 +112,7 @@ def nested_kernels(
     means = {rank: _Mean() for rank in ranks}
     width = ranks[-1]
     for draw in range(term.draws):
-        for rank, gram, way in _growing(parts, term, draw, ranks, max_bytes, signed, product_dtype):
+        for rank, gram, way in _growing(parts, term, draw, ranks, max_bytes, signed, precision):
             means[rank].add(gram, may_overwrite=rank == width)
             del gram
             if draw + 1 == term.draws:
@@ -131,7 +131,7 @@ def _growing(
     ranks: Sequence[int],
     max_bytes: int,
     signed: bool,
-    product_dtype: torch.dtype | None,
+    precision: torch.dtype | None,
 ) -> Iterator[tuple[int, Tensor, str]]:
     """The Gram matrices (n, n) of the first features of a draw, as many as each rank says, and the way taken.
 
@@ -147,7 +147,7 @@ def _growing(
         if not any(are_rows) and not signed:
             way = cheapest(taken)
         ways[way] = None
-        more = weight_gram(taken, "ghost" if way == "ghost" else "explicit", max_bytes, signed, product_dtype).cpu()
+        more = weight_gram(taken, "ghost" if way == "ghost" else "explicit", max_bytes, signed, precision).cpu()
         gram = more if gram is None else gram.add_(more)
         del more
         yield rank, gram, "+".join(ways)

@@ -17,7 +17,8 @@ from ...errors import PeftLinearError
 from ...kernels import ModuleKernels
 from ...kernels.module_kernels import INDEX
 from ..batches import gather_labels
-from ..passes import OTHER, Job, Parts, capturing, capturing_other
+from ..job import OTHER, Job, Parts
+from ..passes import capturing, capturing_other
 from ..terms import Term, formed_rows_term
 from .accumulate import TermKernel, kernels_at_work, nested_kernels, term_kernel
 from .blocks import BASE, BlockStore, RankBlocks
@@ -192,7 +193,7 @@ class Run:
             parts = self.linear.parts(key, term.features, term.channels)
             if parts is not None:
                 ranks, product_bytes = list(self.folders), self._plan().product_bytes
-                yield from nested_kernels(parts, term, ranks, product_bytes, self.job.signed, self.job.product_dtype)
+                yield from nested_kernels(parts, term, ranks, product_bytes, self.job.signed, self.job.precision)
                 self.linear.release([key])
                 return
         kernel = self._kernel(task)
@@ -212,7 +213,7 @@ class Run:
             if parts is None:
                 ways.append("zero")
                 continue
-            kernel = term_kernel(parts, term, self._plan().product_bytes, self.job.signed, self.job.product_dtype)
+            kernel = term_kernel(parts, term, self._plan().product_bytes, self.job.signed, self.job.precision)
             del parts
             stores[key].release([key])
             spread = kernel.spread if spread is None else spread

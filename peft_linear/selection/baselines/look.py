@@ -14,11 +14,12 @@ from transformers.pytorch_utils import Conv1D
 
 from ...capture.batches import Batch, evaluate
 from ...capture.ntk import compute_ntk
-from ...capture.outputs import OutputFunction, label_shift
+from ...capture.outputs import OutputFunction
 from ...capture.parameters import differentiable
 from ...capture.passes import no_gradient
 from ...capture.recorder import recording
-from ...capture.targets import base_model, linear_shape
+from ...capture.resources import Resources
+from ...capture.targets import linear_shape
 from ...errors import TargetError
 
 
@@ -40,7 +41,7 @@ class Look:
     def gradients(self) -> dict[str, Tensor]:
         """Ḡ (d_out, d_in) float64 of each module: the gradient of the mean loss of all examples."""
         weights = {name: weight_parameter(name, module) for name, module in self.modules.items()}
-        function = OutputFunction("loss", shift=label_shift(base_model(self.model)))
+        function = OutputFunction.of(self.model, "loss")
         totals = {name: torch.zeros(weight.shape, dtype=torch.float64) for name, weight in weights.items()}
         count = sum(batch.size for batch in self.batches)
         device = next(iter(weights.values())).device
@@ -66,9 +67,7 @@ class Look:
                 space="weight",
                 outputs="loss",
                 always_trained=(),
-                progress=False,
-                product_dtype=torch.float64,
-                distributed=False,
+                resources=Resources(progress=False, precision=torch.float64, distributed=False),
             )
             return {name: float(kernels[name].trace()) for name in self.modules}
         except TargetError:  # the model mixes the examples of a batch
