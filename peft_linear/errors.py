@@ -8,7 +8,7 @@ class PeftLinearError(ValueError):
 
 
 class TargetError(PeftLinearError):
-    """The requested modules do not exist, carry no linear map, or take no gradient."""
+    """The requested modules do not exist, are not linear layers, or take no gradient."""
 
 
 class OutputError(PeftLinearError):

@@ -11,25 +11,26 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..functional.gram import Part
+from ..functional.gram import BatchJacobian
+from .adapter_spaces import ParameterMatrix
 from .batches import Batch
+from .layers import Layer
 from .outputs import OutputFunction
-from .terms import Term
 
 
-Parts = dict[str, Part | None]
+Jacobians = dict[str, BatchJacobian | None]  # of one batch, by the key of each parameter matrix
 OTHER = "other head parameters"  # the key of their rows
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be computed: of which modules, made of which terms, on which batches."""
+    """What is to be computed: of which layers, in which parameter matrices, on which batches."""
 
     model: nn.Module
-    candidates: Mapping[str, nn.Module]
-    head_linear: Mapping[str, nn.Module]  # linear layers that are always trained
+    candidates: Mapping[str, Layer]
+    head_layers: Mapping[str, Layer]  # that are always trained, in full
     head_other: Sequence[nn.Parameter]  # and other such parameters
-    terms: Mapping[str, list[Term]]  # of candidates and head_linear
+    matrices: Mapping[str, list[ParameterMatrix]]  # of candidates and head_layers
     batches: Sequence[Batch]
     function: OutputFunction
     device: torch.device
@@ -38,11 +39,16 @@ class Job:
 
     @property
     def has_head(self) -> bool:
-        return bool(self.head_linear or self.head_other)
+        return bool(self.head_layers or self.head_other)
+
+    @property
+    def layers(self) -> dict[str, Layer]:
+        """All that are recorded."""
+        return {**self.candidates, **self.head_layers}
 
     def keys(self, name: str) -> list[str]:
-        """The keys of a module's terms."""
-        return [f"{name}#{number}" for number in range(len(self.terms[name]))]
+        """The keys of a layer's parameter matrices."""
+        return [f"{name}#{number}" for number in range(len(self.matrices[name]))]
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,6 @@ class Prepared:
     def num_parameters(self, rank: int) -> dict[str, int]:
         """Adapter parameters of each candidate at `rank`; an adapter that the model carries keeps its own."""
         return {
-            name: number * rank // max(self.folders) if self.job.terms[name][0].nested else number
+            name: number * rank // max(self.folders) if self.job.matrices[name][0].nested else number
             for name, number in self.largest.items()
         }

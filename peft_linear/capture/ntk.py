@@ -14,11 +14,11 @@ from torch import nn
 
 from ..functional.outputs import Outputs
 from ..kernels import ModuleKernels
+from .adapter_spaces import Space
 from .keywords import with_progress
 from .request import KernelRequest
 from .resources import DEFAULT_RESOURCES, Resources
 from .targets import Targets
-from .terms import Space
 
 
 @with_progress

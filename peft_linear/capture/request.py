@@ -14,13 +14,14 @@ from torch import nn
 from ..errors import PeftLinearError
 from ..functional.outputs import Outputs, resolve_output
 from ..kernels import ModuleKernels
+from .adapter_spaces import Space, check_adapter_arguments, count_parameters, full_matrices, space_matrices
 from .engine.computation import compute_kernels
 from .job import Job, Prepared
+from .layers import Layer, layer_of
 from .outputs import OutputFunction
 from .parameters import head_parameters, split_parameters
 from .resources import DEFAULT_RESOURCES, Resources
 from .targets import Targets, resolve_always_trained, resolve_targets
-from .terms import Space, check_adapter_arguments, linear_parameter_terms, module_terms
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ class KernelRequest:
         Raises:
             TargetError: unknown or unusable targets.
         """
-        return self.prepare(model).largest
+        _, layers = self._find(model)
+        return {name: count_parameters(layer, self.space, self.rank) for name, layer in layers.items()}
 
     def compute(
         self, model: nn.Module, batches: Iterable[Mapping[str, Any]], resources: Resources = DEFAULT_RESOURCES
@@ -89,24 +91,37 @@ class KernelRequest:
         """
         self._check_ranks(ranks)
         folders = {self.rank: ""} if ranks is None else {rank: f"rank-{rank}/" for rank in sorted(ranks)}
+        head, layers = self._find(model)
+        head_layers, head_other = split_parameters(head)
+        rank = max(folders)
+        matrices = {
+            name: space_matrices(layer, self.space, rank, self.lora_alpha, self.draws, self.seed)
+            for name, layer in layers.items()
+        }
+        job = Job(
+            model=model,
+            candidates=layers,
+            head_layers=head_layers,
+            head_other=head_other,
+            matrices=matrices | {name: full_matrices(layer) for name, layer in head_layers.items()},
+            batches=(),
+            function=OutputFunction.of(model, self.outputs, self.seed),
+            device=next((parameter.device for parameter in model.parameters()), torch.device("cpu")),
+            signed=signed,
+        )
+        return Prepared(
+            job=job,
+            arguments=self._arguments(layers, head, self.rank if ranks is None else sorted(ranks), signed),
+            folders=folders,
+            largest={name: count_parameters(layer, self.space, rank) for name, layer in layers.items()},
+            in_head=sum(parameter.numel() for parameter in head_parameters(head)),
+        )
+
+    def _find(self, model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, Layer]]:
+        """The modules that are always trained, and the candidates."""
         head = resolve_always_trained(model, self.always_trained)
         chosen = resolve_targets(model, self.targets, reserved=head)
-        head_linear, head_other = split_parameters(head)
-        terms, num_parameters = {}, {}
-        for name, module in chosen.items():
-            terms[name], num_parameters[name] = module_terms(
-                name, module, self.space, max(folders), self.lora_alpha, self.draws, self.seed
-            )
-        terms |= {name: linear_parameter_terms(module) for name, module in head_linear.items()}
-        function = OutputFunction.of(model, self.outputs, self.seed)
-        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-        return Prepared(
-            Job(model, chosen, head_linear, head_other, terms, (), function, device, signed),
-            self._arguments(list(chosen), sorted(head), self.rank if ranks is None else sorted(ranks), signed),
-            folders,
-            num_parameters,
-            sum(parameter.numel() for parameter in head_parameters(head)),
-        )
+        return head, {name: layer_of(name, module) for name, module in chosen.items()}
 
     def _check_ranks(self, ranks: Sequence[int] | None) -> None:
         if ranks is None:
@@ -124,12 +139,12 @@ class KernelRequest:
             )
 
     def _arguments(
-        self, targets: list[str], always_trained: list[str], rank: int | list[int], signed: bool
+        self, candidates: Iterable[str], head: Iterable[str], rank: int | list[int], signed: bool
     ) -> dict[str, Any]:
         output = resolve_output(self.outputs)
         return {
-            "targets": targets,
-            "always_trained": always_trained,
+            "targets": list(candidates),
+            "always_trained": sorted(head),
             "space": self.space,
             "rank": rank,
             "lora_alpha": self.lora_alpha,

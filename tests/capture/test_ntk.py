@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+from peft_linear.capture.adapter_spaces import initial_lora_a
 from peft_linear.capture.engine import computation
-from peft_linear.capture.terms import initial_lora_a
 from peft_linear.functional.outputs import RandomProjection
 from tests import reference
 from tests.helpers import small_models as small
@@ -208,7 +208,7 @@ def test_two_adapters_factor_both_ways_of_storing_agree(monkeypatch):
     expected = ntk(model, batches, space="weight")
     monkeypatch.setattr(computation, "PRODUCT_BYTES", 2**12)
     for way in ("explicit", "ghost"):
-        monkeypatch.setattr("peft_linear.capture.engine.accumulate.cheapest", lambda pairs, way=way: way)
+        monkeypatch.setattr("peft_linear.capture.engine.products.cheapest", lambda pairs, way=way: way)
         got = ntk(model, batches, space="weight")
         for name in expected.names:
             assert_close(got[name], expected[name], **EXACT)

@@ -38,8 +38,8 @@ def test_a_plan_stays_within_its_limit(rows, blocks, limit, product):
     except PeftLinearError:
         assert limit < 3 * square * 8 / 7 + 8 * rows + 1
         return
-    kept = 3 * square + plan.product_bytes + plan.parts_bytes + blocks * square * plan.blocks_in_memory
-    assert kept <= limit and plan.parts_bytes >= 0 and plan.product_bytes >= 8 * rows
+    kept = 3 * square + plan.product_bytes + plan.jacobian_bytes + blocks * square * plan.blocks_in_memory
+    assert kept <= limit and plan.jacobian_bytes >= 0 and plan.product_bytes >= 8 * rows
 
 
 PEAK = """

@@ -32,7 +32,7 @@ def test_attention_of_a_mixture_of_experts_is_exact_and_its_experts_are_refused_
     kernels = ntk(model, batches, space="weight", outputs="log_likelihood")
     assert all("self_attn" in name for name in kernels.names) and len(kernels) == 8
     check_weights(model, kernels, batches, reference.sequence_log_likelihood)
-    with pytest.raises(TargetError, match=r"not a linear map.*mlp\.experts .MixtralExperts"):
+    with pytest.raises(TargetError, match=r"not a linear layer.*mlp\.experts .MixtralExperts"):
         ntk(model, batches, targets=["experts"], outputs="log_likelihood")
 
 

@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from peft_linear import Resources
-from peft_linear.capture.engine import accumulate, computation, run
-from peft_linear.capture.engine.accumulate import kernels_at_work, nested_kernels, term_kernel
+from peft_linear.capture.adapter_spaces import ParameterMatrix, initial_lora_a
+from peft_linear.capture.engine import computation, products, run
 from peft_linear.capture.engine.computation import compute_kernels
 from peft_linear.capture.engine.memory import MemoryPlan
+from peft_linear.capture.engine.products import kernels_at_work, matrix_kernel, nested_kernels
 from peft_linear.capture.recorder import Recorder
 from peft_linear.capture.request import KernelRequest
-from peft_linear.capture.terms import Term, initial_lora_a
 from peft_linear.errors import FileError, PeftLinearError
 from peft_linear.functional.outputs import RandomProjection
 from peft_linear.kernels import ModuleKernels
@@ -108,7 +108,7 @@ def test_every_rank_gives_what_it_gives_alone(factory, options):
 def test_every_way_gives_the_same(way, monkeypatch):
     model = small.seeded(small.bert)
     expected = at_ranks(model, RANKS, draws=3)
-    monkeypatch.setattr(accumulate, "cheapest", lambda pairs: way)
+    monkeypatch.setattr(products, "cheapest", lambda pairs: way)
     monkeypatch.setattr(computation, "PRODUCT_BYTES", 2**12)
     got = at_ranks(model, RANKS, draws=3)
     for rank in RANKS:
@@ -141,18 +141,19 @@ def test_all_ranks_take_the_passes_and_the_products_of_the_largest(monkeypatch):
     counted = {"forward": 0, "backward": 0, "features": 0}
     model = small.seeded(small.bert)
     model.register_forward_pre_hook(lambda *_: counted.update(forward=counted["forward"] + 1))
-    backward, weight_gram = Recorder.backward, accumulate.weight_gram
+    backward, weight_gram = Recorder.backward, products.weight_gram
 
     def count_backward(*args, **kwargs):
         counted["backward"] += 1
         return backward(*args, **kwargs)
 
-    def count_features(parts, *args):
-        counted["features"] += (parts[0] if isinstance(parts[0], torch.Tensor) else parts[0][0].mT).shape[1]
-        return weight_gram(parts, *args)
+    def count_features(jacobians, *args):
+        first = jacobians[0]
+        counted["features"] += (first if isinstance(first, torch.Tensor) else first[0].mT).shape[1]
+        return weight_gram(jacobians, *args)
 
     monkeypatch.setattr(Recorder, "backward", count_backward)
-    monkeypatch.setattr(accumulate, "weight_gram", count_features)
+    monkeypatch.setattr(products, "weight_gram", count_features)
     at_ranks(model, (2, 5, 3), draws=4, targets=["query"], always_trained=())
     assert counted == {"forward": 3, "backward": 3 * 3, "features": 2 * 4 * 5}
 
@@ -271,7 +272,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
     damaged.write_bytes(damaged.read_bytes()[:-8])
     (damaged.parent / ".00002.safetensors.x.tmp").write_bytes(b"half")
     again = at_ranks(model, folder=tmp_path / "run", **options)
-    assert len(passes) == 2 + 3  # the parts were gone, so they are captured again
+    assert len(passes) == 2 + 3  # the Jacobians were gone, so they are captured again
     assert again[3].provenance["storage"]["resumed_blocks"] == len(whole[3])
     assert files_below(tmp_path / "run") == files_below(tmp_path / "whole")
     finished = at_ranks(model, folder=tmp_path / "run", **options | {"ranks": sorted(RANKS)})
@@ -320,9 +321,9 @@ def test_no_more_kernels_are_held_than_are_planned_for(kind, ranks, draws, monke
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     features, n = ranks[-1] * draws, 37
-    parts = [normal(n, features, 5) if kind == "rows" else (normal(n, 2, features), normal(n, 1, 2, 5))]
-    term = Term(lambda x: x, lambda x: x, features, 5, draws=draws, nested=True)
-    weight_gram, add = accumulate.weight_gram, accumulate._Mean.add
+    jacobians = [normal(n, features, 5) if kind == "rows" else (normal(n, 2, features), normal(n, 1, 2, 5))]
+    matrix = ParameterMatrix(lambda x: x, lambda x: x, features, 5, draws=draws, nested=True)
+    weight_gram, add = products.weight_gram, products._Mean.add
     most = 0
 
     def look(more):
@@ -338,10 +339,10 @@ def test_no_more_kernels_are_held_than_are_planned_for(kind, ranks, draws, monke
         look(0 if may_overwrite else 1)
         return add(mean, gram, may_overwrite)
 
-    monkeypatch.setattr(accumulate, "weight_gram", look_at_gram)
-    monkeypatch.setattr(accumulate._Mean, "add", look_at_add)
-    for rank, kernel in nested_kernels(parts, term, ranks):
-        rows = parts[0] if kind == "rows" else (parts[0][0].mT @ parts[0][1][:, 0])
+    monkeypatch.setattr(products, "weight_gram", look_at_gram)
+    monkeypatch.setattr(products._Mean, "add", look_at_add)
+    for rank, kernel in nested_kernels(jacobians, matrix, ranks):
+        rows = jacobians[0] if kind == "rows" else (jacobians[0][0].mT @ jacobians[0][1][:, 0])
         draw = rows.unflatten(1, (draws, -1))[:, :, :rank] * (ranks[-1] / rank)
         expected = torch.stack([one.flatten(1) @ one.flatten(1).T for one in draw.unbind(1)])
         assert_close(kernel.gram, expected.mean(0), **EXACT)
@@ -360,13 +361,13 @@ def test_the_kernels_at_work_count_towards_max_memory():
     at_ranks(model, RANKS, max_memory=limit)
     with pytest.raises(PeftLinearError, match="max_memory=15KB is too little for kernels of 18 rows"):
         at_ranks(model, RANKS, max_memory=limit, draws=2)
-    assert MemoryPlan.make(10**6, 10, 5, 100, squares=7).parts_bytes == 10**6 - 100 - (7 + 5) * 800
+    assert MemoryPlan.make(10**6, 10, 5, 100, squares=7).jacobian_bytes == 10**6 - 100 - (7 + 5) * 800
 
 
-def test_term_kernel_is_that_of_the_only_rank():
+def test_matrix_kernel_is_that_of_the_only_rank():
     rows = torch.randn(5, 4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    term = Term(lambda x: x, lambda x: x, 4, 3, draws=2)
-    kernel = term_kernel([rows], term)
+    matrix = ParameterMatrix(lambda x: x, lambda x: x, 4, 3, draws=2)
+    kernel = matrix_kernel([rows], matrix)
     expected = sum(half.flatten(1) @ half.flatten(1).T for half in rows.split(2, dim=1)) / 2
     assert_close(kernel.gram, expected, **EXACT)
 

@@ -122,8 +122,8 @@ BAD_ARGUMENTS = [
     ),
     ({"targets": "query"}, TargetError, "regular expression"),
     ({"targets": []}, TargetError, "`targets` is empty"),
-    ({"targets": ["word_embeddings"]}, TargetError, "not a linear map.*word_embeddings .Embedding"),
-    ({"targets": ["classifier"]}, TargetError, "trained in full whatever is chosen.*classifier"),
+    ({"targets": ["word_embeddings"]}, TargetError, "not a linear layer.*word_embeddings .Embedding"),
+    ({"targets": ["classifier"]}, TargetError, "always trained in full, so not a candidate.*classifier"),
     ({"always_trained": ["clasifier"]}, TargetError, "always_trained.*did you mean 'classifier'"),
     ({"rank": 17, "space": "rows"}, TargetError, "has 16 rows, fewer than rank=17"),
 ]

@@ -213,7 +213,7 @@ class Counting:
 def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path):
     model = small.seeded(bert_with_norm_in_its_head)
     whole = ntk(model, folder=tmp_path / "whole")
-    for stop in (0, 2, 5, 7):  # 4 batches, twice: once for linear maps, once for the norm in the head
+    for stop in (0, 2, 5, 7):  # 4 batches, twice: once for linear layers, once for the norm in the head
         folder = tmp_path / f"stopped{stop}"
         with pytest.raises(KeyboardInterrupt):
             Counting(model, stop)
@@ -292,7 +292,7 @@ for step in steps:  # nothing has started a thread before the fork
         if step < 10:
             model.register_forward_pre_hook(die_at(step, lambda *_: None))
         else:
-            run.term_kernel = die_at(step - 10, run.term_kernel)
+            run.matrix_kernel = die_at(step - 10, run.matrix_kernel)
         compute_ntk(model, small.text_batches(SIZES), resources=Resources(folder=f"{folder}/{step}"))
         os._exit(0)
     _, status = os.wait()

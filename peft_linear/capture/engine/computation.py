@@ -18,7 +18,7 @@ from ..batches import read_batches
 from ..job import Job, Prepared
 from ..passes import no_gradient
 from ..resources import Resources
-from ..targets import base_model, linear_shape
+from ..targets import base_model
 from .fingerprint import fingerprint
 from .processes import Team
 from .run import Result, Run
@@ -70,7 +70,7 @@ def _kernels_of_rank(rank: int, result: Result, job: Job, prepared: Prepared) ->
         outputs=result.outputs,
         labels=result.labels,
         num_parameters=prepared.num_parameters(rank),
-        shapes={name: linear_shape(module) for name, module in job.candidates.items()},  # type: ignore[misc]
+        shapes={name: layer.shape for name, layer in job.candidates.items()},
         output_kind=arguments["outputs"],
         space=arguments["space"],
         rank=rank,
@@ -84,7 +84,7 @@ def _kernels_of_rank(rank: int, result: Result, job: Job, prepared: Prepared) ->
             "kernel": arguments["kernel"],
             "always_trained": arguments["always_trained"],
             "no_gradient": found.zero,
-            "ways": found.ways,
+            "ways": found.methods,
             **result.record,
         },
         base_parameters=prepared.in_head,

@@ -4,7 +4,7 @@
 
 manifest.json             the fingerprint of the run
 finished.jsonl            one line a finished file, with its sha256; a line cut short by a crash does not count
-parts/000012.safetensors  what one batch leaves (Jacobian rows or their factors, outputs); removed at the end
+parts/000012.safetensors  the Jacobians of one batch (rows, or their factors) and its outputs; removed at the end
 blocks/00003.safetensors  the kernel of one module
 kernels.safetensors       at the end: everything else, and which block lies where
 

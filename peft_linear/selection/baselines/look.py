@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ...capture.batches import Batch, evaluate
+from ...capture.layers import layer_kind, layer_of
 from ...capture.ntk import compute_ntk
 from ...capture.outputs import OutputFunction
 from ...capture.parameters import differentiable
 from ...capture.passes import no_gradient
 from ...capture.recorder import recording
 from ...capture.resources import Resources
-from ...capture.targets import linear_shape
 from ...errors import TargetError
 
 
@@ -78,7 +78,8 @@ class Look:
         """The inputs (positions, d_in) that each module saw, one tensor a call; padding counts too."""
         device = self.device
         seen: dict[str, list[Tensor]] = {name: [] for name in self.modules}
-        with recording(self.model, self.modules) as recorder, torch.no_grad():
+        layers = {name: layer_of(name, module) for name, module in self.modules.items()}
+        with recording(self.model, layers) as recorder, torch.no_grad():
             for batch in self.batches:
                 recorder.clear()
                 self.model(**batch.to(device).inputs)
@@ -94,7 +95,7 @@ def weight_parameter(name: str, module: nn.Module) -> nn.Parameter:
         TargetError: it has none that is a matrix of floating-point numbers, as quantised ones.
     """
     weight = getattr(module, "weight", None)
-    if linear_shape(module) is None or not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
+    if layer_kind(module) is None or not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
         raise TargetError(
             f"{name} ({type(module).__name__}) has no weight matrix of floating-point numbers, which this selector "
             "looks at; leave it out of `targets`, or load the model without quantisation"
