@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import TargetError
-from .batches import evaluate
 from .accumulate import JacobianAccumulator
+from .batches import evaluate
 from .job import OTHER, Jacobians, Job
 from .parameters import differentiable, parameter_rows
 from .recorder import Recorder, recording

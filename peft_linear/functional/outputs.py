@@ -31,6 +31,7 @@ from .simulation import one_hot_targets
 
 __all__ = [
     "IGNORED",
+    "LOSS",
     "OUTPUTS",
     "LabelLogit",
     "LogLikelihood",
