@@ -88,7 +88,7 @@ def space_matrices(
 def count_parameters(layer: Layer, space: Space, rank: int) -> int:
     """How many parameters an adapter of this kind trains in a layer; an adapter that is there keeps its own number.
 
-    The kernel of the whole weight says where a LoRA adapter belongs whatever its random A: its count is LoRA's.
+    space="weight" says where a LoRA adapter belongs independently of its random A: its count is LoRA's.
 
     Raises:
         TargetError: as `space_matrices`.

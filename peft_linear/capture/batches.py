@@ -49,8 +49,8 @@ class Batch:
 def read_batches(batches: Iterable[Any], model: nn.Module, needs_labels: bool, what: str) -> list[Batch]:
     """All batches, checked: mappings of tensors, not empty, with labels where `needs_labels`.
 
-    Keys that the model's `forward` does not take (ids, texts) are left out, as the Trainer does; labels go to the
-    model only where it makes its decoder's inputs from them.
+    Keys that the model's `forward` does not take (ids, texts) are left out, as the Trainer does; labels are passed to
+    the model only where it makes its decoder's inputs from them.
 
     Raises:
         PeftLinearError: no batches, an empty one, or one that is not a mapping of tensors.

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-"""`jacobian_features`: the rows of the Jacobian of a model's adapters, from the passes that kernels are made of."""
+"""`jacobian_features`: the rows of the Jacobian of a model's adapters, from the same passes as kernels."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-"""Keywords of the functions that compute kernels: `progress` as a shorthand, and where former ones have gone."""
+"""Keywords of the functions that compute kernels: `progress` as a shorthand, and what replaces former ones."""
 
 from __future__ import annotations
 

@@ -1,6 +1,5 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-
 """`linearize`: the first-order model `f_θ0(x) + J(x)(θ−θ0)` of a model with an adapter, exact and trainable."""
 
 from __future__ import annotations
@@ -98,10 +97,10 @@ class LinearizedModel(nn.Module):
         """
         if labels is not None:
             kwargs["labels"] = labels
-        values, seen = self._forward_mode(self.displacement(), args, kwargs)
+        values, logits = self._forward_mode(self.displacement(), args, kwargs)
         if not (torch.is_grad_enabled() and any(p.requires_grad for p in self.theta.values())):
             return values
-        with evaluation(self.wrapped), LinearLosses(replay=seen):
+        with evaluation(self.wrapped), LinearLosses(replay=logits):
             carried = {
                 name: with_gradient_of(self._at(self.theta0, name), self._at(self.theta, name)) for name in self.names
             }
@@ -237,7 +236,7 @@ class LinearizedModel(nn.Module):
 
     def _forward_mode(self, displacement: dict[str, Tensor], args: tuple, kwargs: dict) -> tuple[Any, list[Tensor]]:
         with (
-            torch.inference_mode(False),  # which would drop the tangents without a word
+            torch.inference_mode(False),  # which would drop the tangents silently
             evaluation(self.wrapped),
             differentiable_attention(self.wrapped),
             torch.no_grad(),
@@ -250,7 +249,7 @@ class LinearizedModel(nn.Module):
                 output = functional_call(self.wrapped, duals, args, kwargs)
             if not losses.inputs and has_tangent(_loss_of(output)):
                 raise OutputError(
-                    f"the loss of {type(base_model(self.wrapped)).__name__} is none that can be taken of linearised "
+                    f"the loss of {type(base_model(self.wrapped)).__name__} cannot be taken of linearised "
                     "logits; leave the labels out and compute the loss from the logits it returns"
                 )
             return map_tensors(first_order, output), losses.inputs

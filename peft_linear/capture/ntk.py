@@ -48,8 +48,8 @@ def compute_ntk(
             are kept and used where `outputs` needs them.
         targets: "all-linear", a regular expression for full names, or a list of names and suffixes; peft's own rules.
         space: which parameters of a module count: "lora" (a fresh adapter, B = 0; a layer that carries an active LoRA
-            adapter counts with its own A, B and scaling), "weight" (the full matrix, which says where an
-            adapter belongs whatever its A; `num_parameters` are still those of LoRA at `rank`), "rows" or "columns"
+            adapter counts with its own A, B and scaling), "weight" (the full matrix, which says where an adapter
+            belongs independently of its A; `num_parameters` are still those of LoRA at `rank`), "rows" or "columns"
             (the first `rank` of them), "bias".
         rank, lora_alpha: of the adapter under consideration; its scaling is lora_alpha / rank.
         draws: draws of LoRA's random A taken in the same pass; blocks are their mean, `kernels.spread` is the

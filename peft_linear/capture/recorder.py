@@ -59,23 +59,23 @@ class Recorder:
         return bool(changed)
 
     def backward(self, scalar: Tensor, keep_graph: bool, on_cotangent: Take) -> None:
-        """One backward pass from `scalar` to the recorded outputs, handed out as they come; without parameters."""
+        """One backward pass from `scalar` to the recorded outputs, whose cotangents are passed on one by one."""
         self._take = on_cotangent
         if not scalar.requires_grad:
             return
-        ours = {
+        recorded = {
             id(call.leaf): (name, number)
             for name, calls in self.calls.items()
             for number, call in enumerate(calls)
             if call.leaf is not None
         }
-        # All leaves, not ours alone: a pass that stops at ours would miss outputs whose only leaf is another one, such
-        # as the embeddings that gradient checkpointing marks.
+        # All leaves, not the recorded ones alone: a pass that stops at those would miss outputs whose only leaf is
+        # another one, such as the embeddings that gradient checkpointing marks.
         leaves = _graph_leaves(scalar)
         gradients = torch.autograd.grad(scalar, leaves, retain_graph=keep_graph, allow_unused=True)
         for leaf, gradient in zip(leaves, gradients, strict=True):
-            if gradient is not None and id(leaf) in ours:
-                self._receive(*ours[id(leaf)], gradient)
+            if gradient is not None and id(leaf) in recorded:
+                self._receive(*recorded[id(leaf)], gradient)
 
     def _receive(self, name: str, number: int, cotangent: Tensor) -> None:
         if self._take is not None:
@@ -94,7 +94,7 @@ class Recorder:
                 output.register_hook(lambda gradient: self._receive(name, number, gradient))
                 return output
             call.leaf = output.detach().requires_grad_(True)
-            return call.leaf.clone()  # a copy, so that the model may go on in place
+            return call.leaf.clone()  # a copy, so that the model may change it in place
 
         return record
 
@@ -166,6 +166,6 @@ def _inference_packers(model: nn.Module) -> list[nn.Module]:
         if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
             raise TargetError(
                 f"{type(module).__name__} has 4-bit weights that bitsandbytes packed for inference in an earlier pass "
-                "in eval mode; no gradient goes through them: load the model anew, and call this before any such pass"
+                "in eval mode; no gradient goes through them: load the model again, and call this before any such pass"
             )
     return packers

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-"""`KernelRequest`: which kernels of a model are asked for, with the defaults that everything else takes from here."""
+"""`KernelRequest`: which kernels of a model are wanted; the owner of the defaults."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .targets import Targets, resolve_always_trained, resolve_targets
 
 @dataclass(frozen=True)
 class KernelRequest:
-    """The arguments of `compute_ntk` that its result depends on, as it documents them; their defaults are the owner's.
+    """The arguments of `compute_ntk` that its result depends on, as it documents them, and their defaults.
 
     Raises:
         PeftLinearError: they are out of range.

@@ -22,7 +22,7 @@ class Resources:
             all batches, products at work and finished blocks together; more goes to files. It covers neither the
             model, nor the batches, nor what a single batch needs (its activations and rows). At least about 27·n²
             bytes; where the blocks do not fit, the result is lazy (see ModuleKernels). None: no limit.
-        folder: keeps rows and finished blocks here, checksummed, so that a run that was killed goes on where it
+        folder: keeps rows and finished blocks here, checksummed, so that a run that was killed resumes where it
             stopped when it is called again with the same arguments, and gives the same kernels to the bit. Holds the
             kernels at the end (`ModuleKernels.load(folder)`); of several ranks, those of rank 8 in the folder
             "rank-8" in it. None: memory, or a temporary folder.

@@ -23,7 +23,7 @@ class SharedInputs:
 
     Those that are the input itself are one tensor for all its layers, also where its precision had to be raised.
 
-    `layers` are all that are recorded, `matrices` their parameter matrices. Between `start` and `clear` it knows the
+    `layers` are all that are recorded, `matrices` their parameter matrices. Between `start` and `clear` it holds the
     calls of one batch.
     """
 
@@ -97,5 +97,5 @@ def workable(tensor: Tensor) -> Tensor:
 
 
 def identity(tensor: Tensor) -> tuple:
-    """The same for two tensors that are alive if and only if they are one piece of memory read in one way."""
+    """Of two tensors in memory: equal if and only if they are the same memory in the same layout."""
     return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device

@@ -67,7 +67,7 @@ class Output:
         raise NotImplementedError
 
     def of_tokens(self, logits: Tensor, labels: Tensor, counted: Tensor) -> Tensor:
-        """f (B, C) of a language model's logits (B, T, V), whose labels (B, T) matter where `counted` (B, T) says so.
+        """f (B, C) of a language model's logits (B, T, V), whose labels (B, T) count where `counted` (B, T) is true.
 
         Logits and labels of one position belong together here (they are shifted already).
         """

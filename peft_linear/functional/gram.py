@@ -120,7 +120,7 @@ def count_rows(jacobian: BatchJacobian) -> int:
 def nonzero_positions(inputs: Tensor, cotangents: Tensor) -> Factors:
     """The factors without the positions at which all cotangents of the example are zero; the Gram matrix is the same.
 
-    A classifier that reads one token leaves one position in its last layer; padding leaves none of itself. Positions
+    A classifier that reads one token leaves one position in its last layer; padding leaves none. Positions
     are gathered to the front, up to the largest count in the batch (at least one).
     """
     if bool((cotangents[:, 0, :, 0] != 0).all()):

@@ -206,7 +206,7 @@ class RandomProjection(Output):
         return logits @ self._projection(0, logits)
 
     def of_tokens(self, logits: Tensor, labels: Tensor, counted: Tensor) -> Tensor:
-        # The p-th labelled token of every example meets the same signs, wherever padding has put it.
+        # The p-th labelled token of every example is multiplied by the same signs, wherever padding has put it.
         order = torch.argsort(counted.to(torch.uint8), dim=1, descending=True, stable=True)
         total = logits.new_zeros(len(logits), self.num_projections)
         for p in range(int(counted.sum(1).max())):

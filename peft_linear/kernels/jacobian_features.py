@@ -1,6 +1,5 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-
 """`JacobianFeatures`: the rows of the Jacobian themselves, for what their Gram matrix does not hold (Adam's path)."""
 
 from __future__ import annotations

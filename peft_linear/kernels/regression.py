@@ -1,6 +1,5 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-
 """`fit_kernel_regression`: linearised fine-tuning with squared loss, solved instead of trained."""
 
 from __future__ import annotations

@@ -1,6 +1,5 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-
 """Features against the dense Jacobian, and training on them against the linear model and a real adapter."""
 
 import pytest

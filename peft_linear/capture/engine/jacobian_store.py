@@ -61,7 +61,7 @@ class JacobianStore:
                 self._write(number)
 
     def adopt(self, number: int) -> None:
-        """Takes up a batch's file that this process has not written itself."""
+        """Reads the index of a batch's file that this process has not written itself."""
         if number in self._held or number in self._stored:
             return
         with open_file(self._folder.path / self.file_of(number)) as file:
@@ -153,5 +153,5 @@ def _tensors(jacobians: Iterable[BatchJacobian]) -> list[Tensor]:
 
 
 def _total_bytes(jacobians: Iterable[BatchJacobian]) -> int:
-    """Of tensors that are all alive; what several Jacobians share counts once."""
+    """Of tensors that are all in memory; what several Jacobians share counts once."""
     return sum({identity(tensor): tensor.nbytes for tensor in _tensors(jacobians)}.values())

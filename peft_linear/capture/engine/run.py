@@ -143,7 +143,7 @@ class Run:
             store.adopt(number)
 
     def _make_plan(self, num_outputs: int) -> None:
-        """As soon as the number of outputs is known; what cannot work fails here, before the long part."""
+        """As soon as the number of outputs is known; what cannot work fails here, before the passes."""
         if self.plan is not None:
             return
         rows = num_outputs * sum(batch.size for batch in self.job.batches)
