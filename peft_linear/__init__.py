@@ -9,6 +9,7 @@ optimizers.
 from .capture.gap import linearization_gap
 from .capture.linearize import LinearizedModel, linearize
 from .capture.ntk import compute_ntk
+from .capture.resources import Resources
 from .errors import PeftLinearError
 from .functional.spectrum import Spectrum
 from .integrations.callbacks import ProximalCallback
@@ -34,6 +35,7 @@ __all__ = [
     "ProximalLoraConfig",
     "ProximalLoraModel",
     "Recommendation",
+    "Resources",
     "Spectrum",
     "Training",
     "attach_proximal",

@@ -14,7 +14,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from peft_linear.capture.terms import initial_lora_a
+from peft_linear.capture.adapter_spaces import initial_lora_a
 
 
 def example_batches(batch: dict) -> list[dict]:

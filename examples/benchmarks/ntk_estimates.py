@@ -26,6 +26,7 @@ from common import Task, load_task
 from torch import Tensor
 
 from peft_linear import ModuleKernels, Spectrum, compute_ntk
+from peft_linear.functional.outputs import RandomProjection
 
 
 def trace_kernel(kernels: ModuleKernels) -> Tensor:
@@ -50,9 +51,7 @@ def measure(task: Task, examples: int, projections: list[int], draws: list[int],
     for seed in range(seeds):
         exact = trace_kernel(compute_ntk(model, batches, seed=seed, **options))
         for k in projections:
-            estimate = compute_ntk(
-                model, batches, outputs="random_projection", num_projections=k, seed=seed, **options
-            )
+            estimate = compute_ntk(model, batches, outputs=RandomProjection(k), seed=seed, **options)
             projected[k].append(error(trace_kernel(estimate), exact))
     weight = compute_ntk(model, batches, space="weight", **options)
     expected = sum(

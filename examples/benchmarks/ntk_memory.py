@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-"""The kernels of a real encoder on 2,048 examples within a few gigabytes: `compute_ntk(..., max_memory=...)`.
+"""The kernels of a real encoder on 2,048 examples within a few gigabytes: `Resources(max_memory=...)`.
 
     python examples/benchmarks/ntk_memory.py --output docs/measurements/ntk_memory
 
@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # examples/common.
 import torch
 from common import DEMO_DATASET, DEMO_MODEL, load_quietly, load_task
 
-from peft_linear import compute_ntk
+from peft_linear import Resources, compute_ntk
 from peft_linear.report.markdown import markdown_table
 
 
@@ -43,9 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     before = peak_bytes()
 
     start = time.perf_counter()
-    kernels = compute_ntk(
-        model, batches, max_memory=options.max_memory, folder=options.folder, progress=options.progress
-    )
+    resources = Resources(max_memory=options.max_memory, folder=options.folder, progress=options.progress)
+    kernels = compute_ntk(model, batches, resources=resources)
     seconds, after_kernels = time.perf_counter() - start, peak_bytes()
     start = time.perf_counter()
     spectrum = kernels.spectrum()

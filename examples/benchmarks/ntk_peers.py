@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from peft_linear.capture.terms import initial_lora_a
+from peft_linear.capture.adapter_spaces import initial_lora_a
 
 
 @dataclass

@@ -39,6 +39,7 @@ from transformers import (
 )
 
 from peft_linear import compute_ntk
+from peft_linear.capture.layers import layer_of
 from peft_linear.capture.recorder import recording
 from peft_linear.capture.targets import resolve_targets
 
@@ -103,8 +104,8 @@ def build(name: str, space: str, device: str) -> Case:
 
 def floor(case: Case) -> None:
     """One forward pass and C backward passes to the output of the lowest target, nothing kept."""
-    lowest = dict(list(resolve_targets(case.model).items())[:1])
-    with recording(case.model, lowest) as recorder:
+    name, module = next(iter(resolve_targets(case.model).items()))
+    with recording(case.model, {name: layer_of(name, module)}) as recorder:
         outputs = case.model(**case.batch).logits
         for a in range(outputs.shape[1]):
             recorder.backward(outputs[:, a].sum(), a + 1 < outputs.shape[1], lambda *_: None)

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from peft_linear import ModuleKernels, ProximalLoraConfig, compute_ntk, linearization_gap, linearize
 from peft_linear.capture.features import jacobian_features
 from peft_linear.capture.gap import GapReport
+from peft_linear.capture.ntk import compute_sign_kernel
 from peft_linear.functional.simulation import TrainingCurve
 from peft_linear.kernels.jacobian_features import JacobianFeatures
 from peft_linear.kernels.training import predict_training
@@ -125,7 +126,7 @@ def prepare(task: Task, modules: tuple[str, ...], protocol: Protocol) -> Problem
     model = new_model(task, modules, protocol, 0.0)
     train, held_out = collate(task, task.train), collate(task, task.test)
     kernels, signs = (
-        compute_ntk(model, train + held_out, modules, kernel=kernel, progress=False) for kernel in ("gradient", "sign")
+        compute(model, train + held_out, modules, progress=False) for compute in (compute_ntk, compute_sign_kernel)
     )
     return Problem(
         task=task,

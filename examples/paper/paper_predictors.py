@@ -19,6 +19,7 @@ from paper_training import Protocol, adapted, lora_a
 from torch import Tensor
 
 from peft_linear import ModuleKernels, Spectrum, compute_ntk
+from peft_linear.capture.ntk import compute_sign_kernel
 from peft_linear.functional.simulation import SMOOTHNESS, one_hot_targets
 from peft_linear.selection.criteria import CRITERIA, applicable_criteria
 from peft_linear.selection.problem import Problem
@@ -58,7 +59,7 @@ def look(task: Task, layers: Mapping[int, Sequence[str]], seed: int, protocol: P
     batches = task.calibration(examples, seed=seed)
     given = {"targets": names, "rank": protocol.rank, "lora_alpha": protocol.lora_alpha, "progress": False}
     kernels = compute_ntk(model, batches, **given)
-    return Start(matrices, kernels, compute_ntk(model, batches, kernel="sign", **given))
+    return Start(matrices, kernels, compute_sign_kernel(model, batches, **given))
 
 
 def predictors(start: Start, names: Sequence[str], loss: str) -> dict[str, float]:

@@ -49,8 +49,8 @@ class Batch:
 def read_batches(batches: Iterable[Any], model: nn.Module, needs_labels: bool, what: str) -> list[Batch]:
     """All batches, checked: mappings of tensors, not empty, with labels where `needs_labels`.
 
-    Keys that the model's `forward` does not take (ids, texts) are left out, as the Trainer does; labels go to the
-    model only where it makes its decoder's inputs from them.
+    Keys that the model's `forward` does not take (ids, texts) are left out, as the Trainer does; labels are passed to
+    the model only where it makes its decoder's inputs from them.
 
     Raises:
         PeftLinearError: no batches, an empty one, or one that is not a mapping of tensors.
@@ -133,12 +133,7 @@ def gather_labels(batches: list[Batch], outputs: Tensor, function: OutputFunctio
     labels = torch.cat([batch.labels.cpu() for batch in batches if batch.labels is not None])
     if labels.is_floating_point():
         return labels.double()
-    classes = outputs.shape[1]
-    if function.kind == "logits" and classes > 1 and (int(labels.min()) < 0 or int(labels.max()) >= classes):
-        raise OutputError(
-            f"labels must lie in [0, {classes}) for {classes} logits, got values from {int(labels.min())} to "
-            f"{int(labels.max())}; load the model with num_labels={int(labels.max()) + 1}, or fix the labels"
-        )
+    function.output.check_labels(labels, outputs.shape[1])
     return labels.long()
 
 

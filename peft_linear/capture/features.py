@@ -1,7 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-
-"""`jacobian_features`: the rows of the Jacobian of a model's adapters, from the passes that kernels are made of."""
+"""`jacobian_features`: the rows of the Jacobian of a model's adapters, from the same passes as kernels."""
 
 from __future__ import annotations
 
@@ -13,33 +12,37 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers.pytorch_utils import Conv1D
 
 from ..errors import PeftLinearError
 from ..functional.gram import jacobian_rows
+from ..functional.outputs import Outputs
 from ..kernels.jacobian_features import BASE, Columns, JacobianFeatures, laid_out
+from .adapter_spaces import ParameterMatrix, formed_rows
 from .batches import gather_labels, read_batches
-from .engine.memory import format_memory, parse_memory
-from .outputs import OutputKind
-from .passes import OTHER, Job, Parts, capturing, capturing_other
-from .request import Request
+from .engine.memory import format_memory
+from .job import OTHER, Jacobians, Job
+from .keywords import with_progress
+from .layers import Layer
+from .passes import capturing, capturing_other
+from .request import KernelRequest
+from .resources import Resources
 from .targets import Targets, base_model, require_plain_lora
-from .terms import Term, formed_rows_term
 
 
+AT_MOST_8GB = Resources(max_memory="8GB")
+
+
+@with_progress
 def jacobian_features(
     model: nn.Module,
     batches: Iterable[Mapping[str, Any]],
-    targets: Targets = "all-linear",
-    rank: int = 8,
-    lora_alpha: float = 16.0,
-    outputs: OutputKind = "logits",
-    always_trained: Sequence[str] | None = None,
-    seed: int = 0,
-    progress: bool = True,
-    *,
-    num_projections: int = 16,
-    max_memory: int | str | None = "8GB",
+    targets: Targets = KernelRequest.targets,
+    rank: int = KernelRequest.rank,
+    lora_alpha: float = KernelRequest.lora_alpha,
+    outputs: Outputs = KernelRequest.outputs,
+    always_trained: Sequence[str] | None = KernelRequest.always_trained,
+    seed: int = KernelRequest.seed,
+    resources: Resources = AT_MOST_8GB,
 ) -> JacobianFeatures:
     """The Jacobian rows of LoRA adapters (and of the task head), from one forward and C backward passes a batch.
 
@@ -51,28 +54,30 @@ def jacobian_features(
         model: a plain model (fresh adapters, B = 0), or one that carries LoRA adapters; only of the latter do the
             columns have names in the model. Left as it was found.
         targets: of a model that carries adapters, "all-linear" means those modules that have one.
-        max_memory: an error is raised where the rows would take more. None: no limit.
+        resources: an error is raised where the rows would take more than its `max_memory`. They are kept in memory,
+            in their own precision, by each process for itself: there is no `folder` and no `precision` to set.
 
     Raises:
         TargetError, OutputError: as `compute_ntk`.
-        PeftLinearError: no batches, or more memory needed than `max_memory`.
+        PeftLinearError: no batches, or more memory needed than `max_memory`, or resources that rows do not have.
     """
-    limit = parse_memory(max_memory)
-    request = Request(
+    if resources.folder is not None or resources.precision is not None:
+        raise PeftLinearError(
+            "rows are kept in memory in their own precision; leave `folder` and `precision` out of the resources, or "
+            "call compute_ntk, whose kernels take both"
+        )
+    request = KernelRequest(
         targets=_adapted(model) if targets == "all-linear" else targets,
         space="lora",
         rank=rank,
         lora_alpha=lora_alpha,
-        draws=1,
         outputs=outputs,
         always_trained=always_trained,
         seed=seed,
-        num_projections=num_projections,
-        kernel="gradient",
-        product_dtype=None,
     )
     job = request.prepare(model).job
-    read = read_batches(batches, model, job.function.needs_labels, f"outputs={outputs!r}")
+    output = job.function.output
+    read = read_batches(batches, model, output.needs_labels, f"outputs={output.name!r}")
     job = replace(job, batches=read)
     columns = _columns(job)
     width = columns[-1].stop if columns else 0
@@ -81,10 +86,10 @@ def jacobian_features(
     values: list[Tensor] = []
     first = 0
     with torch.random.fork_rng(devices=[job.device] if job.device.type == "cuda" else []):
-        for parts, batch_outputs in _passes(job, progress):
+        for jacobians, batch_outputs in _passes(job, resources.progress):
             if rows is None:
-                rows = _allocate(limit, examples * batch_outputs.shape[1], width, parts)
-            _write_rows(rows[first : first + batch_outputs.numel()], job, parts)
+                rows = _allocate(resources.memory_limit, examples * batch_outputs.shape[1], width, jacobians)
+            _write_rows(rows[first : first + batch_outputs.numel()], job, jacobians)
             first += batch_outputs.numel()
             values.append(batch_outputs.cpu().double())
     assert rows is not None
@@ -111,68 +116,75 @@ def _adapted(model: nn.Module) -> Targets:
     return layers or "all-linear"
 
 
-def _passes(job: Job, progress: bool) -> Iterator[tuple[Parts, Tensor]]:
-    """Parts of all terms, those of the other head parameters among them, and outputs, batch by batch."""
+def _passes(job: Job, progress: bool) -> Iterator[tuple[Jacobians, Tensor]]:
+    """Jacobians in all matrices, those of the other head parameters among them, and outputs, batch by batch."""
     others = []
     if job.head_other:
         with capturing_other(job) as capture:
             others = [capture(number)[0] for number in range(len(job.batches))]
     with capturing(job) as capture:
         for number in tqdm(range(len(job.batches)), desc="features", unit="batch", disable=not progress):
-            parts, outputs = capture(number)
-            yield parts | (others[number] if others else {}), outputs
+            jacobians, outputs = capture(number)
+            yield jacobians | (others[number] if others else {}), outputs
 
 
-def _write_rows(target: Tensor, job: Job, parts: Parts) -> None:
+def _write_rows(target: Tensor, job: Job, jacobians: Jacobians) -> None:
     """The rows of a batch into `target` (B·C, P)."""
     first = 0
-    for key, term in _terms(job):
-        part, width = parts.get(key), term.features * term.channels
+    for key, matrix in _matrices(job):
+        jacobian, width = jacobians.get(key), matrix.features * matrix.channels
         columns = target[:, first : first + width]
-        if part is None:
+        if jacobian is None:
             columns.zero_()
         else:
-            rows = part if isinstance(part, Tensor) else jacobian_rows(*part)
+            rows = jacobian if isinstance(jacobian, Tensor) else jacobian_rows(*jacobian)
             columns.copy_(rows.reshape(len(target), width))
         first += width
 
 
-def _terms(job: Job) -> Iterator[tuple[str, Term]]:
-    for name in (*job.candidates, *job.head_linear):
-        yield from zip(job.keys(name), job.terms[name], strict=True)
+def _matrices(job: Job) -> Iterator[tuple[str, ParameterMatrix]]:
+    for name in job.layers:
+        yield from zip(job.keys(name), job.matrices[name], strict=True)
     if job.head_other:
-        yield OTHER, formed_rows_term(job.head_other)
+        yield OTHER, formed_rows(job.head_other)
 
 
 def _columns(job: Job) -> list[Columns]:
-    """In the order of `_terms`; the other head parameters one by one."""
+    """In the order of `_matrices`; the other head parameters one by one."""
     names = {id(parameter): name for name, parameter in job.model.named_parameters()}
     columns: list[Columns] = []
 
-    def add(module: str, parameter: Any, shape: tuple[int, ...], transposed: bool) -> None:
+    def add(module: str, parameter: Tensor | None, shape: tuple[int, ...], transposed: bool) -> None:
         first = columns[-1].stop if columns else 0
-        columns.append(Columns(module, names.get(id(parameter)), first, shape, transposed))
+        own = None if parameter is None or parameter.shape == shape[::-1] else tuple(parameter.shape)
+        columns.append(
+            Columns(module, names.get(id(parameter)), first, shape, transposed, own if transposed else None)
+        )
 
     for name, layer in job.candidates.items():
-        adapter = require_plain_lora(name, layer) if isinstance(layer, LoraLayer) else None
-        factors = [None]
-        if adapter is not None:
-            factors = [layer.lora_B[adapter].weight, layer.lora_A[adapter].weight]  # type: ignore[index, union-attr]
-        for factor, term in zip(factors, job.terms[name], strict=False):  # A has no term at B = 0
-            add(name, factor, (term.features, term.channels), transposed=True)
-    for name, layer in job.head_linear.items():
-        weight, *bias = job.terms[name]
-        add(BASE, layer.weight, (weight.features, weight.channels), transposed=not isinstance(layer, Conv1D))
-        for term in bias:
-            add(BASE, layer.bias, (term.channels,), transposed=False)
+        factors: Sequence[Tensor | None] = _lora_factors(layer) or [None]
+        for factor, matrix in zip(factors, job.matrices[name], strict=False):  # A has none at B = 0
+            add(name, factor, (matrix.features, matrix.channels), transposed=True)
+    for name, layer in job.head_layers.items():
+        weight, *bias = job.matrices[name]
+        add(BASE, layer.weight, (weight.features, weight.channels), transposed=layer.output_first)
+        for matrix in bias:
+            add(BASE, layer.bias, (matrix.channels,), transposed=False)
     for parameter in job.head_other:
         add(BASE, parameter, tuple(parameter.shape), transposed=False)
     return columns
 
 
-def _allocate(limit: int | None, rows: int, width: int, parts: Parts) -> Tensor:
-    known = [part if isinstance(part, Tensor) else part[0] for part in parts.values() if part is not None]
-    dtype = torch.float64 if any(part.dtype == torch.float64 for part in known) else torch.float32
+def _lora_factors(layer: Layer) -> list[Tensor] | None:
+    """B and A of a layer that carries an adapter."""
+    module: Any = layer.module
+    adapter = require_plain_lora(layer.name, module) if isinstance(module, LoraLayer) else None
+    return None if adapter is None else [module.lora_B[adapter].weight, module.lora_A[adapter].weight]
+
+
+def _allocate(limit: int | None, rows: int, width: int, jacobians: Jacobians) -> Tensor:
+    known = [one if isinstance(one, Tensor) else one[0] for one in jacobians.values() if one is not None]
+    dtype = torch.float64 if any(one.dtype == torch.float64 for one in known) else torch.float32
     size = rows * width * dtype.itemsize
     if limit is not None and size > limit:
         raise PeftLinearError(

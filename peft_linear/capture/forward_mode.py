@@ -1,7 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-
-"""What forward-mode AD through an unmodified model needs: attention that has it, eval mode, losses."""
+"""What forward-mode AD through an unmodified model needs: attention that supports it, eval mode, losses."""
 
 from __future__ import annotations
 
@@ -52,7 +51,7 @@ def evaluation(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def differentiable_attention(model: nn.Module) -> Iterator[None]:
-    """Attention that has forward-mode AD inside, the model's own after.
+    """Inside, attention that supports forward-mode AD; after it the model's own.
 
     `sdpa` keeps its name and runs its mathematical kernel; other fused kinds (flash, flex) become "eager".
     """
@@ -83,9 +82,9 @@ def forward_mode_errors(what: str) -> Iterator[None]:
 
 
 class LinearLosses(TorchFunctionMode):
-    """Inside, every loss function of LOSSES sees linearised logits; `inputs` keeps what each call saw.
+    """Inside, every loss function of LOSSES gets linearised logits; `inputs` keeps those of each call.
 
-    With `inputs` of an earlier pass (`replay`), the calls see those values, with the gradient of what they were given.
+    With `inputs` of an earlier pass (`replay`), the calls get those values, with the gradient of what they were given.
     """
 
     def __init__(self, replay: list[Tensor] | None = None) -> None:

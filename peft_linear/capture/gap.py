@@ -1,6 +1,5 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-
 """`linearization_gap`: how far a fine-tuned model is from its linear model, in outputs and in predictions."""
 
 from __future__ import annotations
@@ -13,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import OutputError, PeftLinearError
+from ..functional.outputs import IGNORED
 from .batches import Batch, read_batches
 from .forward_mode import evaluation
 from .linearize import LinearizedModel
-from .outputs import IGNORED, label_shift, logits_of
+from .outputs import label_shift, logits_of
 from .targets import base_model
 
 
@@ -136,7 +136,7 @@ def linearization_gap(
 ) -> GapReport:
     """Compares the outputs of a fine-tuned `model` with those of its linear model, example by example.
 
-    Two questions, told apart by `at`: with "model", f̄ is evaluated at the model's own parameters, so the gap is the
+    Two questions; `at` chooses: with "model", f̄ is evaluated at the model's own parameters, so the gap is the
     Taylor remainder `f_θ − f̄_θ`; with "own", at the linear model's parameters, so that two models that were each
     trained are compared (the paper's comparison). "auto" takes "own" if the linear model has moved from θ0.
 

@@ -1,6 +1,5 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-
 """`linearize`: the first-order model `f_θ0(x) + J(x)(θ−θ0)` of a model with an adapter, exact and trainable."""
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..errors import OutputError, TargetError
+from ..functional.outputs import Outputs
 from .batches import read_batches
 from .forward_mode import (
     LinearLosses,
@@ -27,7 +27,7 @@ from .forward_mode import (
     map_tensors,
     with_gradient_of,
 )
-from .outputs import OutputFunction, OutputKind, label_shift
+from .outputs import OutputFunction
 from .targets import base_model
 
 
@@ -97,10 +97,10 @@ class LinearizedModel(nn.Module):
         """
         if labels is not None:
             kwargs["labels"] = labels
-        values, seen = self._forward_mode(self.displacement(), args, kwargs)
+        values, logits = self._forward_mode(self.displacement(), args, kwargs)
         if not (torch.is_grad_enabled() and any(p.requires_grad for p in self.theta.values())):
             return values
-        with evaluation(self.wrapped), LinearLosses(replay=seen):
+        with evaluation(self.wrapped), LinearLosses(replay=logits):
             carried = {
                 name: with_gradient_of(self._at(self.theta0, name), self._at(self.theta, name)) for name in self.names
             }
@@ -178,7 +178,7 @@ class LinearizedModel(nn.Module):
         self,
         alpha: Tensor,  # (N, C)
         batches: Iterable[Mapping[str, Any]],
-        outputs: OutputKind = "logits",
+        outputs: Outputs = "logits",
     ) -> LinearizedModel:
         """Sets `θ = θ0 + Jᵀα`: training by solving. `J` is taken of the N examples in `batches`, in their order.
 
@@ -188,8 +188,8 @@ class LinearizedModel(nn.Module):
         Raises:
             OutputError: `alpha` does not have one row an example and one column an output.
         """
-        function = OutputFunction(outputs, shift=label_shift(base_model(self.wrapped)))
-        read = read_batches(batches, self.wrapped, function.needs_labels, f"outputs={outputs!r}")
+        function = OutputFunction.of(self.wrapped, outputs)
+        read = read_batches(batches, self.wrapped, function.output.needs_labels, f"outputs={function.output.name!r}")
         count = sum(batch.size for batch in read)
         if alpha.ndim != 2 or len(alpha) != count:
             raise OutputError(f"alpha must be (N, C) with N={count} examples, got shape {tuple(alpha.shape)}")
@@ -236,7 +236,7 @@ class LinearizedModel(nn.Module):
 
     def _forward_mode(self, displacement: dict[str, Tensor], args: tuple, kwargs: dict) -> tuple[Any, list[Tensor]]:
         with (
-            torch.inference_mode(False),  # which would drop the tangents without a word
+            torch.inference_mode(False),  # which would drop the tangents silently
             evaluation(self.wrapped),
             differentiable_attention(self.wrapped),
             torch.no_grad(),
@@ -249,7 +249,7 @@ class LinearizedModel(nn.Module):
                 output = functional_call(self.wrapped, duals, args, kwargs)
             if not losses.inputs and has_tangent(_loss_of(output)):
                 raise OutputError(
-                    f"the loss of {type(base_model(self.wrapped)).__name__} is none that can be taken of linearised "
+                    f"the loss of {type(base_model(self.wrapped)).__name__} cannot be taken of linearised "
                     "logits; leave the labels out and compute the loss from the logits it returns"
                 )
             return map_tensors(first_order, output), losses.inputs

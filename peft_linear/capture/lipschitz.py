@@ -1,6 +1,5 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-
 """How much a model's outputs, and its Jacobian, change with the adapter's parameters: sampled around θ0."""
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-"""Parameters that are trained in full but belong to no linear map: norms, embeddings and the like in a task head."""
+"""Parameters that are always trained but belong to no layer of a known kind: norms and embeddings in a task head."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from .layers import Layer, layer_kind
 from .recorder import recording
-from .targets import linear_shape
 
 
 def head_parameters(head: Mapping[str, nn.Module]) -> list[nn.Parameter]:
@@ -20,16 +20,17 @@ def head_parameters(head: Mapping[str, nn.Module]) -> list[nn.Parameter]:
     return list(found.values())
 
 
-def split_parameters(head: Mapping[str, nn.Module]) -> tuple[dict[str, nn.Module], list[nn.Parameter]]:
-    """The linear maps of `head` by name, and every floating-point parameter that is not the weight or bias of one."""
-    linear: dict[str, nn.Module] = {}
+def split_parameters(head: Mapping[str, nn.Module]) -> tuple[dict[str, Layer], list[nn.Parameter]]:
+    """The layers of `head` by name, and every floating-point parameter that is not the weight or bias of one."""
+    layers: dict[str, Layer] = {}
     for prefix, module in head.items():
         for name, inner in module.named_modules(prefix=prefix):
-            weight = getattr(inner, "weight", None)
-            if linear_shape(inner) is not None and isinstance(weight, nn.Parameter) and weight.is_floating_point():
-                linear[name] = inner
-    covered = {id(parameter) for module in linear.values() for parameter in module.parameters(recurse=False)}
-    return linear, [parameter for parameter in head_parameters(head) if id(parameter) not in covered]
+            kind = layer_kind(inner)
+            layer = None if kind is None else kind(name, inner)
+            if layer is not None and layer.weight is not None:
+                layers[name] = layer
+    covered = {id(parameter) for layer in layers.values() for parameter in (layer.weight, layer.bias)}
+    return layers, [parameter for parameter in head_parameters(head) if id(parameter) not in covered]
 
 
 @contextmanager
@@ -48,7 +49,7 @@ def differentiable(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iter
 def parameter_rows(parameters: Sequence[nn.Parameter], outputs: Tensor) -> Tensor:  # (B·C, P, 1)
     """Jacobian rows of the outputs (B, C) of a batch, one backward pass for each example and output.
 
-    Slow, and right for every kind of parameter; heads have few that are not linear maps. The passes reach no further
+    Slow, and right for every kind of parameter; heads have few outside linear layers. The passes reach no further
     down than these parameters.
     """
     rows = []

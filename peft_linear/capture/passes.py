@@ -1,65 +1,33 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-"""All passes over a model: from each batch to the parts of every term, and the checks that come before the first."""
+"""All passes over a model: from each batch to its Jacobian in every parameter matrix; checks before the first."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import TargetError
-from ..functional.gram import Part
-from .batches import Batch, evaluate
-from .engine.accumulate import TermAccumulator
-from .outputs import OutputFunction
+from .accumulate import JacobianAccumulator
+from .batches import evaluate
+from .job import OTHER, Jacobians, Job
 from .parameters import differentiable, parameter_rows
-from .recorder import Recorder, by_example, recording
+from .recorder import Recorder, recording
 from .shared_inputs import SharedInputs
 from .targets import base_model
-from .terms import Term
-
-
-Parts = dict[str, Part | None]
-OTHER = "other head parameters"  # the key of their rows
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is to be computed: of which modules, made of which terms, on which batches."""
-
-    model: nn.Module
-    candidates: Mapping[str, nn.Module]
-    head_linear: Mapping[str, nn.Module]  # linear maps that are trained in full whatever is chosen
-    head_other: Sequence[nn.Parameter]  # and other such parameters
-    terms: Mapping[str, list[Term]]  # of candidates and head_linear
-    batches: Sequence[Batch]
-    function: OutputFunction
-    device: torch.device
-    signed: bool = False  # the kernel of sign descent
-    product_dtype: torch.dtype | None = None  # of products of rows; None: that of the rows
-
-    @property
-    def has_head(self) -> bool:
-        return bool(self.head_linear or self.head_other)
-
-    def keys(self, name: str) -> list[str]:
-        """The keys of a module's terms."""
-        return [f"{name}#{number}" for number in range(len(self.terms[name]))]
 
 
 @contextmanager
-def capturing(job: Job) -> Iterator[Callable[[int], tuple[Parts, Tensor]]]:
-    """Hooks the modules; yields the function that takes a batch's number to its parts by key, and its outputs."""
-    hooked = {**job.candidates, **job.head_linear}
-    shared = SharedInputs(job.terms)
+def capturing(job: Job) -> Iterator[Callable[[int], tuple[Jacobians, Tensor]]]:
+    """Hooks the layers; yields the function that takes a batch's number to its Jacobians by key, and its outputs."""
+    layers = job.layers
+    shared = SharedInputs(layers, job.matrices)
     accumulators = {
-        name: [TermAccumulator(name, number, term, shared) for number, term in enumerate(job.terms[name])]
-        for name in hooked
+        name: [JacobianAccumulator(layer, number, matrix, shared) for number, matrix in enumerate(job.matrices[name])]
+        for name, layer in layers.items()
     }
     now = {"output": 0, "size": 0, "outputs": 0}
     checked = False
@@ -68,7 +36,7 @@ def capturing(job: Job) -> Iterator[Callable[[int], tuple[Parts, Tensor]]]:
         for accumulator in accumulators[name]:
             accumulator.add(number, cotangent, now["output"], now["size"], now["outputs"])
 
-    def capture(number: int) -> tuple[Parts, Tensor]:
+    def capture(number: int) -> tuple[Jacobians, Tensor]:
         nonlocal checked
         recorder.clear()
         outputs = evaluate(job.model, job.batches[number].to(job.device), job.function, number)
@@ -83,24 +51,24 @@ def capturing(job: Job) -> Iterator[Callable[[int], tuple[Parts, Tensor]]]:
         for output in range(outputs.shape[1]):
             now["output"] = output
             recorder.backward(outputs[:, output].sum(), output + 1 < outputs.shape[1], take)
-        parts = {
+        jacobians = {
             key: accumulator.end_batch(outputs.shape[1])
-            for name, of_module in accumulators.items()
-            for key, accumulator in zip(job.keys(name), of_module, strict=True)
+            for name, of_layer in accumulators.items()
+            for key, accumulator in zip(job.keys(name), of_layer, strict=True)
         }
         shared.clear()
         recorder.clear()
-        return parts, outputs.detach()
+        return jacobians, outputs.detach()
 
-    with recording(job.model, hooked) as recorder:
+    with recording(job.model, layers) as recorder:
         yield capture
 
 
 @contextmanager
-def capturing_other(job: Job) -> Iterator[Callable[[int], tuple[Parts, Tensor]]]:
-    """The same for the parameters of the head that belong to no linear map."""
+def capturing_other(job: Job) -> Iterator[Callable[[int], tuple[Jacobians, Tensor]]]:
+    """The same for the parameters of the head that belong to no layer of a known kind."""
 
-    def capture(number: int) -> tuple[Parts, Tensor]:
+    def capture(number: int) -> tuple[Jacobians, Tensor]:
         outputs = evaluate(job.model, job.batches[number].to(job.device), job.function, number)
         return {OTHER: parameter_rows(job.head_other, outputs)}, outputs.detach()
 
@@ -124,7 +92,7 @@ def _check_batch(recorder: Recorder, job: Job, outputs: Tensor) -> None:
     size = outputs.shape[0]
     calls = [(name, call) for name, calls in recorder.calls.items() for call in calls]
     if not outputs.requires_grad or not any(recorder.calls[name] for name in job.candidates):
-        raise no_gradient(job.candidates, job.function.kind)
+        raise no_gradient(job.candidates, job.function.output.name)
     plain = isinstance(base_model(job.model), PreTrainedModel) and all(
         call.inputs.shape[0] == size and size not in call.inputs.shape[1:-1] for _, call in calls
     )
@@ -132,12 +100,13 @@ def _check_batch(recorder: Recorder, job: Job, outputs: Tensor) -> None:
         return
     mixed = {}
 
-    def look(name: str, number: int, cotangent: Tensor) -> None:
-        by_example(recorder.calls[name][number].inputs, size, name)
-        if bool(by_example(cotangent, size, name)[1:].any()):
+    def check(name: str, number: int, cotangent: Tensor) -> None:
+        layer = recorder.layers[name]
+        layer.inputs(recorder.calls[name][number].inputs, size)
+        if bool(layer.cotangents(cotangent, size)[1:].any()):
             mixed[name] = tuple(cotangent.shape)
 
-    recorder.backward(outputs[0].sum(), keep_graph=True, on_cotangent=look)
+    recorder.backward(outputs[0].sum(), keep_graph=True, on_cotangent=check)
     if mixed:
         name, shape = next(iter(mixed.items()))
         raise TargetError(

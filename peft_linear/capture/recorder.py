@@ -1,8 +1,8 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-"""The only place that hooks an nn.Module: inputs and output cotangents of chosen modules, model left as found.
+"""The only place where layers of a model are hooked: their inputs and output cotangents; the model is left as found.
 
-The graph begins at the output of the first chosen module: all parameters are frozen while we look, so nothing below
+The graph begins at the output of the first chosen module: all parameters are frozen meanwhile, so nothing below
 it is saved or differentiated, and no parameter gradient is ever computed.
 """
 
@@ -17,32 +17,33 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import TargetError
+from .layers import Layer, Record
 
 
 _PACKS = "support_avx512bf16_for_cpu"  # bitsandbytes' flag on a 4-bit linear
-Take = Callable[[str, int, Tensor], None]  # (module, number of the call, cotangent)
+Take = Callable[[str, int, Tensor], None]  # (layer, number of the call, cotangent)
 
 
 @dataclass
 class Call:
-    """One call of a module."""
+    """One call of a layer."""
 
-    inputs: Tensor  # as the module saw it, unless its version is another one by now
+    inputs: Tensor  # as the layer got it, unless its version is another one by now
     version: int
     leaf: Tensor | None = None  # its output, where the graph begins here
 
 
 @dataclass
 class Recorder:
-    """Records the calls of `modules` between `clear()`s; `backward` hands out the cotangents of their outputs."""
+    """Records the calls of `layers` between `clear()`s; `backward` hands out the cotangents of their outputs."""
 
-    modules: Mapping[str, nn.Module]
+    layers: Mapping[str, Layer]
     calls: dict[str, list[Call]] = field(default_factory=dict)
-    copied: set[str] = field(default_factory=set)  # modules whose inputs the model changes in place later on
+    copied: set[str] = field(default_factory=set)  # layers whose inputs the model changes in place later on
     _take: Take | None = None
 
     def clear(self) -> None:
-        self.calls = {name: [] for name in self.modules}
+        self.calls = {name: [] for name in self.layers}
 
     def copy_changed_inputs(self) -> bool:
         """Whether the model has changed a recorded input in place since; such inputs will be copied from now on.
@@ -58,37 +59,34 @@ class Recorder:
         return bool(changed)
 
     def backward(self, scalar: Tensor, keep_graph: bool, on_cotangent: Take) -> None:
-        """One backward pass from `scalar` to the recorded outputs, handed out as they come; without parameters."""
+        """One backward pass from `scalar` to the recorded outputs, whose cotangents are passed on one by one."""
         self._take = on_cotangent
         if not scalar.requires_grad:
             return
-        ours = {
+        recorded = {
             id(call.leaf): (name, number)
             for name, calls in self.calls.items()
             for number, call in enumerate(calls)
             if call.leaf is not None
         }
-        # All leaves, not ours alone: a pass that stops at ours would miss outputs whose only leaf is another one, such
-        # as the embeddings that gradient checkpointing marks.
+        # All leaves, not the recorded ones alone: a pass that stops at those would miss outputs whose only leaf is
+        # another one, such as the embeddings that gradient checkpointing marks.
         leaves = _graph_leaves(scalar)
         gradients = torch.autograd.grad(scalar, leaves, retain_graph=keep_graph, allow_unused=True)
         for leaf, gradient in zip(leaves, gradients, strict=True):
-            if gradient is not None and id(leaf) in ours:
-                self._receive(*ours[id(leaf)], gradient)
+            if gradient is not None and id(leaf) in recorded:
+                self._receive(*recorded[id(leaf)], gradient)
 
     def _receive(self, name: str, number: int, cotangent: Tensor) -> None:
         if self._take is not None:
             self._take(name, number, cotangent.detach())
 
-    def hook(self, name: str) -> Callable:
-        def record(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Tensor:
-            if not isinstance(output, Tensor):
-                raise TargetError(
-                    f"{name} ({type(module).__name__}) returned {type(output).__name__}, not a tensor; "
-                    "leave it out of `targets`"
-                )
+    def record(self, name: str) -> Record:
+        """What the layer of that name is to call; see `Layer.attach`."""
+
+        def record(inputs: Tensor, output: Tensor) -> Tensor:
             number = len(self.calls[name])
-            inputs = _first_tensor(name, args, kwargs).detach()
+            inputs = inputs.detach()
             inputs = inputs.clone() if name in self.copied else inputs
             call = Call(inputs, inputs._version)
             self.calls[name].append(call)
@@ -96,7 +94,7 @@ class Recorder:
                 output.register_hook(lambda gradient: self._receive(name, number, gradient))
                 return output
             call.leaf = output.detach().requires_grad_(True)
-            return call.leaf.clone()  # a copy, so that the model may go on in place
+            return call.leaf.clone()  # a copy, so that the model may change it in place
 
         return record
 
@@ -121,9 +119,9 @@ def _graph_leaves(scalar: Tensor) -> list[Tensor]:
 @contextmanager
 def recording(
     model: nn.Module,
-    modules: Mapping[str, nn.Module],
+    layers: Mapping[str, Layer],
 ) -> Iterator[Recorder]:
-    """Hooks `modules` of `model`, which is in eval mode with frozen parameters inside the block, and as before after.
+    """Hooks `layers` of `model`, which is in eval mode with frozen parameters inside the block, and as before after.
 
     Raises:
         TargetError: 4-bit weights that are packed for inference, so that no gradient goes through them.
@@ -131,15 +129,15 @@ def recording(
     Restored also when the block raises: hooks, train/eval mode of every module, `requires_grad` of every parameter.
     `.grad`, buffers and random states are never touched.
     """
-    recorder = Recorder(modules)
+    recorder = Recorder(layers)
     recorder.clear()
     modes = [(module, module.training) for module in model.modules()]
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     packers = _inference_packers(model)
     handles = []
     try:
-        for name, module in modules.items():
-            handles.append(module.register_forward_hook(recorder.hook(name), with_kwargs=True))
+        for name, layer in layers.items():
+            handles.append(layer.attach(recorder.record(name)))
         for module, training in modes:
             if training:
                 module.training = False
@@ -168,31 +166,6 @@ def _inference_packers(model: nn.Module) -> list[nn.Module]:
         if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
             raise TargetError(
                 f"{type(module).__name__} has 4-bit weights that bitsandbytes packed for inference in an earlier pass "
-                "in eval mode; no gradient goes through them: load the model anew, and call this before any such pass"
+                "in eval mode; no gradient goes through them: load the model again, and call this before any such pass"
             )
     return packers
-
-
-def _first_tensor(name: str, args: tuple, kwargs: dict[str, Any]) -> Tensor:
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, Tensor):
-            return value
-    raise TargetError(f"{name} was called without a tensor; leave it out of `targets`")
-
-
-def by_example(
-    tensor: Tensor,  # (B, d), (B, …, d) or (B·T, d)
-    batch_size: int,  # B
-    name: str,
-) -> Tensor:  # (B, T, d)
-    """The layer's input or cotangent with one row an example; T runs over everything between.
-
-    Raises:
-        TargetError: the first dimension is no multiple of the batch, so examples cannot be told apart.
-    """
-    if tensor.ndim < 2 or tensor.shape[0] % batch_size:
-        raise TargetError(
-            f"{name} works on a tensor of shape {tuple(tensor.shape)}, in which the {batch_size} examples of the "
-            "batch cannot be told apart; pass batches of one example"
-        )
-    return tensor.reshape(batch_size, -1, tensor.shape[-1])

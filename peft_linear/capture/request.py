@@ -1,134 +1,156 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-"""What `compute_ntk` is asked for: the arguments that its result depends on, checked, and the job they make."""
+"""`KernelRequest`: which kernels of a model are wanted; the owner of the defaults."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..errors import PeftLinearError
-from .outputs import OutputFunction, OutputKind, label_shift
+from ..functional.outputs import Outputs, resolve_output
+from ..kernels import ModuleKernels
+from .adapter_spaces import Space, check_adapter_arguments, count_parameters, full_matrices, space_matrices
+from .engine.computation import compute_kernels
+from .job import Job, Prepared
+from .layers import Layer, layer_of
+from .outputs import OutputFunction
 from .parameters import head_parameters, split_parameters
-from .passes import Job
-from .targets import Targets, base_model, resolve_always_trained, resolve_targets
-from .terms import Space, check_adapter_arguments, linear_parameter_terms, module_terms
+from .resources import DEFAULT_RESOURCES, Resources
+from .targets import Targets, resolve_always_trained, resolve_targets
 
 
 @dataclass(frozen=True)
-class Request:
-    """Arguments of `compute_ntk`, as it documents them.
+class KernelRequest:
+    """The arguments of `compute_ntk` that its result depends on, as it documents them, and their defaults.
 
     Raises:
         PeftLinearError: they are out of range.
     """
 
-    targets: Targets
-    space: Space
-    rank: int | Sequence[int]
-    lora_alpha: float
-    draws: int
-    outputs: OutputKind
-    always_trained: Sequence[str] | None
-    seed: int
-    num_projections: int
-    kernel: Literal["gradient", "sign"]
-    product_dtype: torch.dtype | None
+    targets: Targets = "all-linear"
+    space: Space = "lora"
+    rank: int = 8
+    lora_alpha: float = 16.0
+    draws: int = 1
+    outputs: Outputs = "logits"
+    always_trained: Sequence[str] | None = None
+    seed: int = 0
 
     def __post_init__(self) -> None:
-        for rank in self.ranks:
-            check_adapter_arguments(self.space, rank, self.lora_alpha, self.draws)
-        if self.by_rank:
-            self._check_ranks()
-        if self.kernel not in ("gradient", "sign"):
-            raise PeftLinearError(f'kernel must be "gradient" or "sign", got {self.kernel!r}')
-        if self.product_dtype not in (None, torch.float32, torch.float64):
+        if isinstance(self.rank, Sequence) and not isinstance(self.rank, str):
             raise PeftLinearError(
-                f"product_dtype must be None, torch.float32 or torch.float64, got {self.product_dtype!r}"
+                f"rank must be a positive integer, got {self.rank!r}; several ranks share their passes in "
+                f"peft_linear.capture.ntk.compute_ntk_at_ranks(model, batches, ranks={self.rank!r})"
             )
+        check_adapter_arguments(self.space, self.rank, self.lora_alpha, self.draws)
+        resolve_output(self.outputs)
 
-    @property
-    def by_rank(self) -> bool:
-        """Whether `rank` is a sequence, be it of one: then there is a result for each."""
-        return isinstance(self.rank, Sequence) and not isinstance(self.rank, str)
-
-    @property
-    def ranks(self) -> tuple[int, ...]:
-        """As they are given."""
-        return tuple(self.rank) if self.by_rank else (self.rank,)  # type: ignore[arg-type, return-value]
-
-    @property
-    def folders(self) -> dict[int, str]:
-        """Every rank, ascending, and the part of a run's folder in which its kernels lie."""
-        return {rank: f"rank-{rank}/" if self.by_rank else "" for rank in sorted(self.ranks)}
-
-    def prepare(self, model: nn.Module) -> Prepared:
-        """Finds the modules and makes their terms, at the largest rank.
+    def candidates(self, model: nn.Module) -> dict[str, int]:
+        """Parameters of an adapter on each candidate, by full name in model order; needs no batches and no pass.
 
         Raises:
-            TargetError, OutputError: as `compute_ntk`.
+            TargetError: unknown or unusable targets.
         """
-        function = OutputFunction(
-            self.outputs, shift=label_shift(base_model(model)), num_projections=self.num_projections, seed=self.seed
+        _, layers = self._find(model)
+        return {name: count_parameters(layer, self.space, self.rank) for name, layer in layers.items()}
+
+    def compute(
+        self, model: nn.Module, batches: Iterable[Mapping[str, Any]], resources: Resources = DEFAULT_RESOURCES
+    ) -> ModuleKernels:
+        """The kernels. Raises what `compute_ntk` does."""
+        return compute_kernels(self.prepare(model), batches, resources)[self.rank]
+
+    def compute_sign(
+        self, model: nn.Module, batches: Iterable[Mapping[str, Any]], resources: Resources = DEFAULT_RESOURCES
+    ) -> ModuleKernels:
+        """The sign kernels. Raises what `compute_ntk` does."""
+        return compute_kernels(self.prepare(model, signed=True), batches, resources)[self.rank]
+
+    def compute_at_ranks(
+        self,
+        model: nn.Module,
+        batches: Iterable[Mapping[str, Any]],
+        ranks: Sequence[int],
+        resources: Resources = DEFAULT_RESOURCES,
+    ) -> dict[int, ModuleKernels]:
+        """The kernels at each of `ranks`, in their order; `rank` does not count. Raises what `compute_ntk` does."""
+        kernels = compute_kernels(self.prepare(model, ranks), batches, resources)
+        return {rank: kernels[rank] for rank in ranks}
+
+    def prepare(self, model: nn.Module, ranks: Sequence[int] | None = None, signed: bool = False) -> Prepared:
+        """Finds the modules, and what their kernels are made of, at the largest rank.
+
+        Raises:
+            PeftLinearError: `ranks` are not different positive integers, or the space has no such ranks.
+            TargetError: unknown or unusable targets.
+        """
+        self._check_ranks(ranks)
+        folders = {self.rank: ""} if ranks is None else {rank: f"rank-{rank}/" for rank in sorted(ranks)}
+        head, layers = self._find(model)
+        head_layers, head_other = split_parameters(head)
+        rank = max(folders)
+        matrices = {
+            name: space_matrices(layer, self.space, rank, self.lora_alpha, self.draws, self.seed)
+            for name, layer in layers.items()
+        }
+        job = Job(
+            model=model,
+            candidates=layers,
+            head_layers=head_layers,
+            head_other=head_other,
+            matrices=matrices | {name: full_matrices(layer) for name, layer in head_layers.items()},
+            batches=(),
+            function=OutputFunction.of(model, self.outputs, self.seed),
+            device=next((parameter.device for parameter in model.parameters()), torch.device("cpu")),
+            signed=signed,
         )
+        return Prepared(
+            job=job,
+            arguments=self._arguments(layers, head, self.rank if ranks is None else sorted(ranks), signed),
+            folders=folders,
+            largest={name: count_parameters(layer, self.space, rank) for name, layer in layers.items()},
+            in_head=sum(parameter.numel() for parameter in head_parameters(head)),
+        )
+
+    def _find(self, model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, Layer]]:
+        """The modules that are always trained, and the candidates."""
         head = resolve_always_trained(model, self.always_trained)
         chosen = resolve_targets(model, self.targets, reserved=head)
-        head_linear, head_other = split_parameters(head)
-        terms, num_parameters = {}, {}
-        for name, module in chosen.items():
-            terms[name], num_parameters[name] = module_terms(
-                name, module, self.space, max(self.ranks), self.lora_alpha, self.draws, self.seed
-            )
-        terms |= {name: linear_parameter_terms(module) for name, module in head_linear.items()}
-        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-        signed = self.kernel == "sign"
-        job = Job(model, chosen, head_linear, head_other, terms, (), function, device, signed, self.product_dtype)
-        in_head = sum(parameter.numel() for parameter in head_parameters(head))
-        return Prepared(job, self._arguments(list(chosen), sorted(head)), num_parameters, in_head)
+        return head, {name: layer_of(name, module) for name, module in chosen.items()}
 
-    def _check_ranks(self) -> None:
-        if not self.ranks:
-            raise PeftLinearError(f"rank={self.rank!r} names no rank; pass one, or several, such as rank=(4, 8, 16)")
-        if len(set(self.ranks)) < len(self.ranks):
-            raise PeftLinearError(f"rank={self.rank!r} names a rank twice; there is one result for each")
+    def _check_ranks(self, ranks: Sequence[int] | None) -> None:
+        if ranks is None:
+            return
+        if isinstance(ranks, str) or not isinstance(ranks, Sequence) or not ranks:
+            raise PeftLinearError(f"ranks must be positive integers such as (4, 8, 16), got {ranks!r}")
+        for rank in ranks:
+            check_adapter_arguments(self.space, rank, self.lora_alpha, self.draws)
+        if len(set(ranks)) < len(ranks):
+            raise PeftLinearError(f"ranks={ranks!r} names a rank twice; there is one result for each")
         if self.space != "lora":
             raise PeftLinearError(
-                f'rank={self.rank!r} are ranks that share the random A of space="lora", got space={self.space!r}; '
+                f'ranks={ranks!r} are ranks that share the random A of space="lora", got space={self.space!r}; '
                 "call compute_ntk once for each of them"
             )
 
-    def _arguments(self, targets: list[str], always_trained: list[str]) -> dict[str, Any]:
+    def _arguments(
+        self, candidates: Iterable[str], head: Iterable[str], rank: int | list[int], signed: bool
+    ) -> dict[str, Any]:
+        output = resolve_output(self.outputs)
         return {
-            "targets": targets,
-            "always_trained": always_trained,
+            "targets": list(candidates),
+            "always_trained": sorted(head),
             "space": self.space,
-            "rank": sorted(self.ranks) if self.by_rank else self.rank,
+            "rank": rank,
             "lora_alpha": self.lora_alpha,
             "draws": self.draws,
-            "outputs": self.outputs,
-            "num_projections": self.num_projections,
-            "kernel": self.kernel,
-            "product_dtype": str(self.product_dtype),
+            "outputs": output.name,
+            **output.arguments,
+            "kernel": "sign" if signed else "gradient",
             "seed": self.seed,
-        }
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A request about one model: the job but for its batches, the arguments as JSON, and what each adapter trains."""
-
-    job: Job
-    arguments: dict[str, Any]
-    largest: dict[str, int]  # adapter parameters of each candidate at the largest rank
-    in_head: int  # parameters that are trained whatever is chosen
-
-    def num_parameters(self, rank: int, largest_rank: int) -> dict[str, int]:
-        """Adapter parameters of each candidate at `rank`; an adapter that the model carries keeps its own."""
-        return {
-            name: number * rank // largest_rank if self.job.terms[name][0].nested else number
-            for name, number in self.largest.items()
         }

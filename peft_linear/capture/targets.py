@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-"""Which modules can carry an adapter, and which parameters are trained whatever is chosen.
+"""Which modules can carry an adapter, and which modules are always trained.
 
 Names are those of the base model, also when a `PeftModel` is passed, so that they can go into a config's
 `target_modules` as they stand.
@@ -17,10 +17,10 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_mod
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from ..errors import TargetError
 from ..kernels.module_kernels import PEFT_PREFIX
+from .layers import layer_kind, not_a_layer
 
 
 Targets = str | Sequence[str]
@@ -35,19 +35,6 @@ def base_model(model: nn.Module) -> nn.Module:
     return tuner.model if isinstance(tuner, BaseTuner) else model
 
 
-def linear_shape(module: nn.Module) -> tuple[int, int] | None:
-    """(d_in, d_out) of nn.Linear, GPT-2's Conv1D, quantised linears and adapters around them; None for others."""
-    if isinstance(module, BaseTunerLayer):
-        return linear_shape(module.get_base_layer())
-    if isinstance(module, Conv1D):
-        d_in, d_out = module.weight.shape
-        return int(d_in), int(d_out)
-    sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
-    if isinstance(module, nn.Linear) or ("Linear" in type(module).__name__ and all(type(s) is int for s in sizes)):
-        return sizes  # type: ignore[return-value]
-    return None
-
-
 def resolve_targets(
     model: nn.Module, targets: Targets = "all-linear", reserved: Iterable[str] = ()
 ) -> dict[str, nn.Module]:
@@ -55,29 +42,31 @@ def resolve_targets(
 
     Args:
         model: the model; names are matched against its base model's `named_modules()`.
-        targets: "all-linear" (every linear map but the output embeddings and the task head), another string (a
+        targets: "all-linear" (every linear layer but the output embeddings and the task head), another string (a
             regular expression that the full name must match), or a list of names and suffixes.
-        reserved: names of modules that are trained in full; they and what lies in them cannot be targets.
+        reserved: names of modules that are always trained; they and what lies in them cannot be targets.
 
     Raises:
-        TargetError: a target that matches nothing (all of those, with near matches), a module that is no linear map,
-            or one that is reserved.
+        TargetError: a target that matches nothing (all of those, with near matches), a module that is not a linear
+            layer, or one that is reserved.
     """
     root = base_model(model)
     modules = _adaptable(root)
     reserved = tuple(reserved)
-    linear = {name: module for name, module in modules.items() if linear_shape(module) is not None}
+    kinds = {name: kind for name, module in modules.items() if (kind := layer_kind(module)) is not None}
     if isinstance(targets, str) and targets.lower() == "all-linear":
         excluded = _output_embeddings(root)
         reserved = (*reserved, *_task_head(root))
         chosen = {
-            name: module
-            for name, module in linear.items()
-            if not _inside(name, reserved) and not any(module is other for other in excluded)
+            name: modules[name]
+            for name, kind in kinds.items()
+            if kind.in_all_linear
+            and not _inside(name, reserved)
+            and not any(modules[name] is other for other in excluded)
         }
         if not chosen:
             raise TargetError(
-                f"{type(root).__name__} has no linear module outside its head; pass `targets` by name if it has others"
+                f"{type(root).__name__} has no linear layer outside its head; pass `targets` by name if it has others"
             )
         return chosen
 
@@ -91,24 +80,21 @@ def resolve_targets(
         chosen = _match(targets, modules)
         unknown = [target for target in targets if not _match([target], modules)]
     if unknown:
-        raise TargetError(_unknown(unknown, list(linear), type(root).__name__, regex=isinstance(targets, str)))
-    wrong = [f"{name} ({type(module).__name__})" for name, module in chosen.items() if name not in linear]
+        raise TargetError(_unknown(unknown, list(kinds), type(root).__name__, regex=isinstance(targets, str)))
+    wrong = [(name, module) for name, module in chosen.items() if name not in kinds]
     if wrong:
-        raise TargetError(
-            f"not a linear map, so it has no kernel of this kind: {', '.join(wrong)}; "
-            "nn.Linear, Conv1D and quantised linears are supported"
-        )
+        raise not_a_layer(wrong)
     taken = [name for name in chosen if _inside(name, reserved)]
     if taken:
         raise TargetError(
-            f"trained in full whatever is chosen, so no candidate: {', '.join(taken)}; "
+            f"always trained in full, so not a candidate for an adapter: {', '.join(taken)}; "
             "leave it out of `targets`, or out of `always_trained`"
         )
     return chosen
 
 
 def resolve_always_trained(model: nn.Module, names: Sequence[str] | None = None) -> dict[str, nn.Module]:
-    """The modules whose own parameters are trained whatever adapters are chosen, by name in the base model.
+    """The modules whose own parameters are always trained, whichever adapters are chosen; by name in the base model.
 
     By default: `modules_to_save` of a PeftModel's active adapters; in a plain transformers model with a task head (one
     without output embeddings) every child beside the base model that has parameters; nothing elsewhere.

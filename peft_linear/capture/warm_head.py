@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-"""A new task head, trained for a moment, so that kernels see the model through a head that means something."""
+"""`warmed_head`: a new task head is trained for some steps while kernels are computed, and then restored."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import PeftLinearError, TargetError
 from .batches import Batch, check_outputs, evaluate, read_batches
-from .outputs import OutputFunction, label_shift, logits_of
+from .outputs import OutputFunction, logits_of
 from .parameters import differentiable, head_parameters
 from .targets import base_model, resolve_always_trained
 
@@ -32,9 +32,9 @@ def warmed_head(
 ) -> Iterator[None]:
     """Inside the block the task head is one that was trained for some steps; after it everything is as before.
 
-    A fresh head is random: gradients that reach the modules below it are projected by it, and say little of the task.
-    Training first moves the head, then, through it, the rest. Adam takes `steps` steps on the mean loss of all
-    examples, in the parameters that are trained whatever is chosen, without dropout and without random numbers:
+    A fresh head is random: it projects the gradients that reach the modules below it, which then say little about the
+    task. Training first moves the head, then the modules below it. Adam takes `steps` steps on the mean loss of all
+    examples, in the parameters that are always trained, without dropout and without random numbers:
 
         with warmed_head(model, batches):
             kernels = compute_ntk(model, batches)
@@ -42,8 +42,8 @@ def warmed_head(
     Args:
         model: With a task head, and a loss: classification, regression.
         batches: With labels. A generator would be used up: pass a list.
-        steps: The more, the better the head fits these examples, and the less error is left that kernels are asked
-            to explain.
+        steps: The more, the better the head fits these examples, and the smaller the error that is left for the
+            other modules to reduce.
         learning_rate: Of Adam.
         always_trained: As for `compute_ntk`.
 
@@ -64,13 +64,13 @@ def warmed_head(
     parameters = head_parameters(head)
     if not parameters:
         raise TargetError(
-            f"{type(base_model(model)).__name__} has no task head to warm: nothing is trained whatever is chosen. "
+            f"{type(base_model(model)).__name__} has no task head to warm: no module is always trained. "
             "Leave head_steps at 0, or name the head in `always_trained`"
         )
     read = read_batches(batches, model, True, "warming the head")
     before = [parameter.detach().clone() for parameter in parameters]
     gradients = [parameter.grad for parameter in parameters]
-    function = OutputFunction("loss", shift=label_shift(base_model(model)))
+    function = OutputFunction.of(model, "loss")
     count = sum(batch.size for batch in read)
     try:
         optimizer = torch.optim.Adam(parameters, lr=learning_rate)

@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
+from ..capture.resources import Resources
 from ..errors import BudgetError, FileError
 from ..report.writer import write_report
 from ..selection.exclusion import DEFAULT_EXCLUDE
@@ -97,7 +98,6 @@ def _request(arguments: argparse.Namespace, budget: int | float | str) -> Module
         "space": arguments.space,
         "rank": arguments.rank,
         "lora_alpha": arguments.alpha,
-        "progress": not arguments.quiet,
     }
     if arguments.draws is not None:
         kernels["draws"] = arguments.draws
@@ -111,4 +111,5 @@ def _request(arguments: argparse.Namespace, budget: int | float | str) -> Module
         exclude=DEFAULT_EXCLUDE if arguments.exclude is None else arguments.exclude,
         training=Training(optimizer=arguments.optimizer, batch_size=arguments.train_batch_size),
         kernels=kernels,
+        resources=Resources(progress=not arguments.quiet),
     )

@@ -1,7 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-
-"""What all simulated trainings share: the loss of the outputs, the learning rates, and the loop over the steps.
+"""What all simulated trainings share: the loss of the outputs, and the loop over the steps.
 
 Conventions as in `regression`: n = N·C rows, example-major. How outputs follow from a state, and what a step does to
 it, is a `Dynamics`.
@@ -9,7 +8,7 @@ it, is a `Dynamics`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,12 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import KernelError
-
-
-Loss = Callable[[Tensor, Tensor], Tensor]
-LearningRate = float | Sequence[float] | Callable[[int], float]
-
-SMOOTHNESS = {"cross_entropy": 0.5, "squared": 1.0}  # largest curvature of one example's loss in its outputs
+from .training_settings import Loss, TrainingSettings
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +31,7 @@ class TrainingCurve:
     learning_rates: Tensor  # (steps,)
     recorded: Tensor  # (points,) int64; every step by default, so that points = steps + 1
     coefficients: Tensor | None = None  # (n,) c with θ−θ0 = Jᵀc after the last step, of parameters that are pulled
-    base_coefficients: Tensor | None = None  # (n,) the same of those that are not, where they are told apart
+    base_coefficients: Tensor | None = None  # (n,) the same of those that are not, where they differ
     displacement: Tensor | None = None  # (P,) θ−θ0 after the last step, where the training ran on features
     held_out_loss: Tensor | None = None  # (points,), None where no held-out examples were given
     held_out_accuracy: Tensor | None = None
@@ -75,7 +69,6 @@ class Task:
     """Loss, its gradient and the accuracy of outputs (N, C) against labels."""
 
     def __init__(self, loss: str | Loss, labels: Tensor, shape: torch.Size) -> None:
-        check_loss(loss)
         self.kind = loss
         self.labels = labels
         self.targets = self.classes = None
@@ -115,20 +108,21 @@ def trace(
     dynamics: Dynamics,
     task: Task,
     held_out: Task | None,
-    rates: Sequence[float],
-    batches: Sequence[Tensor] | None = None,
-    record_every: int = 1,
+    rates: Sequence[float],  # one a step
+    settings: TrainingSettings,
+    device: torch.device,
 ) -> dict[str, Any]:
-    """Runs `len(rates)` steps; the fields of a `TrainingCurve` that do not depend on the kind of state.
+    """Runs the steps; the fields of a `TrainingCurve` that do not depend on the kind of state.
 
     Raises:
         KernelError: the loss is no longer finite; the step is named.
     """
+    batches = None if settings.batches is None else [batch.to(device) for batch in settings.batches]
     records: dict[str, list[Tensor]] = {key: [] for key in ("loss", "accuracy", "distance", "held", "held_accuracy")}
     recorded, held_out_outputs = [], None
     for step in range(len(rates) + 1):
         outputs = None
-        if step % record_every == 0 or step == len(rates):
+        if step % settings.record_every == 0 or step == len(rates):
             outputs = dynamics.outputs(None)
             recorded.append(step)
             records["loss"].append(task.loss(outputs))
@@ -185,39 +179,10 @@ def one_hot_targets(labels: Tensor, shape: Sequence[int]) -> Tensor:
     return F.one_hot(labels.long(), outputs).double()
 
 
-def check_loss(loss: str | Loss) -> None:
-    """Raises KernelError for the name of a loss that there is not."""
-    if isinstance(loss, str) and loss not in SMOOTHNESS:
-        raise KernelError(f"unknown loss {loss!r}; use one of {sorted(SMOOTHNESS)} or your own function")
-
-
-def check_run(
-    outputs0: Tensor, steps: int, smallest_ridge: float, batches: Sequence[Tensor] | None, record_every: int = 1
-) -> None:
-    """Raises KernelError for a start, a number of steps, a ridge, batches or a stride that cannot be."""
+def check_outputs(outputs0: Tensor) -> None:
+    """Raises KernelError for outputs at θ0 that are not (N, C)."""
     if outputs0.ndim != 2:
         raise KernelError(f"outputs0 must be (N, C), got shape {tuple(outputs0.shape)}")
-    if steps < 0 or not smallest_ridge >= 0:
-        raise KernelError(f"steps and ridge must not be negative, got steps={steps} and ridge={smallest_ridge}")
-    if batches is not None and len(batches) < steps:
-        raise KernelError(f"{len(batches)} batches for {steps} steps; pass one index tensor a step")
-    if record_every < 1:
-        raise KernelError(f"record_every must be at least 1, got {record_every}")
-
-
-def given_rates(learning_rate: LearningRate, steps: int) -> list[float]:
-    """One learning rate a step.
-
-    Raises:
-        KernelError: a sequence has too few.
-    """
-    if callable(learning_rate):
-        return [float(learning_rate(step)) for step in range(steps)]
-    if isinstance(learning_rate, (int, float)):
-        return [float(learning_rate)] * steps
-    if len(learning_rate) < steps:
-        raise KernelError(f"{len(learning_rate)} learning rates for {steps} steps; pass one a step")
-    return [float(rate) for rate in learning_rate[:steps]]
 
 
 def _ends(curve: Tensor) -> str:

@@ -1,6 +1,5 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-
 """Adam on the linearised model from the sign kernel alone: an approximation for when features are not kept.
 
 Exact is `feature_training.train_on_features`; `examples/benchmarks/predicted_curves.py` measures how far this one is
@@ -10,14 +9,16 @@ from it.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import KernelError
-from ._dynamics import LearningRate, Loss, TrainingCurve, check_run, given_rates
-from .simulation import Descent
+from ._dynamics import TrainingCurve, check_outputs
+from .simulation import Descent, HeldOut
+from .training_settings import TrainingSettings
 
 
 def simulate_adam(
@@ -25,18 +26,12 @@ def simulate_adam(
     outputs0: Tensor,  # (N, C)   f_θ0(X)
     labels: Tensor,  # (N,) integer classes, or (N, C) float targets
     *,
-    learning_rate: LearningRate,
-    steps: int,
     betas: tuple[float, float] = (0.9, 0.999),
-    loss: str | Loss = "cross_entropy",
-    ridge: float = 0.0,
-    held_out: tuple[Tensor, Tensor, Tensor] | None = None,  # cross sign_gram (m, n), outputs0 (M, C), labels
-    batches: Sequence[Tensor] | None = None,
+    held_out: HeldOut | None = None,  # with the cross sign_gram
     base: Tensor | None = None,  # (n, n), with `held_out` (n + m, n)
-    selective: bool = False,
-    record_every: int = 1,
+    **settings: Any,
 ) -> TrainingCurve:
-    """Approximates Adam's training of the linearised model by the sign kernel (`compute_ntk(..., kernel="sign")`).
+    """Approximates Adam's training of the linearised model by the sign kernel (`compute_sign_kernel`).
 
     Adam moves coordinate p by `−η m̂_p/√v̂_p`, m and v being moments of the gradient `g_p = Σ_i e_i J_ip`, `e = ∂R/∂f`.
     If every row had the same size `a_p` in a coordinate, `J_ip = a_p sign(J_ip)`, then `g_p = a_p u_p` with
@@ -53,23 +48,27 @@ def simulate_adam(
     kernel is due). The scale of the loss cancels, as it does in Adam. O(n²) a step.
 
     Args:
-        ridge: λ, decoupled as in `simulate_training(proximal_mode="decoupled")`; weight decay there is none.
-        learning_rate, loss, held_out, batches, base, selective, record_every: as in `simulate_training`.
+        held_out, base: as in `simulate_training`.
+        settings: those of `TrainingSettings`, a learning rate among them. The proximal term is decoupled; there is no
+            weight decay.
 
     Returns:
         TrainingCurve whose `coefficients` c are those of sign(J) and whose `distance` is NaN: a sign kernel does not
-        know it.
+        determine it.
 
     Raises:
-        KernelError: as `simulate_training`, or betas that are not in [0, 1).
+        KernelError: as `simulate_training`, betas that are not in [0, 1), no learning rate, or another proximal mode.
     """
-    check_run(outputs0, steps, ridge, batches, record_every)
+    given = TrainingSettings(**settings)
+    if given.proximal_mode == "coupled":
+        raise KernelError("Adam's proximal term is decoupled here; leave proximal_mode out, or use train_on_features")
+    check_outputs(outputs0)
     if not all(0 <= beta < 1 for beta in betas):
         raise KernelError(f"betas must be in [0, 1), got {betas}")
-    adam = _KernelAdam(sign_gram, outputs0, held_out, base, ridge, "decoupled", selective)
+    adam = _KernelAdam(sign_gram, outputs0, held_out, base, replace(given, proximal_mode="decoupled"))
     adam.adapter = _Scale(adam.gram, betas)
     adam.head = None if adam.base is None else _Scale(adam.base, betas)
-    return adam.run(loss, labels, given_rates(learning_rate, steps), batches, record_every)
+    return adam.run(labels, given.rates)
 
 
 class _KernelAdam(Descent):

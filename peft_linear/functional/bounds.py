@@ -1,6 +1,5 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-
 """Bounds on how far fine-tuning moves, how far the linear model is off, and what one more module does to the risk.
 
 Each function checks the hypotheses that it can see and its docstring names those it cannot. Bounds on eigenvalues and

@@ -1,24 +1,23 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-
 """Training of the linearised model on its features, the Jacobian's rows: exact for every torch optimizer.
 
-Adam divides the gradient coordinate by coordinate, so its path leaves no trace in the Gram matrix `K = J Jᵀ`; with the
-rows of J themselves the linear model is a matrix, and its training is run here without the network.
+Adam divides the gradient coordinate by coordinate, so its path does not follow from the Gram matrix `K = J Jᵀ`; with
+the rows of J themselves the linear model is a matrix, and its training is run here without the network.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import KernelError
-from ._dynamics import LearningRate, Loss, Task, TrainingCurve, check_run, given_rates, trace
+from ._dynamics import Task, TrainingCurve, check_outputs, trace
 from .proximal import factor_proximal_step_, inner_product
-from .simulation import ProximalMode, check_mode
+from .training_settings import TrainingSettings
 
 
 def train_on_features(
@@ -26,41 +25,30 @@ def train_on_features(
     outputs0: Tensor,  # (N, C)   f_θ0(X)
     labels: Tensor,  # (N,) integer classes, or (N, C) float targets
     *,
-    learning_rate: LearningRate,
-    steps: int,
     optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
     optimizer_arguments: Mapping[str, Any] | None = None,
-    loss: str | Loss = "cross_entropy",
-    ridge: float = 0.0,
     pulled: int | None = None,
-    proximal_mode: ProximalMode = "decoupled",
-    selective: bool = False,
     start: Tensor | None = None,  # (P,)   θ0
     max_grad_norm: float | None = None,
     held_out: tuple[Tensor, Tensor, Tensor] | None = None,  # features (m, P), outputs0 (M, C), labels
-    batches: Sequence[Tensor] | None = None,
-    record_every: int = 1,
+    **settings: Any,
 ) -> TrainingCurve:
     """Trains `f = f_θ0 + J(θ−θ0)` with a torch optimizer, by matrix products instead of forward and backward passes.
 
-    What fine-tuning does in the linearised model, step by step: gradient `Jᵀ ∂R/∂f` of the mean loss R over the batch
-    (see `simulate_training` for losses, batches and learning rates), clipping, the optimizer's own step, and the
-    proximal term as a ProximalLoRA adapter applies it. Exact up to rounding for optimizers that treat every coordinate
-    alike (SGD, Adam, AdamW, …), not for those that look at a parameter's shape (Adafactor, Muon). In the features'
-    dtype, outputs and losses in float64. O(b·P) a step for a batch of b rows, O((n + m)·P) for an entry of the curves.
+    What fine-tuning does in the linearised model, step by step: gradient `Jᵀ ∂R/∂f` of the mean loss R over the batch,
+    clipping, the optimizer's own step, and the proximal term as a ProximalLoRA adapter applies it. Exact up to
+    rounding for optimizers that treat every coordinate alike (SGD, Adam, AdamW, …), not for those that depend on a
+    parameter's shape (Adafactor, Muon). In the features' dtype, outputs and losses in float64. O(b·P) a step for a
+    batch of b rows, O((n + m)·P) for an entry of the curves.
 
     Args:
         optimizer, optimizer_arguments: called as `optimizer(parameters, lr=…, **optimizer_arguments)`. AdamW's
             `weight_decay` is torch's 0.01 unless it is given here (the HF Trainer's is 0).
-        ridge: λ of `(λ/2)‖θ−θ0‖²`.
         pulled: λ acts on the first so many of the P parameters (`JacobianFeatures` has the task head last, which a
             ProximalLoRA adapter does not pull). Default: on all.
-        proximal_mode: "decoupled", `θ ← θ0 + (θ−θ0)/(1+ηλ)` after the step, or "coupled", `λ(θ−θ0)` added to the
-            gradient before it.
-        selective: pull only at steps at which `⟨∇R, θ−θ0⟩ ≥ 0` over the pulled parameters (arXiv 2602.08239, eq. 8).
-        start: θ0, which weight decay needs to know; default zeros, as LoRA's B.
+        start: θ0, which weight decay depends on; default zeros, as LoRA's B.
         max_grad_norm: clips the gradient's norm over all parameters, as the HF Trainer does (at 1.0, its default).
-        record_every: number of steps between two entries of the curves; start and end are always recorded.
+        settings: those of `TrainingSettings`, a learning rate among them. `proximal_mode` is "decoupled" by default.
 
     Returns:
         TrainingCurve with `displacement` θ−θ0 (P,) and without `coefficients`.
@@ -69,23 +57,23 @@ def train_on_features(
         KernelError: shapes disagree, values that are not finite, or as `simulate_training`.
     """
     features = _checked(features, outputs0, "features")
-    check_run(outputs0, steps, ridge, batches, record_every)
-    check_mode(proximal_mode)
+    given = TrainingSettings(**settings)
+    check_outputs(outputs0)
     device, width = features.device, features.shape[1]
     pulled = width if pulled is None else pulled
     if not 0 <= pulled <= width:
         raise KernelError(f"pulled={pulled} is not a number of parameters between 0 and {width}")
     if start is not None and start.shape != (width,):
         raise KernelError(f"start has shape {tuple(start.shape)}, expected ({width},): a number a column")
-    task = Task(loss, labels.to(device), outputs0.shape)
+    task = Task(given.loss, labels.to(device), outputs0.shape)
     held_features = held_outputs = held_task = None
     if held_out is not None:
         held_features, held_outputs, held_labels = (tensor.to(device) for tensor in held_out)
         held_features, held_outputs = _checked(held_features, held_outputs, "held-out features"), held_outputs.double()
         if held_features.shape[1] != width:
             raise KernelError(f"held-out features have {held_features.shape[1]} columns, the others {width}")
-        held_task = Task(loss, held_labels, held_outputs.shape)
-    rates = given_rates(learning_rate, steps)
+        held_task = Task(given.loss, held_labels, held_outputs.shape)
+    rates = given.rates
     start = features.new_zeros(width) if start is None else start.detach().to(features)
     parameters = [nn.Parameter(part.clone()) for part in (start[:pulled], start[pulled:])]
     first_rate = rates[0] if rates else 0.0
@@ -93,32 +81,27 @@ def train_on_features(
         parameters=parameters,
         start=start,
         optimizer=optimizer(parameters, lr=first_rate, **(optimizer_arguments or {})),
-        ridge=ridge,
-        mode=proximal_mode,
-        selective=selective,
+        settings=given,
         max_grad_norm=max_grad_norm,
     )
     dynamics = _FeatureModel(features, outputs0.detach().to(device).double(), held_features, held_outputs, stepper)
-    batches = None if batches is None else [batch.to(device) for batch in batches]
-    fields = trace(dynamics, task, held_task, rates, batches, record_every)
+    fields = trace(dynamics, task, held_task, rates, given, device)
     return TrainingCurve(**fields, displacement=stepper.displacement().double())
 
 
 class _Stepper:
-    """θ in two pieces, what λ pulls and what not, and the step of an optimizer with the proximal term."""
+    """θ in two pieces, those that λ pulls and the others, and the step of an optimizer with the proximal term."""
 
     def __init__(
         self,
         parameters: list[nn.Parameter],
         start: Tensor,
         optimizer: torch.optim.Optimizer,
-        ridge: float,
-        mode: ProximalMode,
-        selective: bool,
+        settings: TrainingSettings,
         max_grad_norm: float | None,
     ) -> None:
         self.parameters, self.start, self.optimizer = parameters, start, optimizer
-        self.ridge, self.mode, self.selective, self.max_grad_norm = ridge, mode, selective, max_grad_norm
+        self.settings, self.max_grad_norm = settings, max_grad_norm
 
     def displacement(self) -> Tensor:
         return torch.cat([parameter.detach() for parameter in self.parameters]) - self.start
@@ -130,16 +113,17 @@ class _Stepper:
         pulled.grad, free.grad = gradient[: len(pulled)], gradient[len(pulled) :]
         if self.max_grad_norm is not None:
             nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
-        acts = self.ridge > 0
-        if acts and self.selective:
+        ridge, coupled = self.settings.ridge, self.settings.proximal_mode == "coupled"
+        acts = ridge > 0
+        if acts and self.settings.selective:
             acts = bool(inner_product([pulled.grad], [pulled], [anchor]) >= 0)
-        if acts and self.mode == "coupled":
-            pulled.grad = pulled.grad + self.ridge * (pulled - anchor)
+        if acts and coupled:
+            pulled.grad = pulled.grad + ridge * (pulled - anchor)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()
-        if acts and self.mode == "decoupled":
-            factor_proximal_step_([pulled], [anchor], learning_rate * self.ridge)
+        if acts and not coupled:
+            factor_proximal_step_([pulled], [anchor], learning_rate * ridge)
 
 
 class _FeatureModel:

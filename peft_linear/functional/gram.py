@@ -1,10 +1,11 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-"""Gram matrices of one linear map, from its inputs and the cotangents of its outputs.
+"""Gram matrices of the Jacobian of one linear layer, from its inputs and the cotangents of its outputs.
 
 Shapes, everywhere in this module: `inputs` h (N, T, d_in) and `cotangents` δ (N, C, T, d_out), δ = ∂f_a(x_i)/∂(output
-of the map); T counts the positions (tokens, patches, repeated calls) of one example. The Jacobian row of example i and
-output a with respect to the map's matrix is `Σ_t h_it ⊗ δ_iat` (d_in · d_out numbers), and every Gram matrix here is
+of the layer); T counts the positions (tokens, patches, repeated calls) of one example. The Jacobian row of example i
+and output a with respect to the layer's matrix is `Σ_t h_it ⊗ δ_iat` (d_in · d_out numbers), and every Gram matrix
+here is
 
     K[(i,a), (j,b)] = Σ_{t,s} (h_it · h_js) (δ_iat · δ_jbs),        rows example-major, i·C + a.
 
@@ -16,12 +17,12 @@ LoRA, bias, row and column kernels are the same sum with other h and δ:
     rows of W           h,           δ restricted  (RoCoFT, Kowsher et al. 2024)
     columns of W        h restricted, δ
 
-Two ways to the same number: *explicit* forms Jacobian rows (N·C·T·d_in·d_out multiplications, then N²C²·d_in·d_out),
-*ghost* never does (N²T²·d_in + N²C²T²·d_out). `cheapest` compares the counts.
+Two methods for the same number: *explicit* forms Jacobian rows (N·C·T·d_in·d_out multiplications, then
+N²C²·d_in·d_out), *ghost* never does (N²T²·d_in + N²C²T²·d_out). `cheapest` compares the counts.
 
-Examples come in *parts*, one a batch: a pair (h, δ), or rows that are formed already, (N·C, d_in, d_out). The sequence
-of parts may be lazy, one that reads a part from a file when it is asked for it: no function here holds more parts than
-`max_bytes` lets it.
+The Jacobian comes batch by batch: as its *factors* (h, δ), or as rows that are formed already, (N·C, d_in, d_out). The
+sequence may be lazy, one that reads a batch from a file when it is asked for it: no function here holds more of them
+than `max_bytes` lets it.
 """
 
 from __future__ import annotations
@@ -37,12 +38,12 @@ from ..errors import KernelError
 
 
 Method = Literal["auto", "explicit", "ghost"]
-Pair = tuple[Tensor, Tensor]  # inputs (N, T, d_in), cotangents (N, C, T, d_out)
-Part = Tensor | Pair  # Jacobian rows (N·C, d_in, d_out), or what they are made of
+Factors = tuple[Tensor, Tensor]  # inputs (N, T, d_in), cotangents (N, C, T, d_out)
+BatchJacobian = Tensor | Factors  # rows (N·C, d_in, d_out), or what they are made of
 
 DEFAULT_MAX_BYTES = 256 * 2**20  # of temporary memory for one product
 _STRIPS, _STRIP = 4, 32  # in which the upper triangle of a product is taken: their number, and rows of one at least
-_PIECE = 256  # rows of a table of the ghost way
+_PIECE = 256  # rows of a table of the ghost method
 _PER_ENTRY = 8  # work on an entry of that table beside the product, in multiplications
 _CACHED_NUMBERS = 48 * 2**10  # of a row in one slice, so that its product finds it in a processor's cache
 _LONGEST_SUM = 4096  # products of rows in one sum that is not float64
@@ -62,45 +63,45 @@ def rows_gram(rows: Tensor, max_bytes: int = DEFAULT_MAX_BYTES) -> Tensor:
 
 
 def weight_gram(
-    parts: Sequence[Part],
+    jacobians: Sequence[BatchJacobian],
     method: Method = "auto",
     max_bytes: int = DEFAULT_MAX_BYTES,
     signed: bool = False,
     product_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """The Gram matrix of one map over all examples of `parts`, (n, n) float64, n = Σ N·C.
+    """The Gram matrix of one layer over all examples of `jacobians`, (n, n) float64, n = Σ N·C.
 
     Args:
-        parts: batches of (inputs, cotangents) or of rows; T may differ between batches.
+        jacobians: batches of (inputs, cotangents) or of rows; T may differ between batches.
         method: "explicit" forms Jacobian rows for a slice of the matrix at a time, so that memory stays below
             `max_bytes` without work done twice; "ghost" contracts pairs of batches (and takes no rows); "auto" takes
             the one with fewer multiplications.
-        max_bytes: bound on the temporary memory of one slice, beside the result and one part.
+        max_bytes: bound on the temporary memory of one slice, beside the result and one batch.
         signed: take `(J sign(J)ᵀ + sign(J) Jᵀ)/2` instead, the symmetrised kernel of sign descent, which Adam is near
             to at its first steps (Malladi et al., arXiv 2210.05643). Needs rows, so it is always explicit; it is not
             positive semidefinite in general.
         product_dtype: of the products of rows, of which at most 4,096 are summed in it, all others in float64; default
-            that of the parts. In float32 an entry is off by about 4e-8·sqrt(K_ii·K_jj), which drowns eigenvalues below
-            about 1e-7·max(K_ii)·sqrt(n); in float64 those of float32 rows are right down to about 1e-12·λ1.
+            that of the Jacobians. In float32 an entry is off by about 4e-8·sqrt(K_ii·K_jj), which hides eigenvalues
+            below about 1e-7·max(K_ii)·sqrt(n); in float64 those of float32 rows are right down to about 1e-12·λ1.
     """
-    if not parts:
-        raise KernelError("no batches to take a Gram matrix of; pass at least one (inputs, cotangents) pair")
+    if not jacobians:
+        raise KernelError("no batches to take a Gram matrix of; pass at least one pair of (inputs, cotangents)")
     if method == "auto":
-        method = "explicit" if signed else cheapest(parts)
+        method = "explicit" if signed else cheapest(jacobians)
     if method == "ghost":
         if signed:
             raise KernelError("the sign kernel needs Jacobian rows; pass method='explicit' or 'auto'")
-        return _ghost(parts, max_bytes, product_dtype)  # type: ignore[arg-type]
-    return _explicit(parts, max_bytes, signed, product_dtype)
+        return _ghost(jacobians, max_bytes, product_dtype)  # type: ignore[arg-type]
+    return _explicit(jacobians, max_bytes, signed, product_dtype)
 
 
-def cheapest(parts: Sequence[Part]) -> Literal["explicit", "ghost"]:
-    """The way with fewer multiplications, counted with the longest T; where there are rows already, "explicit"."""
+def cheapest(jacobians: Sequence[BatchJacobian]) -> Literal["explicit", "ghost"]:
+    """The method with fewer multiplications, counted with the longest T; where there are rows already, "explicit"."""
     length = examples = rows = d_in = d_out = 0
-    for part in parts:
-        if isinstance(part, Tensor):
+    for jacobian in jacobians:
+        if isinstance(jacobian, Tensor):
             return "explicit"
-        inputs, cotangents = part
+        inputs, cotangents = jacobian
         length = max(length, inputs.shape[1])
         examples += len(inputs)
         rows += len(inputs) * cotangents.shape[1]
@@ -112,14 +113,14 @@ def cheapest(parts: Sequence[Part]) -> Literal["explicit", "ghost"]:
     return "ghost" if ghost < explicit else "explicit"
 
 
-def count_rows(part: Part) -> int:
-    return math.prod(_layout(part))
+def count_rows(jacobian: BatchJacobian) -> int:
+    return math.prod(_layout(jacobian))
 
 
-def nonzero_positions(inputs: Tensor, cotangents: Tensor) -> Pair:
-    """The pair without the positions at which every cotangent of the example is zero; the Gram matrix stays the same.
+def nonzero_positions(inputs: Tensor, cotangents: Tensor) -> Factors:
+    """The factors without the positions at which all cotangents of the example are zero; the Gram matrix is the same.
 
-    A classifier that reads one token leaves one position in its last layer; padding leaves none of itself. Positions
+    A classifier that reads one token leaves one position in its last layer; padding leaves none. Positions
     are gathered to the front, up to the largest count in the batch (at least one).
     """
     if bool((cotangents[:, 0, :, 0] != 0).all()):
@@ -140,13 +141,13 @@ def _add_product(total: Tensor, rows: Tensor) -> None:
     Products are taken in the dtype of the rows, at most `_LONGEST_SUM` of them are summed in it, the rest in float64.
     """
     edge = max(_STRIP, -(-len(rows) // _STRIPS))
-    for part in rows.split(_LONGEST_SUM, dim=1):
-        for top in range(0, len(part), edge):
-            strip, right = slice(top, top + edge), part[top:].T
-            if part.dtype == total.dtype:
-                total[strip, top:].addmm_(part[strip], right)
+    for some in rows.split(_LONGEST_SUM, dim=1):
+        for top in range(0, len(some), edge):
+            strip, right = slice(top, top + edge), some[top:].T
+            if some.dtype == total.dtype:
+                total[strip, top:].addmm_(some[strip], right)
             else:
-                total[strip, top:] += part[strip] @ right
+                total[strip, top:] += some[strip] @ right
 
 
 def _mirror_(upper: Tensor, edge: int = 1024) -> Tensor:
@@ -160,16 +161,19 @@ def _mirror_(upper: Tensor, edge: int = 1024) -> Tensor:
 
 
 def _explicit(
-    parts: Sequence[Part], max_bytes: int, signed: bool = False, product_dtype: torch.dtype | None = None
+    jacobians: Sequence[BatchJacobian],
+    max_bytes: int,
+    signed: bool = False,
+    product_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Sums R Rᵀ over slices of the map's matrix; the rows of a slice are formed part by part in one buffer."""
-    example, (features, channels) = _example_and_widths(parts[0])
+    """Sums R Rᵀ over slices of the layer's matrix; the rows of a slice are formed batch by batch in one buffer."""
+    example, (features, channels) = _example_and_widths(jacobians[0])
     dtype = product_dtype or example.dtype
-    layouts = [_layout(part) for part in parts]
+    layouts = [_layout(jacobian) for jacobian in jacobians]
     n = sum(size * outputs for size, outputs in layouts)
     total = torch.zeros(n, n, dtype=torch.float64, device=example.device)
     numbers = max(1, max_bytes // (dtype.itemsize * max(n, 1)))  # of each row, in one slice
-    if example.device.type == "cpu" and not getattr(parts, "in_files", False):
+    if example.device.type == "cpu" and not getattr(jacobians, "in_files", False):
         numbers = min(numbers, _CACHED_NUMBERS)
     wide = max(1, min(features, math.isqrt(numbers // 3)))  # wider than high: what MKL is quickest at
     step = min(channels, max(1, numbers // wide))
@@ -179,9 +183,9 @@ def _explicit(
         for start in range(0, channels, step):
             rows = buffer[: n * min(wide, features - left) * min(step, channels - start)].view(n, -1)
             row = 0
-            for part, (size, outputs) in zip(parts, layouts, strict=True):
+            for jacobian, (size, outputs) in zip(jacobians, layouts, strict=True):
                 target = rows[row : row + size * outputs]
-                _write_rows(target, part, slice(left, left + wide), slice(start, start + step))
+                _write_rows(target, jacobian, slice(left, left + wide), slice(start, start + step))
                 row += len(target)
             if signed:
                 total += rows @ rows.sign().T
@@ -191,18 +195,18 @@ def _explicit(
     return _examples_first_(total, layouts)
 
 
-def _example_and_widths(part: Part) -> tuple[Tensor, tuple[int, int]]:
-    if isinstance(part, Tensor):
-        return part, (part.shape[1], part.shape[2])
-    return part[0], (part[0].shape[-1], part[1].shape[-1])
+def _example_and_widths(jacobian: BatchJacobian) -> tuple[Tensor, tuple[int, int]]:
+    if isinstance(jacobian, Tensor):
+        return jacobian, (jacobian.shape[1], jacobian.shape[2])
+    return jacobian[0], (jacobian[0].shape[-1], jacobian[1].shape[-1])
 
 
-def _write_rows(target: Tensor, part: Part, features: slice, channels: slice) -> None:
-    """Rows of a slice into `target` (N·C, k·l); of a pair they come output by output, (C·N, k·l)."""
-    if isinstance(part, Tensor):
-        target.view(len(part), -1, part[0, 0, channels].numel()).copy_(part[:, features, channels])
+def _write_rows(target: Tensor, jacobian: BatchJacobian, features: slice, channels: slice) -> None:
+    """Rows of a slice into `target` (N·C, k·l); of factors they come output by output, (C·N, k·l)."""
+    if isinstance(jacobian, Tensor):
+        target.view(len(jacobian), -1, jacobian[0, 0, channels].numel()).copy_(jacobian[:, features, channels])
         return
-    inputs, cotangents = part[0][..., features].mT, part[1][..., channels]
+    inputs, cotangents = jacobian[0][..., features].mT, jacobian[1][..., channels]
     by_output = target.view(cotangents.shape[1], len(inputs), inputs.shape[1], -1)
     for output, rows in enumerate(by_output):
         if rows.dtype == inputs.dtype:
@@ -211,13 +215,13 @@ def _write_rows(target: Tensor, part: Part, features: slice, channels: slice) ->
             rows.copy_(inputs @ cotangents[:, output])
 
 
-def _layout(part: Part) -> tuple[int, int]:
-    """(N, C) of a pair, whose rows are formed output by output; (N·C, 1) of rows, which come as they are."""
-    return (len(part), 1) if isinstance(part, Tensor) else (part[1].shape[0], part[1].shape[1])
+def _layout(jacobian: BatchJacobian) -> tuple[int, int]:
+    """(N, C) of factors, whose rows are formed output by output; (N·C, 1) of rows, which come as they are."""
+    return (len(jacobian), 1) if isinstance(jacobian, Tensor) else (jacobian[1].shape[0], jacobian[1].shape[1])
 
 
 def _examples_first_(gram: Tensor, layouts: Sequence[tuple[int, int]]) -> Tensor:
-    """Reorders, in place, the rows and columns of those parts that came output by output."""
+    """Reorders, in place, the rows and columns of those batches that came output by output."""
     row = 0
     for size, outputs in layouts:
         here = slice(row, row + size * outputs)
@@ -229,7 +233,7 @@ def _examples_first_(gram: Tensor, layouts: Sequence[tuple[int, int]]) -> Tensor
     return gram
 
 
-def _ghost(pairs: Sequence[Pair], max_bytes: int, product_dtype: torch.dtype | None = None) -> Tensor:
+def _ghost(pairs: Sequence[Factors], max_bytes: int, product_dtype: torch.dtype | None = None) -> Tensor:
     counts = [count_rows(pair) for pair in pairs]
     starts = [sum(counts[:i]) for i in range(len(counts))]
     total = torch.empty(sum(counts), sum(counts), dtype=torch.float64, device=pairs[0][0].device)
@@ -243,8 +247,8 @@ def _ghost(pairs: Sequence[Pair], max_bytes: int, product_dtype: torch.dtype | N
     return _mirror_(total)
 
 
-def _groups(pairs: Sequence[Pair], max_bytes: int, dtype: torch.dtype) -> Iterator[range]:
-    """Runs of pairs that fit `max_bytes` in `dtype` (or single ones): what is held while the others pass by."""
+def _groups(pairs: Sequence[Factors], max_bytes: int, dtype: torch.dtype) -> Iterator[range]:
+    """Runs of batches that fit `max_bytes` in `dtype` (or single ones): what is held while the others are read."""
     start = held = 0
     for number, (inputs, cotangents) in enumerate(pairs):
         size = dtype.itemsize * (inputs.numel() + cotangents.numel())
@@ -255,10 +259,10 @@ def _groups(pairs: Sequence[Pair], max_bytes: int, dtype: torch.dtype) -> Iterat
     yield range(start, len(pairs))
 
 
-def _pieces(pair: Pair, max_bytes: int, dtype: torch.dtype) -> Iterator[Pair]:
-    """The pair in runs of examples, so short that the table of two runs (C·T by C·T each) fits and stays in the cache.
+def _pieces(pair: Factors, max_bytes: int, dtype: torch.dtype) -> Iterator[Factors]:
+    """The factors in runs of examples so short that the table of two runs (C·T by C·T each) fits and stays in cache.
 
-    Many runs are good for another reason: of a table that lies on the diagonal, half is computed in vain.
+    Many runs are good for another reason: half of a table that lies on the diagonal is not needed.
     """
     inputs, cotangents = (tensor.to(dtype) for tensor in pair)
     edge = cotangents.shape[1] * inputs.shape[1]
@@ -273,8 +277,8 @@ def _examples_in_piece(edge: int) -> int:
     return max(1, _PIECE // max(1, edge))
 
 
-def _fill(total: Tensor, row: int, start: int, left: Sequence[Pair], right: Sequence[Pair]) -> None:
-    """Writes the block of two pairs, given in pieces; of a pair with itself only what lies above the diagonal."""
+def _fill(total: Tensor, row: int, start: int, left: Sequence[Factors], right: Sequence[Factors]) -> None:
+    """Writes the block of two batches, given in pieces; of a batch with itself only what lies above the diagonal."""
     for i, one in enumerate(left):
         column = start
         for j, other in enumerate(right):
@@ -285,7 +289,7 @@ def _fill(total: Tensor, row: int, start: int, left: Sequence[Pair], right: Sequ
         row += count_rows(one)
 
 
-def _ghost_block(left: Pair, right: Pair) -> Tensor:
+def _ghost_block(left: Factors, right: Factors) -> Tensor:
     """Σ_{t,s} (h_it·h_js)(δ_iat·δ_jbs) for two runs of examples, ((i,a), (j,b)), summed in float64."""
     (h1, d1), (h2, d2) = left, right
     (n1, c1, t1, _), (n2, c2, t2, _) = d1.shape, d2.shape

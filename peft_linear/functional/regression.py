@@ -1,6 +1,5 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-
 """Kernel ridge regression: the closed form of linearised fine-tuning, and its leave-one-out errors.
 
 Conventions: N examples with C outputs make n = N·C rows, the row of example i, output a is `i*C + a`; a Gram matrix is

@@ -21,7 +21,7 @@ def schedule_factor(name: str, step: int, total: int | None) -> float:
     Args:
         name: one of `SCHEDULES`.
         step: t >= 0.
-        total: T >= 1; not looked at by `"constant"`.
+        total: T >= 1; not used by `"constant"`.
     """
     if name == "constant" or total is None:
         return 1.0

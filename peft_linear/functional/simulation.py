@@ -1,6 +1,5 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-
 """Gradient descent on the linearised model, run on the values of the function instead of the network.
 
 Conventions as in `regression`: n = N·C rows, example-major; everything in float64 on the Gram matrix's device.
@@ -8,26 +7,15 @@ Conventions as in `regression`: n = N·C rows, example-major; everything in floa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import KernelError
 from ._checks import check_cross_gram, checked_gram, largest_eigenvalue
-from ._dynamics import (
-    SMOOTHNESS,
-    LearningRate,
-    Loss,
-    Task,
-    TrainingCurve,
-    check_loss,
-    check_run,
-    given_rates,
-    one_hot_targets,
-    trace,
-)
+from ._dynamics import Task, TrainingCurve, check_outputs, one_hot_targets, trace
+from .training_settings import SMOOTHNESS, LearningRate, Loss, ProximalMode, TrainingSettings
 
 
 __all__ = [
@@ -36,11 +24,12 @@ __all__ = [
     "Loss",
     "ProximalMode",
     "TrainingCurve",
+    "TrainingSettings",
     "one_hot_targets",
     "simulate_training",
 ]
 
-ProximalMode = Literal["coupled", "decoupled"]
+HeldOut = tuple[Tensor, Tensor, Tensor]  # cross_gram (m, n), outputs0 (M, C), labels
 
 
 def simulate_training(
@@ -48,59 +37,43 @@ def simulate_training(
     outputs0: Tensor,  # (N, C)   f_θ0(X)
     labels: Tensor,  # (N,) integer classes, or (N, C) float targets
     *,
-    learning_rate: LearningRate | None = None,
-    steps: int,
-    loss: str | Loss = "cross_entropy",
-    ridge: float = 0.0,
-    held_out: tuple[Tensor, Tensor, Tensor] | None = None,  # cross_gram (m, n), outputs0 (M, C), labels
-    batches: Sequence[Tensor] | None = None,
+    held_out: HeldOut | None = None,
     base: Tensor | None = None,  # (n, n), with `held_out` (n + m, n)
-    proximal_mode: ProximalMode = "coupled",
-    selective: bool = False,
-    record_every: int = 1,
+    **settings: Any,
 ) -> TrainingCurve:
     """Gradient descent on `R(θ) + (λ/2)‖θ−θ0‖²` for the linearised model, run on n numbers instead of the network.
 
-    R is the *mean* over the examples of `loss`: cross-entropy, `½‖f−y‖²` ("squared"; integer labels become one-hot
-    targets), or a function `(outputs (B, C), labels) -> scalar` whose gradient autograd takes. The parameters stay in
-    the span of the Jacobian's rows, `θ−θ0 = Jᵀc`, and a step of size η is
+    R is the *mean* loss over the examples. The parameters stay in the span of the Jacobian's rows, `θ−θ0 = Jᵀc`, and a
+    step of size η is
 
         c ← (1 − ηλ) c − η ∂R/∂f,      f = f_θ0 + K c,      f(x) = f_θ0(x) + K(x, X) c,      ‖θ−θ0‖² = cᵀKc,
 
-    exactly the step in the parameters (without a ridge: `f ← f − (η/N) K (softmax(f) − onehot(y))`). Because R is a
-    mean, squared loss converges to `solve_ridge(gram, residual, N * ridge)`. O(n² + n·m) a step that is recorded,
-    O(b·n) one that is not, b being the rows of its batch.
+    exactly the step in the parameters (without a ridge: `f ← f − (η/N) K (softmax(f) − onehot(y))`); decoupled it is
+    `c ← (c − η ∂R/∂f)/(1 + ηλ)`, the same up to O(η²). Because R is a mean, squared loss converges to
+    `solve_ridge(gram, residual, N * ridge)`. O(n² + n·m) a step that is recorded, O(b·n) one that is not, b being the
+    rows of its batch.
 
     Args:
-        learning_rate: a number, a sequence with one number a step, or a function of the step number (from 0). None
-            takes `1/(λ1·s/B + ridge)` with λ1 the largest eigenvalue, B the (smallest) batch size and s = 1/2 for
-            cross-entropy, 1 for squared loss: the inverse of the objective's largest curvature, which never diverges.
-        ridge: λ, in loss per squared parameter.
         held_out: examples that are not trained on; their loss and accuracy are recorded beside.
-        batches: one index tensor a step, for mini-batches in a given order; the gradient is then the mean over the
-            batch. Default: all examples in every step.
         base: the part of `gram`, and below it the part of the cross Gram matrix, that belongs to parameters which λ
             does not pull (`kernels.base`, the task head: a ProximalLoRA adapter pulls its factors only). They get
             coefficients of their own. Default: all are pulled.
-        proximal_mode: "coupled" as above; "decoupled" as ProximalLoRA does by default, with the proximal operator
-            after the step: `c ← (c − η ∂R/∂f)/(1 + ηλ)`. The same up to O(η²).
-        selective: pull only at steps at which `⟨∇R, θ−θ0⟩ = (∂R/∂f)ᵀKc ≥ 0` over the parameters that are pulled
-            (arXiv 2602.08239, eq. 8), as ProximalLoRA does by default.
-        record_every: number of steps between two entries of the curves; start and end are always recorded.
+        settings: those of `TrainingSettings`, such as `steps`, `learning_rate`, `loss` and `ridge`. Without a learning
+            rate it is `1/(λ1·s/B + ridge)` with λ1 the largest eigenvalue, B the (smallest) batch size and s = 1/2 for
+            cross-entropy, 1 for squared loss: the inverse of the objective's largest curvature, which never diverges.
+            `proximal_mode` is "coupled" by default.
 
     Raises:
-        KernelError: shapes disagree, labels out of range, a learning rate is missing for a loss of your own, too few
-            learning rates or batches for the steps, or the training diverges (the step is named).
+        KernelError: shapes disagree, labels or settings are out of range, a learning rate is missing for a loss of
+            your own, or the training diverges (the step is named).
     """
-    check_run(outputs0, steps, ridge, batches, record_every)
-    check_mode(proximal_mode)
-    descent = Descent(gram, outputs0, held_out, base, ridge, proximal_mode, selective)
-    if learning_rate is None:
-        smallest = len(outputs0) if not batches else min(len(batch) for batch in batches)
-        rates = [_safe_rate(gram.detach().double(), loss, ridge, smallest)] * steps
-    else:
-        rates = given_rates(learning_rate, steps)
-    return descent.run(loss, labels, rates, batches, record_every)
+    given = TrainingSettings(**settings)
+    check_outputs(outputs0)
+    descent = Descent(gram, outputs0, held_out, base, given)
+    if given.learning_rate is not None:
+        return descent.run(labels, given.rates)
+    smallest = min(map(len, given.batches)) if given.batches else len(outputs0)
+    return descent.run(labels, [_safe_rate(gram.detach().double(), given.loss, given.ridge, smallest)] * given.steps)
 
 
 class Descent:
@@ -114,15 +87,14 @@ class Descent:
         self,
         gram: Tensor,  # (n, n)
         outputs0: Tensor,  # (N, C)
-        held_out: tuple[Tensor, Tensor, Tensor] | None,
+        held_out: HeldOut | None,
         base: Tensor | None,  # (n + m, n)
-        ridge: float,
-        mode: ProximalMode,
-        selective: bool,
+        settings: TrainingSettings,
     ) -> None:
         self.gram, start = checked_gram(gram, outputs0.reshape(-1))
         self.start = start.view(outputs0.shape)
-        self.ridge, self.mode, self.selective = ridge, mode, selective
+        self.settings = settings
+        self.ridge, self.mode = settings.ridge, settings.proximal_mode or "coupled"
         self.c = torch.zeros_like(start)
         self.cross: Tensor | None = None
         self.held_start: Tensor | None = None
@@ -135,9 +107,9 @@ class Descent:
         self.base_cross: Tensor | None = None
         self.c0: Tensor | None = None
         if base is not None:
-            self._tell_apart(base)
+            self._separate(base)
 
-    def _tell_apart(self, base: Tensor) -> None:
+    def _separate(self, base: Tensor) -> None:
         n, m = len(self.gram), 0 if self.cross is None else len(self.cross)
         if base.shape != (n + m, n):
             raise KernelError(
@@ -150,21 +122,13 @@ class Descent:
         if self.cross is not None:
             self.base_cross, self.cross = base[n:], self.cross - base[n:]
 
-    def run(
-        self,
-        loss: str | Loss,
-        labels: Tensor,
-        rates: Sequence[float],
-        batches: Sequence[Tensor] | None,
-        record_every: int,
-    ) -> TrainingCurve:
-        """The whole training."""
-        device = self.gram.device
+    def run(self, labels: Tensor, rates: list[float]) -> TrainingCurve:
+        """The whole training, with one learning rate a step."""
+        device, loss = self.gram.device, self.settings.loss
         task, held_task = Task(loss, labels.to(device), self.start.shape), None
         if self.held_start is not None and self.held_labels is not None:
             held_task = Task(loss, self.held_labels, self.held_start.shape)
-        batches = None if batches is None else [batch.to(device) for batch in batches]
-        fields = trace(self, task, held_task, rates, batches, record_every)
+        fields = trace(self, task, held_task, rates, self.settings, device)
         return TrainingCurve(**fields, coefficients=self.c, base_coefficients=self.c0)
 
     def outputs(self, examples: Tensor | None) -> Tensor:
@@ -197,7 +161,7 @@ class Descent:
 
     def _acts(self, gradient: Tensor, examples: Tensor | None) -> bool:
         """Whether the proximal term acts at this step: always, or if `⟨∇R, θ−θ0⟩ ≥ 0`."""
-        if not (self.selective and self.ridge):
+        if not (self.settings.selective and self.ridge):
             return self.ridge > 0
         return float(gradient.reshape(-1) @ (self._rows(self.gram, examples) @ self.c)) >= 0
 
@@ -213,14 +177,7 @@ class Descent:
         return torch.zeros_like(self.start).index_add_(0, examples, gradient).reshape(-1)
 
 
-def check_mode(mode: str) -> None:
-    """Raises KernelError for a proximal mode that there is not."""
-    if mode not in ("coupled", "decoupled"):
-        raise KernelError(f"proximal_mode must be 'coupled' or 'decoupled', got {mode!r}")
-
-
 def _safe_rate(gram: Tensor, loss: str | Loss, ridge: float, batch_size: int) -> float:
-    check_loss(loss)
     if not isinstance(loss, str):
         raise KernelError("learning_rate=None needs a loss of known curvature; pass a learning rate with your own")
     curvature = largest_eigenvalue(gram) * SMOOTHNESS[loss] / batch_size + ridge

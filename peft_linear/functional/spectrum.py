@@ -17,7 +17,7 @@ from torch import Tensor
 from ..errors import KernelError
 
 
-# Rounding in the entries of a Gram matrix grows with the number of summed products, which its size n does not know.
+# Rounding in the entries of a Gram matrix grows with the number of summed products, which its size n does not tell.
 _TOLERANCE_IN_NOISE_FLOORS = 100.0
 
 

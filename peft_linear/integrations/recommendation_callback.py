@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
+from ..capture.resources import Resources
 from ..errors import FileError, PeftLinearError, TargetError
 from ..files import write_text
 from ..recommendation.data import JSON_NAME
@@ -174,7 +176,7 @@ class NtkRecommendationCallback(TrainerCallback):
 
     def _choose(self, args: TrainingArguments, state: TrainerState, model: torch.nn.Module, processing: Any) -> None:
         output = Path(args.output_dir or ".")
-        candidates: dict[str, Any] = {"distributed": False}  # the main process computes alone; the others wait for it
+        candidates: dict[str, Any] = {}
         if isinstance(model, PeftModel):
             candidates |= _candidates(model, adapter_name_of(model, self.adapter_name))
 
@@ -194,8 +196,12 @@ class NtkRecommendationCallback(TrainerCallback):
 
     def _request(self, args: TrainingArguments, candidates: dict[str, Any]) -> ModuleRequest:
         options = {"training": planned_training(args, self._choosing["criterion"]), **candidates, **self._choosing}
+        resources = options.pop("resources", Resources(progress=options.pop("progress", True)))
         own = {name: options.pop(name) for name in list(options) if name in ModuleRequest.__dataclass_fields__}
-        return ModuleRequest(budget=self.budget, **own, kernels=options)
+        # the main process computes alone; the others wait for it
+        return ModuleRequest(
+            budget=self.budget, **own, kernels=options, resources=replace(resources, distributed=False)
+        )
 
     def _require_checkpoint(self, model: PeftModel, checkpoint: Path, adapter: str) -> None:
         saved = checkpoint_modules(model, checkpoint, adapter)

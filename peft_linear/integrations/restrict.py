@@ -14,7 +14,8 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
-from ..capture.targets import base_model, linear_shape
+from ..capture.layers import layer_kind
+from ..capture.targets import base_model
 from ..errors import FileError, PeftLinearError, TargetError
 from ..tuners.proximal_lora.state import find_records
 
@@ -44,7 +45,7 @@ def adapted_modules(model: PeftModel, adapter_name: str) -> dict[str, LoraLayer]
     return {
         name: module
         for name, module in base_model(model).named_modules()
-        if linear_shape(module) is not None and isinstance(module, LoraLayer) and adapter_name in module.lora_A
+        if layer_kind(module) is not None and isinstance(module, LoraLayer) and adapter_name in module.lora_A
     }
 
 
@@ -112,7 +113,7 @@ def checkpoint_modules(
     config: Any = PeftConfig.from_pretrained(folder)
     adapted = adapted_modules(model, adapter_name)
     modules = base_model(model).named_modules()
-    linear = [name for name, module in modules if linear_shape(module) is not None]
+    linear = [name for name, module in modules if layer_kind(module) is not None]
     found = tuple(name for name in linear if check_target_module_exists(config, name))
     without = [name for name in found if name not in adapted]
     if without or not found:

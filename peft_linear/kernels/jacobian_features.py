@@ -1,6 +1,5 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-
 """`JacobianFeatures`: the rows of the Jacobian themselves, for what their Gram matrix does not hold (Adam's path)."""
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from ..functional.feature_training import train_on_features
 from ..functional.simulation import LearningRate, TrainingCurve
 
 
-BASE = "base"  # the module of columns that are trained whatever is chosen
+BASE = "base"  # the module of columns that are always trained
 
 
 @dataclass(frozen=True)
@@ -30,6 +29,7 @@ class Columns:
     first: int
     shape: tuple[int, ...]  # as it lies in the columns
     transposed: bool
+    parameter_shape: tuple[int, ...] | None = None  # where it has more than two dimensions
 
     @property
     def stop(self) -> int:
@@ -158,7 +158,8 @@ class JacobianFeatures:
         found = {}
         for c in self.columns:
             value = theta[c.first : c.stop].view(c.shape)
-            found[_name_of(c)] = (value.T if c.transposed else value).contiguous()
+            value = (value.T if c.transposed else value).contiguous()
+            found[_name_of(c)] = value.view(c.parameter_shape or value.shape)
         return found
 
     def __repr__(self) -> str:
@@ -175,7 +176,7 @@ def laid_out(parameter: Tensor, columns: Columns) -> Tensor:
         TargetError: its shape is another one.
     """
     value = parameter.detach().cpu()
-    value = value.T if columns.transposed else value
+    value = value.flatten(1).T if columns.transposed and value.ndim > 1 else value
     if tuple(value.shape) != columns.shape:
         raise TargetError(
             f"{columns.parameter!r} has shape {tuple(parameter.shape)}, which does not belong to the features"

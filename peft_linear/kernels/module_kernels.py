@@ -33,7 +33,7 @@ class ModuleKernels:
 
     `J_m` (n, P_m) is the Jacobian of the outputs with respect to the parameters of module `m` at θ0; n = N·C and the
     row of example i, output a is `i*C + a`. The kernel of a set of modules is exactly the sum of their blocks, plus
-    `base`, the block of the parameters that are trained whatever is chosen (the task head).
+    `base`, the block of the parameters that are always trained (the task head).
 
     Source: *Linearization Explains Fine-Tuning in Large Language Models* (arXiv 2602.08239), section 4; the authors'
     own code leaves `base` out.
@@ -208,7 +208,7 @@ class ModuleKernels:
 
     @classmethod
     def load(cls, path: str | os.PathLike, lazy: bool = False) -> ModuleKernels:
-        """Reads what `save` wrote, or the folder of a finished computation (`compute_ntk(..., folder=...)`).
+        """Reads what `save` wrote, or the folder of a finished computation (of `Resources(folder=...)`).
 
         Args:
             path: the file, or the folder; a folder's blocks are always lazy.

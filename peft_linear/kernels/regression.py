@@ -1,6 +1,5 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-
 """`fit_kernel_regression`: linearised fine-tuning with squared loss, solved instead of trained."""
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import KernelError, OutputError
+from ..functional.outputs import recorded_output
 from ..functional.regression import (
     dual_distance,
     leave_one_out_residuals,
@@ -131,7 +131,7 @@ def fit_kernel_regression(
     labels = kernels.labels if labels is None else torch.as_tensor(labels)
     if labels is None:
         raise OutputError("the kernels hold no labels; pass labels= (class numbers or targets of the outputs' shape)")
-    if kernels.output_kind != "logits" and not labels.is_floating_point():
+    if not labels.is_floating_point() and "logits" not in recorded_output(kernels.output_kind).provides(labels):
         raise OutputError(
             f"class numbers are targets of logits only, and these kernels are of {kernels.output_kind!r}; "
             f"pass float targets of shape {tuple(kernels.outputs.shape)}"

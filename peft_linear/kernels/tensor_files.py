@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-"""Safetensors files written one tensor at a time, and blocks that stay in files until they are asked for."""
+"""Safetensors files written one tensor at a time, and blocks that are read when they are accessed."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ class LazyBlocks(Mapping[str, Tensor]):
 
 
 class BlockFiles(LazyBlocks):
-    """Blocks in safetensors files: memory-mapped when asked for, and gone from memory when the caller lets go."""
+    """Blocks in safetensors files: memory-mapped at each access, and freed with the last reference to it."""
 
     def __init__(self, places: Mapping[str, tuple[Path, str]], shape: Shape, owner: Any = None) -> None:
-        """`places`: file and name of the tensor in it, by module; `owner` (a temporary folder) lives as long."""
+        """`places`: file and name of the tensor in it, by module; `owner` (a temporary folder) is kept as long."""
         super().__init__(places, shape)
         self._owner = owner
 
@@ -92,7 +92,7 @@ def open_file(path: str | os.PathLike, device: str = "cpu") -> Any:
     """`safetensors.safe_open`.
 
     Raises:
-        FileError: there is no such file, or it is no whole safetensors file.
+        FileError: there is no such file, or it is not a whole safetensors file.
     """
     if not os.path.isfile(path):
         raise FileError(f"there is no file {os.fspath(path)!r}; was it, or its folder, moved or removed?")

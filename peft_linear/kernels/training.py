@@ -1,6 +1,5 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-
 """`predict_training`: loss and accuracy of fine-tuning some modules, train and held out, from kernels alone."""
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ def predict_training(
     """Loss and accuracy, step by step, of the linearised model whose `names` are trained: any subset, no network.
 
     Gradient descent where the kernels are gradients' (`simulate_training`, exact for the linear model), Adam where
-    they are those of `compute_ntk(..., kernel="sign")` (`simulate_adam`, an approximation).
+    they are those of `compute_sign_kernel` (`simulate_adam`, an approximation).
 
     Args:
         kernels: of the examples to train on *and* of those to hold out, taken in one call.
@@ -40,12 +39,12 @@ def predict_training(
         ridge: λ.
         pull_base: whether λ pulls the always-trained parameters too. ProximalLoRA does not pull them, and Adam is
             less well approximated with it.
-        settings: as the two functions take them, `steps` and `learning_rate` first. `batches` number the training
-            examples, in their order and without the held-out ones.
+        settings: those of `TrainingSettings`, `steps` and `learning_rate` first, and others of the two functions.
+            `batches` number the training examples, in their order and without the held-out ones.
 
     Raises:
         OutputError: there are no labels.
-        KernelError: numbers of examples that there are not or that come twice, nothing left to train on, or as the two
+        KernelError: numbers of examples that do not exist or are repeated, nothing left to train on, or as the two
             functions.
         TargetError: a name has no kernel.
     """

@@ -18,10 +18,11 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import CriterionError, OutputError
+from ..functional.outputs import kinds_providing
 from ..functional.regression import leave_one_out_residuals, solve_ridge
 from ..kernels.module_kernels import ModuleKernels
 from .cross_validation import cross_validate
-from .problem import PROVIDES, Problem
+from .problem import Problem
 
 
 # What `criterion="default-by-evidence"` means: the first of these whose need the outputs provide. The evidence is rank
@@ -51,7 +52,7 @@ class Criterion:
         label: What the number is, in words.
         formula: For people.
         higher_is_better: Direction.
-        needs: What the outputs must provide ("kernel" is always there); see `problem.PROVIDES`.
+        needs: What the outputs must provide ("kernel" is always there); see `Problem.provides`.
         additive: The number of a union is the number of K_0 plus what each module adds, so the best set is the best
             modules.
         extensive: A sum over rows, twice as large for twice the examples, and not a mean.
@@ -194,7 +195,7 @@ def resolve_criterion(name: str, problem: Problem) -> Criterion:
     if name not in CRITERIA:
         raise CriterionError(f"unknown criterion {name!r}; there are: {', '.join([DEFAULT_NAME, *CRITERIA])}")
     if name not in applicable:
-        kinds = [kind for kind, provides in PROVIDES.items() if CRITERIA[name].needs in provides]
+        kinds = kinds_providing(CRITERIA[name].needs)
         raise OutputError(
             f"criterion {name!r} cannot be computed from {problem.what}; it needs labels and outputs of kind "
             f"{' or '.join(kinds)}. These outputs allow: {', '.join(applicable)}"

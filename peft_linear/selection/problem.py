@@ -12,25 +12,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ..errors import OutputError
-from ..functional.simulation import one_hot_targets
+from ..functional.outputs import Output, recorded_output
 from ..functional.spectrum import Spectrum
 from ..kernels.module_kernels import ModuleKernels
-
-
-# What the outputs have: a target to regress to ("residual"), a loss whose gradient in them is known ("error"), and
-# enough to simulate training with cross-entropy ("logits"). Every kind has a kernel, which needs nothing.
-PROVIDES: dict[str, frozenset[str]] = {
-    "logits": frozenset({"residual", "error", "logits"}),
-    "log_likelihood": frozenset({"residual", "error"}),
-    "loss": frozenset({"residual", "error"}),
-    "margin": frozenset({"residual", "error"}),
-    "label_logit": frozenset(),
-    "random_projection": frozenset(),
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,30 +65,28 @@ class Problem:
         return self.outputs.shape[1]
 
     @property
+    def output(self) -> Output:
+        """The kind of these outputs."""
+        return recorded_output(self.output_kind)
+
+    @property
     def provides(self) -> frozenset[str]:
-        """What criteria can ask of these outputs; see `PROVIDES`. Logits without labels provide nothing."""
-        if self.output_kind == "logits":
-            if self.labels is None:
-                return frozenset()
-            if self.labels.is_floating_point():
-                return frozenset({"residual", "error"})
-        return PROVIDES.get(self.output_kind, frozenset())
+        """What criteria can ask of these outputs: "residual", "error", "logits". Without labels, logits have none."""
+        return self.output.provides(self.labels)
+
+    @property
+    def what(self) -> str:
+        """These outputs, in words."""
+        return self.output.what(self.labels)
 
     @cached_property
     def targets(self) -> Tensor:
-        """(N, C) float64 that the regression aims at.
-
-        One-hot labels (float labels as they are) for logits; 0, certainty, for log-likelihoods and losses; 1 for
-        margins.
+        """(N, C) float64 that the regression aims at, such as one-hot labels; see the kinds in `functional.outputs`.
 
         Raises:
             OutputError: these outputs have no natural target, or labels are missing or no classes of the outputs.
         """
-        if "residual" not in self.provides:
-            raise OutputError(f"{self.what} have no target to regress to; compute kernels of labelled logits instead")
-        if self.output_kind == "logits":
-            return self._one_hot()
-        return torch.full_like(self.outputs, 1.0 if self.output_kind == "margin" else 0.0)
+        return self.output.targets(self.outputs, self.labels)
 
     @cached_property
     def residual(self) -> Tensor:
@@ -111,36 +95,9 @@ class Problem:
 
     @cached_property
     def error(self) -> Tensor:
-        """(n,) float64, `e = ∂R/∂f` of the mean loss R at θ0.
-
-        Cross-entropy of logits: `(softmax(f) − onehot(y))/N`; with float labels, `½‖f − y‖²`: `(f − y)/N`. Negative
-        log-likelihood: `−1/N`; a loss: `1/N`; the logistic loss of a margin m: `−σ(−m)/N`.
+        """(n,) float64, `e = ∂R/∂f` of the mean loss R at θ0, such as `(softmax(f) − onehot(y))/N` for logits.
 
         Raises:
             OutputError: the loss cannot be read from these outputs.
         """
-        if "error" not in self.provides:
-            raise OutputError(f"{self.what} do not determine a loss; compute kernels of labelled logits instead")
-        if self.output_kind == "logits" and "logits" in self.provides:
-            error = self.outputs.softmax(dim=1) - self._one_hot()
-        elif self.output_kind == "logits":
-            error = self.outputs - self._one_hot()
-        elif self.output_kind == "margin":
-            error = -torch.sigmoid(-self.outputs)
-        else:
-            error = torch.full_like(self.outputs, 1.0 if self.output_kind == "loss" else -1.0)
-        return error.reshape(-1) / self.num_examples
-
-    @property
-    def what(self) -> str:
-        """These outputs, in words."""
-        if self.output_kind == "logits":
-            return "logits without labels" if self.labels is None else "logits with float labels"
-        return f"outputs of kind {self.output_kind!r}"
-
-    def _one_hot(self) -> Tensor:
-        assert self.labels is not None
-        try:
-            return one_hot_targets(self.labels, self.outputs.shape)
-        except ValueError as error:
-            raise OutputError(f"the kernels' labels do not belong to their logits: {error}") from error
+        return self.output.error(self.outputs, self.labels).reshape(-1) / self.num_examples

@@ -4,20 +4,21 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..capture.ntk import compute_ntk
-from ..capture.targets import base_model, resolve_always_trained, resolve_targets
-from ..capture.terms import check_adapter_arguments, module_terms
+from ..capture.keywords import MOVED
+from ..capture.request import KernelRequest
+from ..capture.resources import DEFAULT_RESOURCES, Resources
+from ..capture.targets import base_model, resolve_always_trained
 from ..capture.warm_head import STEPS as HEAD_STEPS
 from ..capture.warm_head import warmed_head
 from ..errors import PeftLinearError, TargetError
+from ..functional.outputs import Outputs, resolve_output
 from ..kernels.module_kernels import ModuleKernels
 from ..recommendation.budget import parse_budget
 from ..report.recommendation import Recommendation
@@ -42,7 +43,8 @@ class ModuleRequest:
     Args:
         budget, criterion, ridge, strategy, seed, exclude, training: As for `recommend`.
         head_steps: As for `recommend_modules`.
-        kernels: Arguments of `compute_ntk` by name; `outputs` and `draws` have other defaults here.
+        kernels: Fields of `KernelRequest` by name; `outputs` and `draws` have other defaults here.
+        resources: As for `compute_ntk`.
 
     Raises:
         CriterionError, KernelError, PeftLinearError: arguments that no model could make valid.
@@ -57,12 +59,17 @@ class ModuleRequest:
     exclude: str | Sequence[str] = DEFAULT_EXCLUDE
     training: Training = field(default_factory=Training)
     kernels: Mapping[str, Any] = field(default_factory=dict)
+    resources: Resources = DEFAULT_RESOURCES
 
     def __post_init__(self) -> None:
-        accepted = [name for name in inspect.signature(compute_ntk).parameters if name not in ("model", "batches")]
+        accepted = [f.name for f in fields(KernelRequest)]
         unknown = sorted(set(self.kernels) - set(accepted))
+        if moved := [name for name in unknown if name in MOVED]:
+            raise PeftLinearError(f"{moved[0]!r} is no longer taken; pass {MOVED[moved[0]]}")
         if unknown:
-            raise PeftLinearError(f"unknown arguments {', '.join(unknown)}; compute_ntk takes: {', '.join(accepted)}")
+            raise PeftLinearError(
+                f"unknown arguments {', '.join(unknown)}; compute_ntk takes: {', '.join([*accepted, 'resources'])}"
+            )
         check_strategy(self.strategy)
         check_ridge(self.ridge)
         check_exclude(self.exclude)
@@ -76,21 +83,16 @@ class ModuleRequest:
             TargetError, BudgetError, CriterionError: as `recommend_modules`.
             OutputError: outputs of this kind do not provide what the criterion needs, even with labels.
         """
-        options = self._options(model)
-        labelled = _labelled(options["outputs"])
+        request = self.kernel_request(model)
+        labelled = _labelled(request.outputs)
         resolve_criterion(self.criterion, labelled)
         self.training.resolved(self.criterion, labelled)
-        head = resolve_always_trained(model, options.get("always_trained"))
-        if self.head_steps and not head:
+        if self.head_steps and not resolve_always_trained(model, request.always_trained):
             raise TargetError(
                 f"head_steps={self.head_steps}, but {type(base_model(model)).__name__} has no task head that is "
                 "always trained; leave head_steps at 0, or name the head in `always_trained`"
             )
-        modules = resolve_targets(model, options.get("targets", "all-linear"), reserved=head)
-        space, rank = options.get("space", "lora"), options.get("rank", 8)
-        alpha, draws = options.get("lora_alpha", 16.0), options.get("draws", 1)
-        check_adapter_arguments(space, rank, alpha, draws)
-        sizes = {name: module_terms(name, module, space, rank, alpha, 1, 0)[1] for name, module in modules.items()}
+        sizes = request.candidates(model)
         parse_budget(self.budget, sizes)
         return sizes
 
@@ -100,21 +102,20 @@ class ModuleRequest:
         Gradient energy of labelled logits has heads (`kernels_through_heads`). Other criteria take the model as it is
         or, with `head_steps`, through the trained head alone, which the kernels' provenance then says.
         """
-        options = self._options(model)
+        request = self.kernel_request(model)
         batches = [batches] if isinstance(batches, Mapping) else list(batches)  # read more than once
-        always_trained = options.get("always_trained")
-        by_heads = resolve_criterion(self.criterion, _labelled(options["outputs"])).name == BY_HEADS
+        by_heads = resolve_criterion(self.criterion, _labelled(request.outputs)).name == BY_HEADS
         if self.head_steps and not by_heads:
-            with warmed_head(model, batches, self.head_steps, always_trained=always_trained):
-                return _after(self.head_steps, compute_ntk(model, batches, **options)), ()
-        kernels = compute_ntk(model, batches, **options)
+            with warmed_head(model, batches, self.head_steps, always_trained=request.always_trained):
+                return _after(self.head_steps, request.compute(model, batches, self.resources)), ()
+        kernels = request.compute(model, batches, self.resources)
         head_steps = self.head_steps
         if head_steps is None:
-            head_steps = HEAD_STEPS if resolve_always_trained(model, always_trained) else 0
+            head_steps = HEAD_STEPS if resolve_always_trained(model, request.always_trained) else 0
         if not by_heads or not head_steps or "logits" not in Problem.of(kernels, ridge=1.0).provides:
             return kernels, ()
-        options["draws"] = self.kernels.get("draws", HEAD_DRAWS)
-        return kernels, kernels_through_heads(model, batches, head_steps, **options)
+        request = replace(request, draws=self.kernels.get("draws", _head_draws(request.space)))
+        return kernels, kernels_through_heads(request, model, batches, head_steps, self.resources)
 
     def recommend(self, model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Recommendation:
         """Checks, computes and chooses."""
@@ -135,12 +136,13 @@ class ModuleRequest:
             training=self.training,
         )
 
-    def _options(self, model: nn.Module) -> dict[str, Any]:
-        """Arguments of `compute_ntk`, with the defaults that depend on the model."""
+    def kernel_request(self, model: nn.Module) -> KernelRequest:
+        """The kernels that are asked for, with the defaults that depend on the model."""
         options = {"seed": self.seed, "outputs": default_outputs(model), **self.kernels}
-        if options["outputs"] == "log_likelihood" and options.get("space", "lora") == "lora":
-            options.setdefault("draws", LANGUAGE_DRAWS)
-        return options
+        request = KernelRequest(**options)
+        if "draws" not in options and request.space == "lora" and options["outputs"] == "log_likelihood":
+            return replace(request, draws=LANGUAGE_DRAWS)
+        return request
 
 
 def default_outputs(model: nn.Module) -> str:
@@ -150,26 +152,24 @@ def default_outputs(model: nn.Module) -> str:
 
 
 def kernels_through_heads(
+    request: KernelRequest,
     model: nn.Module,
     batches: Sequence[Mapping[str, Any]],
     head_steps: int = HEAD_STEPS,
-    draws: int = HEAD_DRAWS,
-    **options: Any,
+    resources: Resources = DEFAULT_RESOURCES,
 ) -> tuple[ModuleKernels, ModuleKernels]:
     """Kernels of the losses through the task head as it is, and after `head_steps` steps of training it alone.
 
     One backward pass a batch each, so that LoRA's random A can be averaged over several draws.
 
     Args:
-        draws: Of A; other spaces have none.
-        **options: Others, as for `compute_ntk`; `outputs` and `folder` are not used.
+        request: Its `outputs` are not used.
+        resources: Their `folder` is not used.
     """
-    options = {**options, "outputs": "loss", "folder": None}
-    if options.get("space", "lora") == "lora":
-        options["draws"] = draws
-    untrained = compute_ntk(model, batches, **options)
-    with warmed_head(model, batches, head_steps, always_trained=options.get("always_trained")):
-        return untrained, _after(head_steps, compute_ntk(model, batches, **options))
+    request, resources = replace(request, outputs="loss"), replace(resources, folder=None)
+    untrained = request.compute(model, batches, resources)
+    with warmed_head(model, batches, head_steps, always_trained=request.always_trained):
+        return untrained, _after(head_steps, request.compute(model, batches, resources))
 
 
 def recommend_modules(
@@ -197,7 +197,7 @@ def recommend_modules(
             (default: 20 steps, where there is a head); 0: the head as it is. Other criteria take the trained head
             alone where steps are given; their default is 0.
         seed: Of LoRA's random A, the cross-validation folds and the random halves.
-        **kernels: Other arguments of `compute_ntk` (`targets`, `space`, `rank`, `lora_alpha`, `draws`, `outputs`, …).
+        **kernels: Other arguments of `compute_ntk` (`targets`, `space`, `rank`, `draws`, `outputs`, `resources`, …).
             `outputs` defaults to "log_likelihood" for language models, then `draws` to 32, and to "logits" otherwise,
             with 8 draws for the kernels through heads. `draws` that are passed are taken everywhere. For a language
             model that fits, space="weight" chooses better than the default (docs/decisions/0009).
@@ -205,6 +205,9 @@ def recommend_modules(
     Raises:
         PeftLinearError: or a subclass, as `compute_ntk` and `recommend`.
     """
+    resources = kernels.pop("resources", DEFAULT_RESOURCES)
+    if (progress := kernels.pop("progress", None)) is not None:
+        resources = replace(resources, progress=progress)
     request = ModuleRequest(
         budget=budget,
         criterion=criterion,
@@ -215,13 +218,18 @@ def recommend_modules(
         exclude=exclude,
         training=training or Training(),
         kernels=kernels,
+        resources=resources,
     )
     return request.recommend(model, batches)
 
 
-def _labelled(kind: str) -> Problem:
+def _head_draws(space: str) -> int:
+    return HEAD_DRAWS if space == "lora" else 1
+
+
+def _labelled(outputs: Outputs) -> Problem:
     """Outputs of that kind with class labels, to ask which criteria they allow."""
-    return Problem(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long), kind, ridge=1.0)
+    return Problem(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long), resolve_output(outputs).name, ridge=1.0)
 
 
 def _after(head_steps: int, kernels: ModuleKernels) -> ModuleKernels:

@@ -1,6 +1,5 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-
 """Features against the dense Jacobian, and training on them against the linear model and a real adapter."""
 
 import pytest
@@ -11,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.testing import assert_close
 
-from peft_linear import ProximalLoraConfig
+from peft_linear import ProximalLoraConfig, Resources
 from peft_linear.capture.features import jacobian_features
 from peft_linear.capture.linearize import linearize
 from peft_linear.capture.ntk import compute_ntk
@@ -200,7 +199,7 @@ def test_bad_calls_are_named():
     with pytest.raises(
         PeftLinearError, match=r"15 rows of [0-9,]+ numbers take .* more than max_memory=1KB; take fewer"
     ):
-        features_of(model, batches, max_memory="1KB")
+        features_of(model, batches, resources=Resources(max_memory="1KB"))
     features = features_of(model, batches)
     with pytest.raises(TargetError, match="no features of 'nothing'; there are: bert"):
         features.subset("nothing")

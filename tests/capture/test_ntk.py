@@ -12,10 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from peft_linear.capture.ntk import compute_ntk
-from peft_linear.capture.terms import initial_lora_a
+from peft_linear.capture.adapter_spaces import initial_lora_a
+from peft_linear.capture.engine import computation
+from peft_linear.functional.outputs import RandomProjection
 from tests import reference
 from tests.helpers import small_models as small
+from tests.helpers.kernels import ntk, sign_kernel
 
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
@@ -37,10 +39,6 @@ ARCHITECTURES = {
 def case(request):
     factory, batches = ARCHITECTURES[request.param]
     return small.seeded(factory), batches
-
-
-def ntk(model, batches, **kwargs):
-    return compute_ntk(model, batches, progress=False, **kwargs)
 
 
 def test_weight_kernels_and_the_head_are_exact(case):
@@ -156,7 +154,7 @@ def test_random_projections_are_unbiased_for_the_trace_kernel():
     trace = full[name].view(count, 3, count, 3).diagonal(dim1=1, dim2=3).sum(-1)
     errors = []
     for k in (16, 1024):
-        projected = ntk(model, batches, outputs="random_projection", num_projections=k, **options)
+        projected = ntk(model, batches, outputs=RandomProjection(k), **options)
         estimate = projected[name].view(count, k, count, k).diagonal(dim1=1, dim2=3).sum(-1)
         errors.append(float((estimate - trace).norm() / trace.norm()))
     assert errors[1] < 0.12
@@ -208,9 +206,10 @@ def test_two_adapters_factor_both_ways_of_storing_agree(monkeypatch):
     """Rows kept as they come, explicit and ghost contraction give one number."""
     model, batches = small.seeded(small.bert), small.text_batches()
     expected = ntk(model, batches, space="weight")
+    monkeypatch.setattr(computation, "PRODUCT_BYTES", 2**12)
     for way in ("explicit", "ghost"):
-        monkeypatch.setattr("peft_linear.capture.engine.accumulate.cheapest", lambda pairs, way=way: way)
-        got = ntk(model, batches, space="weight", max_bytes=2**12)
+        monkeypatch.setattr("peft_linear.capture.engine.products.cheapest", lambda pairs, way=way: way)
+        got = ntk(model, batches, space="weight")
         for name in expected.names:
             assert_close(got[name], expected[name], **EXACT)
 
@@ -258,10 +257,11 @@ def test_lower_precision_is_close_to_float64(dtype, tolerance):
 
 
 @pytest.mark.parametrize("way", ["as it comes", "one output channel at a time"])
-def test_the_sign_kernel(way):
+def test_the_sign_kernel(way, monkeypatch):
     model, batches = small.seeded(small.bert), small.text_batches()
-    options = {} if way == "as it comes" else {"max_bytes": 1}
-    kernels = ntk(model, batches, space="weight", kernel="sign", **options)
+    if way == "one output channel at a time":
+        monkeypatch.setattr(computation, "PRODUCT_BYTES", 1)
+    kernels = sign_kernel(model, batches, space="weight")
     parameters = dict(model.named_parameters())
     for name in kernels.names:
         rows = reference.jacobian(model, [parameters[f"{name}.weight"]], batches, reference.logits)

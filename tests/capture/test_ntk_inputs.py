@@ -9,11 +9,12 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from peft_linear.capture.ntk import compute_ntk
+from peft_linear import Resources
 from peft_linear.capture.shared_inputs import SharedInputs
 from peft_linear.errors import PeftLinearError
 from tests import reference
 from tests.helpers import small_models as small
+from tests.helpers.kernels import ntk
 
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
@@ -41,7 +42,7 @@ def test_an_input_that_is_changed_in_place_afterwards_is_kept_as_the_module_saw_
     def output(model, batch):
         return model(**batch)["logits"][0]
 
-    kernels = compute_ntk(model, batches, ["first", "second"], "weight", always_trained=(), progress=False)
+    kernels = ntk(model, batches, targets=["first", "second"], space="weight", always_trained=())
     for name in kernels.names:
         # by finite differences: autograd itself refuses the weight gradient of such a layer
         weight, rows, step = model.get_submodule(name).weight, [], 1e-6
@@ -71,7 +72,7 @@ def test_queries_keys_and_values_share_one_product(monkeypatch):
 
     monkeypatch.setattr(SharedInputs, "_stack", count)
     model, batches = small.seeded(small.bert), small.text_batches(sizes=(3,))
-    compute_ntk(model, batches, targets=["query", "key", "value", "intermediate.dense"], progress=False)
+    ntk(model, batches, targets=["query", "key", "value", "intermediate.dense"])
     assert products == [["dense"], ["key", "query", "value"]] * 2
 
 
@@ -79,28 +80,26 @@ def test_queries_keys_and_values_share_one_product(monkeypatch):
 def test_products_in_float32_are_close_and_the_noise_floor_covers_the_difference(space):
     batches = small.text_batches()
     model = small.seeded(small.bert, dtype=torch.float32)
-    quick = compute_ntk(model, batches, space=space, progress=False)
-    wide = compute_ntk(model, batches, space=space, progress=False, product_dtype=torch.float64)
+    quick = ntk(model, batches, space=space)
+    wide = ntk(model, batches, space=space, precision=torch.float64)
     assert quick.provenance["product_dtype"] == "torch.float32"
     assert wide.provenance["product_dtype"] == "torch.float64"
     difference = torch.linalg.matrix_norm(quick.subset() - wide.subset(), 2)
     assert 0 < float(difference) <= quick.spectrum().noise_floor
     assert wide.spectrum().noise_floor < 1e-3 * quick.spectrum().noise_floor
-    exact = compute_ntk(small.seeded(small.bert), batches, space=space, progress=False)
+    exact = ntk(small.seeded(small.bert), batches, space=space)
     assert_close(quick.subset(), exact.subset(), rtol=1e-4, atol=1e-5)
     assert exact.provenance["product_dtype"] == "torch.float64"
 
 
-def test_a_product_dtype_that_is_none_is_an_error():
-    with pytest.raises(
-        PeftLinearError, match=r"product_dtype must be None, torch.float32 or torch.float64, got torch"
-    ):
-        compute_ntk(small.seeded(small.bert), small.text_batches(), progress=False, product_dtype=torch.bfloat16)
+def test_another_precision_is_an_error():
+    with pytest.raises(PeftLinearError, match=r"precision must be None, torch.float32 or torch.float64, got torch"):
+        Resources(precision=torch.bfloat16)
 
 
 def test_modules_of_one_input_are_exact_each():
     model, batches = small.seeded(small.llama), small.text_batches(padding="left")
-    kernels = compute_ntk(model, batches, targets=["q_proj", "k_proj", "v_proj"], rank=4, progress=False)
+    kernels = ntk(model, batches, targets=["q_proj", "k_proj", "v_proj"], rank=4)
     adapted = reference.with_lora(small.seeded(small.llama), kernels.names, 4, 16.0)
     for name in kernels.names:
         expected = reference.kernel(adapted, reference.lora_parameters(adapted, name)[1:], batches, reference.logits)

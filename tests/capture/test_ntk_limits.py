@@ -11,16 +11,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from peft_linear import Resources
 from peft_linear.capture.engine.memory import MemoryPlan, parse_memory
-from peft_linear.capture.ntk import compute_ntk
 from peft_linear.errors import PeftLinearError
-from tests.helpers import small_models as small
 
 
 @pytest.mark.parametrize("size", ["much", "4 G", -1, 0, True, "1..5GB", ""])
 def test_sizes_that_are_none(size):
     with pytest.raises(PeftLinearError, match="max_memory must be a number of bytes or a size"):
-        compute_ntk(small.seeded(small.bert), small.text_batches(), max_memory=size, progress=False)
+        Resources(max_memory=size)
 
 
 def test_sizes():
@@ -39,15 +38,15 @@ def test_a_plan_stays_within_its_limit(rows, blocks, limit, product):
     except PeftLinearError:
         assert limit < 3 * square * 8 / 7 + 8 * rows + 1
         return
-    kept = 3 * square + plan.product_bytes + plan.parts_bytes + blocks * square * plan.blocks_in_memory
-    assert kept <= limit and plan.parts_bytes >= 0 and plan.product_bytes >= 8 * rows
+    kept = 3 * square + plan.product_bytes + plan.jacobian_bytes + blocks * square * plan.blocks_in_memory
+    assert kept <= limit and plan.jacobian_bytes >= 0 and plan.product_bytes >= 8 * rows
 
 
 PEAK = """
 import resource, sys
 from pathlib import Path
 import torch
-from peft_linear import compute_ntk
+from peft_linear import Resources, compute_ntk
 
 class Tower(torch.nn.Module):
     def __init__(self):
@@ -65,7 +64,7 @@ torch.set_num_threads(1)
 model = Tower()
 batches = [{"x": torch.randn(8, 96, 128)} for _ in range(int(sys.argv[1]))]
 options = {"space": "weight", "progress": False, "always_trained": []}
-compute_ntk(model, batches[:2], max_memory="24MB", **options)
+compute_ntk(model, batches[:2], resources=Resources(max_memory="24MB"), **options)
 
 def peak():  # KiB; ru_maxrss begins at that of the process that started this one
     status = Path("/proc/self/status")
@@ -74,7 +73,7 @@ def peak():  # KiB; ru_maxrss begins at that of the process that started this on
     return next(int(line.split()[1]) for line in status.read_text().splitlines() if "VmHWM" in line)
 
 before = peak()
-compute_ntk(model, batches, max_memory=sys.argv[2] if len(sys.argv) > 2 else None, **options)
+compute_ntk(model, batches, resources=Resources(max_memory=sys.argv[2] if len(sys.argv) > 2 else None), **options)
 print((peak() - before) / 1000)
 """
 

@@ -8,17 +8,14 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from peft_linear.capture.ntk import compute_ntk
 from peft_linear.errors import OutputError, TargetError
+from peft_linear.functional.outputs import RandomProjection
 from tests import reference
 from tests.helpers import small_models as small
+from tests.helpers.kernels import ntk
 
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
-
-
-def ntk(model, batches, **kwargs):
-    return compute_ntk(model, batches, progress=False, **kwargs)
 
 
 def check_weights(model, kernels, batches, output):
@@ -35,7 +32,7 @@ def test_attention_of_a_mixture_of_experts_is_exact_and_its_experts_are_refused_
     kernels = ntk(model, batches, space="weight", outputs="log_likelihood")
     assert all("self_attn" in name for name in kernels.names) and len(kernels) == 8
     check_weights(model, kernels, batches, reference.sequence_log_likelihood)
-    with pytest.raises(TargetError, match=r"not a linear map.*mlp\.experts .MixtralExperts"):
+    with pytest.raises(TargetError, match=r"not a linear layer.*mlp\.experts .MixtralExperts"):
         ntk(model, batches, targets=["experts"], outputs="log_likelihood")
 
 
@@ -75,7 +72,7 @@ def test_random_projections_of_tokens_are_unbiased_for_the_sum_over_tokens_and_v
         batch["labels"] = torch.where(batch["labels"] == -100, -100, batch["labels"] % 6)
     (name,) = ("model.layers.0.mlp.down_proj",)
     k = 2000
-    projected = ntk(model, batches, space="weight", targets=[name], outputs="random_projection", num_projections=k)
+    projected = ntk(model, batches, space="weight", targets=[name], outputs=RandomProjection(k))
     n = projected.num_examples
     estimate = projected[name].view(n, k, n, k).diagonal(dim1=1, dim2=3).sum(-1)
 

@@ -15,16 +15,16 @@ import torch
 from torch.testing import assert_close
 
 from peft_linear.capture.engine.processes import Team
-from peft_linear.capture.ntk import compute_ntk
 from peft_linear.errors import ProcessError
 from peft_linear.kernels import ModuleKernels
 from tests.helpers import small_models as small
+from tests.helpers.kernels import ntk
 from tests.helpers.ports import free_port
 
 
-TESTS = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SIZES = (3, 2, 1, 4, 2)
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(TESTS)}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
 
 TOGETHER = """
 import os, sys
@@ -32,7 +32,7 @@ from pathlib import Path
 from tests.helpers import small_models as small
 import torch
 from accelerate import PartialState
-from peft_linear import compute_ntk
+from peft_linear import Resources, compute_ntk
 from peft_linear.errors import PeftLinearError
 
 rank, out = int(os.environ["RANK"]), Path(sys.argv[1])
@@ -40,7 +40,7 @@ model, batches = small.seeded(small.bert), small.text_batches(SIZES)
 
 def expect(message, given=batches, **options):
     try:
-        compute_ntk(model, given, progress=False, **options)
+        compute_ntk(model, given, resources=Resources(**options))
     except PeftLinearError as error:
         (out / f"{message}{rank}.txt").write_text(f"{type(error).__name__}: {error}")
     else:
@@ -48,11 +48,12 @@ def expect(message, given=batches, **options):
 
 compute_ntk(model, batches).save(out / f"plain{rank}.safetensors")
 assert torch.distributed.get_world_size() == 2
-compute_ntk(model, batches, progress=False, space="weight", folder=out / "run").save(out / f"weight{rank}.safetensors")
-lazy = compute_ntk(model, batches, progress=False, max_memory="40KB", folder=out / "lazy")
+run = Resources(progress=False, folder=out / "run")
+compute_ntk(model, batches, space="weight", resources=run).save(out / f"weight{rank}.safetensors")
+lazy = compute_ntk(model, batches, resources=Resources(max_memory="40KB", folder=out / "lazy"))
 assert lazy.lazy
 lazy.save(out / f"lazy{rank}.safetensors")
-alone = compute_ntk(model, batches if rank else batches[:2], progress=False, distributed=False)
+alone = compute_ntk(model, batches if rank else batches[:2], resources=Resources(distributed=False))
 assert alone.provenance["processes"] == 1 and alone.num_examples == (12 if rank else 5)
 
 expect("other data", batches[rank:])
@@ -69,7 +70,7 @@ PartialState().wait_for_everyone()
 DYING = """
 import os, signal, sys
 from tests.helpers import small_models as small
-from peft_linear import compute_ntk
+from peft_linear import Resources, compute_ntk
 
 model, passes = small.seeded(small.bert), 0
 
@@ -80,7 +81,7 @@ def die(*_):
         os.kill(os.getpid(), signal.SIGKILL)
 
 model.register_forward_pre_hook(die)
-compute_ntk(model, small.text_batches(SIZES), progress=False, folder=sys.argv[1])
+compute_ntk(model, small.text_batches(SIZES), resources=Resources(folder=sys.argv[1]))
 """.replace("SIZES", repr(SIZES))
 
 
@@ -104,7 +105,7 @@ def together(tmp_path_factory):
 
 @pytest.mark.parametrize("name, options", [("plain", {}), ("weight", {"space": "weight"}), ("lazy", {})])
 def test_two_processes_give_the_kernel_of_one(together, name, options):
-    expected = compute_ntk(small.seeded(small.bert), small.text_batches(SIZES), progress=False, **options)
+    expected = ntk(small.seeded(small.bert), small.text_batches(SIZES), **options)
     both = [ModuleKernels.load(together[0] / f"{name}{rank}.safetensors") for rank in (0, 1)]
     for block in (*expected.names, "base"):
         of = [kernels.base if block == "base" else kernels[block] for kernels in (expected, *both)]
@@ -118,7 +119,7 @@ def test_two_processes_give_the_kernel_of_one(together, name, options):
 
 def test_one_process_goes_on_with_what_two_have_begun(together):
     model = small.seeded(small.bert)
-    kernels = compute_ntk(model, small.text_batches(SIZES), progress=False, space="weight", folder=together[0] / "run")
+    kernels = ntk(model, small.text_batches(SIZES), space="weight", folder=together[0] / "run")
     assert kernels.provenance["storage"]["resumed_batches"] == len(SIZES)
     both = ModuleKernels.load(together[0] / "weight0.safetensors")
     assert all(torch.equal(kernels[name], both[name]) for name in both.names)
@@ -170,9 +171,9 @@ def test_a_process_that_dies_ends_the_run_and_leaves_nothing_half_written(tmp_pa
 
     model, batches, passes = small.seeded(small.bert), small.text_batches(SIZES), []
     model.register_forward_pre_hook(lambda *_: passes.append(1))
-    resumed = compute_ntk(model, batches, progress=False, folder=folder)
+    resumed = ntk(model, batches, folder=folder)
     assert len(passes) == len(SIZES) - 2  # each of the two had finished one batch
-    whole = compute_ntk(model, batches, progress=False, folder=tmp_path / "whole")
+    whole = ntk(model, batches, folder=tmp_path / "whole")
     assert all(torch.equal(resumed[name], whole[name]) for name in whole.names)
 
 

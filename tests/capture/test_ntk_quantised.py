@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
+from peft_linear.capture.adapter_spaces import initial_lora_a
 from peft_linear.capture.ntk import compute_ntk
-from peft_linear.capture.terms import initial_lora_a
 from peft_linear.errors import TargetError
 from tests import reference
 from tests.helpers import small_models as small

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-"""compute_ntk(rank=(4, 8, 16)): one pass, and for every rank what a call with it alone returns."""
+"""compute_ntk_at_ranks: one pass, and for every rank what a call with it alone returns."""
 
 from __future__ import annotations
 
@@ -17,16 +17,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from peft_linear.capture.engine import accumulate, run
-from peft_linear.capture.engine.accumulate import kernels_at_work, nested_kernels, term_kernel
+from peft_linear import Resources
+from peft_linear.capture.adapter_spaces import ParameterMatrix, initial_lora_a
+from peft_linear.capture.engine import computation, products, run
+from peft_linear.capture.engine.computation import compute_kernels
 from peft_linear.capture.engine.memory import MemoryPlan
-from peft_linear.capture.ntk import compute_ntk
+from peft_linear.capture.engine.products import kernels_at_work, matrix_kernel, nested_kernels
 from peft_linear.capture.recorder import Recorder
-from peft_linear.capture.terms import Term, initial_lora_a
+from peft_linear.capture.request import KernelRequest
 from peft_linear.errors import FileError, PeftLinearError
+from peft_linear.functional.outputs import RandomProjection
 from peft_linear.kernels import ModuleKernels
 from tests import reference
+from tests.helpers import kernels as quiet
 from tests.helpers import small_models as small
+from tests.helpers.kernels import ntk_at_ranks, sign_kernel
 from tests.helpers.ports import free_port
 
 
@@ -34,11 +39,21 @@ EXACT = {"rtol": 1e-10, "atol": 1e-12}
 RANKS = (3, 1, 4)
 SIZES = (3, 2, 1)
 QUERY = "bert.encoder.layer.0.attention.self.query"
-TESTS = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
-def ntk(model, batches=None, **kwargs):
-    return compute_ntk(model, small.text_batches(SIZES) if batches is None else batches, progress=False, **kwargs)
+def ntk(model, rank, signed=False, **arguments):
+    function = sign_kernel if signed else quiet.ntk
+    return function(model, small.text_batches(SIZES), rank=rank, **arguments)
+
+
+def at_ranks(model, ranks, signed=False, **arguments):
+    batches = small.text_batches(SIZES)
+    if not signed:
+        return ntk_at_ranks(model, batches, ranks, **arguments)
+    prepared = KernelRequest(**arguments).prepare(model, ranks, signed=True)
+    several = compute_kernels(prepared, batches, Resources(progress=False))
+    return {rank: several[rank] for rank in ranks}
 
 
 def assert_same(got, expected, **tolerance):
@@ -58,8 +73,8 @@ def assert_same(got, expected, **tolerance):
 
 
 def assert_each_is_its_own(model, several, **options):
-    for rank, kernels in several.items():
-        assert_same(kernels, ntk(model, rank=rank, **options))
+    for rank, of_rank in several.items():
+        assert_same(of_rank, ntk(model, rank, **options))
 
 
 @settings(max_examples=30, deadline=None)
@@ -72,8 +87,8 @@ def test_a_of_a_lower_rank_is_the_first_rows_of_a_higher_one(rank, more, d_in, d
 OPTIONS = {
     "lora": {},
     "draws": {"draws": 3},
-    "sign": {"kernel": "sign", "draws": 2},
-    "projected": {"outputs": "random_projection", "num_projections": 2, "seed": 4, "lora_alpha": 5.0},
+    "sign": {"signed": True, "draws": 2},
+    "projected": {"outputs": RandomProjection(2), "seed": 4, "lora_alpha": 5.0},
 }
 
 
@@ -81,20 +96,21 @@ OPTIONS = {
 @pytest.mark.parametrize("factory", [small.bert, small.gpt2])
 def test_every_rank_gives_what_it_gives_alone(factory, options):
     model = small.seeded(factory)
-    several = ntk(model, rank=RANKS, **options)
+    several = at_ranks(model, RANKS, **options)
     assert list(several) == list(RANKS)
     assert_each_is_its_own(model, several, **options)
-    for kernels in several.values():
-        assert kernels.provenance["ranks"] == sorted(RANKS)
-        assert bool(kernels.spread) == (options.get("draws", 1) > 1)
+    for of_rank in several.values():
+        assert of_rank.provenance["ranks"] == sorted(RANKS)
+        assert bool(of_rank.spread) == (options.get("draws", 1) > 1)
 
 
 @pytest.mark.parametrize("way", ["explicit", "ghost"])
 def test_every_way_gives_the_same(way, monkeypatch):
     model = small.seeded(small.bert)
-    expected = ntk(model, rank=RANKS, draws=3)
-    monkeypatch.setattr(accumulate, "cheapest", lambda pairs: way)
-    got = ntk(model, rank=RANKS, draws=3, max_bytes=2**12)
+    expected = at_ranks(model, RANKS, draws=3)
+    monkeypatch.setattr(products, "cheapest", lambda pairs: way)
+    monkeypatch.setattr(computation, "PRODUCT_BYTES", 2**12)
+    got = at_ranks(model, RANKS, draws=3)
     for rank in RANKS:
         assert_same(got[rank], expected[rank])
         assert way in {got[rank].provenance["ways"][name] for name in got[rank].names}
@@ -102,21 +118,21 @@ def test_every_way_gives_the_same(way, monkeypatch):
 
 def test_every_rank_is_exact():
     """Against the kernel of a peft adapter of that rank, taken example by example."""
-    several = ntk(small.seeded(small.bert), rank=range(1, 4), lora_alpha=5, targets=["query"])
-    for rank, kernels in several.items():
+    several = at_ranks(small.seeded(small.bert), range(1, 4), lora_alpha=5, targets=["query"])
+    for rank, of_rank in several.items():
         peft_model = reference.with_lora(small.seeded(small.bert), [QUERY], rank=rank, lora_alpha=5)
         parameters = reference.lora_parameters(peft_model, QUERY)
         expected = reference.kernel(peft_model, parameters, small.text_batches(SIZES), reference.logits)
-        assert_close(kernels[QUERY], expected, **EXACT)
-        assert kernels.num_parameters[QUERY] == sum(parameter.numel() for parameter in parameters)
+        assert_close(of_rank[QUERY], expected, **EXACT)
+        assert of_rank.num_parameters[QUERY] == sum(parameter.numel() for parameter in parameters)
 
 
 def test_one_rank_in_a_sequence_and_one_alone():
     model = small.seeded(small.bert)
-    alone = ntk(model, rank=2)
+    alone = ntk(model, 2)
     assert isinstance(alone, ModuleKernels) and "ranks" not in alone.provenance
     for one in ([2], (2,), range(2, 3)):
-        several = ntk(model, rank=one)
+        several = at_ranks(model, one)
         assert list(several) == [2]
         assert_same(several[2], alone, rtol=0, atol=0)
 
@@ -125,19 +141,20 @@ def test_all_ranks_take_the_passes_and_the_products_of_the_largest(monkeypatch):
     counted = {"forward": 0, "backward": 0, "features": 0}
     model = small.seeded(small.bert)
     model.register_forward_pre_hook(lambda *_: counted.update(forward=counted["forward"] + 1))
-    backward, weight_gram = Recorder.backward, accumulate.weight_gram
+    backward, weight_gram = Recorder.backward, products.weight_gram
 
     def count_backward(*args, **kwargs):
         counted["backward"] += 1
         return backward(*args, **kwargs)
 
-    def count_features(parts, *args):
-        counted["features"] += (parts[0] if isinstance(parts[0], torch.Tensor) else parts[0][0].mT).shape[1]
-        return weight_gram(parts, *args)
+    def count_features(jacobians, *args):
+        first = jacobians[0]
+        counted["features"] += (first if isinstance(first, torch.Tensor) else first[0].mT).shape[1]
+        return weight_gram(jacobians, *args)
 
     monkeypatch.setattr(Recorder, "backward", count_backward)
-    monkeypatch.setattr(accumulate, "weight_gram", count_features)
-    ntk(model, rank=(2, 5, 3), draws=4, targets=["query"], always_trained=())
+    monkeypatch.setattr(products, "weight_gram", count_features)
+    at_ranks(model, (2, 5, 3), draws=4, targets=["query"], always_trained=())
     assert counted == {"forward": 3, "backward": 3 * 3, "features": 2 * 4 * 5}
 
 
@@ -149,7 +166,7 @@ def with_adapter():
 def test_an_adapter_that_is_there_keeps_its_own_rank(storage, tmp_path):
     model = with_adapter()
     options = {"targets": ["query", "value"], "draws": 2}
-    several = ntk(model, rank=(4, 1), folder=tmp_path / "run" if storage else None, **storage, **options)
+    several = at_ranks(model, (4, 1), folder=tmp_path / "run" if storage else None, **storage, **options)
     assert_each_is_its_own(model, several, **options)
     value = QUERY.replace("query", "value")
     assert torch.equal(several[4][QUERY], several[1][QUERY])
@@ -165,9 +182,9 @@ def test_an_adapter_that_is_there_keeps_its_own_rank(storage, tmp_path):
 def test_modules_without_a_gradient_are_zero_at_every_rank():
     options = {"targets": ["step", "unused"], "always_trained": ["head"]}
     model = small.seeded(small.Recurrent)
-    several = ntk(model, rank=RANKS, **options)
+    several = at_ranks(model, RANKS, **options)
     assert_each_is_its_own(model, several, **options)
-    assert all(not kernels["unused"].any() and kernels["step"].any() for kernels in several.values())
+    assert all(not one["unused"].any() and one["step"].any() for one in several.values())
 
 
 def files_below(folder):
@@ -177,14 +194,14 @@ def files_below(folder):
 @pytest.mark.parametrize("draws, limit", [(1, "30KB"), (2, "40KB")])  # a block takes 2.6 KB
 def test_files_and_limits_change_nothing(draws, limit, tmp_path):
     model = small.seeded(small.bert)
-    options = {"rank": RANKS, "draws": draws}
-    expected = ntk(model, **options)
+    options = {"ranks": RANKS, "draws": draws}
+    expected = at_ranks(model, **options)
     for storage in (
         {"max_memory": limit},
         {"folder": tmp_path / "run"},
         {"folder": tmp_path / "b", "max_memory": limit},
     ):
-        got = ntk(model, **storage, **options)
+        got = at_ranks(model, **storage, **options)
         for rank in RANKS:
             assert_same(got[rank], expected[rank])
             assert got[rank].provenance["storage"]["parts"] == "files"
@@ -197,7 +214,7 @@ def test_files_and_limits_change_nothing(draws, limit, tmp_path):
 
 def test_the_folder_holds_the_kernels_of_every_rank_and_each_can_be_moved(tmp_path):
     model = small.seeded(small.bert)
-    several = ntk(model, rank=RANKS, folder=tmp_path / "run")
+    several = at_ranks(model, RANKS, folder=tmp_path / "run")
     count = len(several[1])
     assert files_below(tmp_path / "run") == sorted(
         [
@@ -231,20 +248,20 @@ def stop_at_task(monkeypatch, number):
 
 def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
     model, passes = small.seeded(small.bert), []
-    options = {"rank": RANKS, "draws": 2}
-    whole = ntk(model, folder=tmp_path / "whole", **options)
+    options = {"ranks": RANKS, "draws": 2}
+    whole = at_ranks(model, folder=tmp_path / "whole", **options)
     handle = model.register_forward_pre_hook(lambda *_: passes.append(1) if len(passes) < 2 else 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        ntk(model, folder=tmp_path / "run", **options)
+        at_ranks(model, folder=tmp_path / "run", **options)
     handle.remove()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         stop_at_task(patch, 5)
-        ntk(model, folder=tmp_path / "run", **options)
+        at_ranks(model, folder=tmp_path / "run", **options)
     assert not list((tmp_path / "run").glob("rank-*/kernels.safetensors"))
     with pytest.raises(FileError, match="holds no kernels.safetensors.*not finished"):
         ModuleKernels.load(tmp_path / "run" / "rank-3")
     model.register_forward_pre_hook(lambda *_: passes.append(1))
-    resumed = ntk(model, folder=tmp_path / "run", **options)
+    resumed = at_ranks(model, folder=tmp_path / "run", **options)
     assert len(passes) == 2  # no pass is made again
     for rank in RANKS:
         assert resumed[rank].provenance["storage"]["resumed_batches"] == 3
@@ -254,29 +271,29 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
     damaged = tmp_path / "run" / "rank-3" / "blocks" / "00002.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-8])
     (damaged.parent / ".00002.safetensors.x.tmp").write_bytes(b"half")
-    again = ntk(model, folder=tmp_path / "run", **options)
-    assert len(passes) == 2 + 3  # the parts were gone, so they are captured again
+    again = at_ranks(model, folder=tmp_path / "run", **options)
+    assert len(passes) == 2 + 3  # the Jacobians were gone, so they are captured again
     assert again[3].provenance["storage"]["resumed_blocks"] == len(whole[3])
     assert files_below(tmp_path / "run") == files_below(tmp_path / "whole")
-    finished = ntk(model, folder=tmp_path / "run", **options | {"rank": sorted(RANKS)})
+    finished = at_ranks(model, folder=tmp_path / "run", **options | {"ranks": sorted(RANKS)})
     assert len(passes) == 2 + 3
     assert list(finished) == sorted(RANKS)
     for rank in RANKS:
         assert_same(again[rank], whole[rank], rtol=0, atol=0)
         assert_same(finished[rank], whole[rank], rtol=0, atol=0)
-    for other in ((1, 3), 3):
-        with pytest.raises(FileError, match=r"argument rank \(\[1, 3, 4\] there, .*3.* here\)"):
-            ntk(model, folder=tmp_path / "run", **options | {"rank": other})
+    with pytest.raises(FileError, match=r"argument rank \(\[1, 3, 4\] there, \[1, 3\] here\)"):
+        at_ranks(model, (1, 3), draws=2, folder=tmp_path / "run")
+    with pytest.raises(FileError, match=r"argument rank \(\[1, 3, 4\] there, 3 here\)"):
+        ntk(model, 3, draws=2, folder=tmp_path / "run")
 
 
 BAD_RANKS = [
-    ({"rank": ()}, r"rank=\(\) names no rank; pass one, or several, such as"),
-    ({"rank": (4, 8, 4)}, r"rank=\(4, 8, 4\) names a rank twice"),
-    ({"rank": (4, 0)}, "rank must be a positive integer, got 0"),
-    ({"rank": (4, 8.0)}, "rank must be a positive integer, got 8.0"),
-    ({"rank": "48"}, "rank must be a positive integer, got '48'"),
-    ({"rank": (4, 8), "space": "weight"}, 'share the random A of space="lora", got space=.weight.*once for each'),
-    ({"rank": [4], "space": "rows"}, 'share the random A of space="lora", got space=.rows'),
+    ({"ranks": ()}, r"ranks must be positive integers such as .*, got \(\)"),
+    ({"ranks": (4, 8, 4)}, r"ranks=\(4, 8, 4\) names a rank twice"),
+    ({"ranks": (4, 0)}, "rank must be a positive integer, got 0"),
+    ({"ranks": (4, 8.0)}, "rank must be a positive integer, got 8.0"),
+    ({"ranks": "48"}, "ranks must be positive integers such as .*, got '48'"),
+    ({"ranks": 8}, "ranks must be positive integers such as .*, got 8"),
 ]
 
 
@@ -285,7 +302,14 @@ def test_bad_ranks_stop_before_any_forward_pass(arguments, message):
     model = small.seeded(small.bert)
     model.forward = None  # a forward pass would fail otherwise
     with pytest.raises(PeftLinearError, match=message):
-        ntk(model, **arguments)
+        at_ranks(model, **arguments)
+
+
+@pytest.mark.parametrize("space, ranks", [("weight", (4, 8)), ("rows", [4])])
+def test_ranks_share_their_passes_in_lora_space_only(space, ranks):
+    message = f'share the random A of space="lora", got space=.{space}.*once for each'
+    with pytest.raises(PeftLinearError, match=message):
+        KernelRequest(space=space).prepare(small.seeded(small.bert), ranks)
 
 
 @pytest.mark.parametrize("kind", ["rows", "pairs"])
@@ -297,9 +321,9 @@ def test_no_more_kernels_are_held_than_are_planned_for(kind, ranks, draws, monke
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     features, n = ranks[-1] * draws, 37
-    parts = [normal(n, features, 5) if kind == "rows" else (normal(n, 2, features), normal(n, 1, 2, 5))]
-    term = Term(lambda x: x, lambda x: x, features, 5, draws=draws, nested=True)
-    weight_gram, add = accumulate.weight_gram, accumulate._Mean.add
+    jacobians = [normal(n, features, 5) if kind == "rows" else (normal(n, 2, features), normal(n, 1, 2, 5))]
+    matrix = ParameterMatrix(lambda x: x, lambda x: x, features, 5, draws=draws, nested=True)
+    weight_gram, add = products.weight_gram, products._Mean.add
     most = 0
 
     def look(more):
@@ -315,10 +339,10 @@ def test_no_more_kernels_are_held_than_are_planned_for(kind, ranks, draws, monke
         look(0 if may_overwrite else 1)
         return add(mean, gram, may_overwrite)
 
-    monkeypatch.setattr(accumulate, "weight_gram", look_at_gram)
-    monkeypatch.setattr(accumulate._Mean, "add", look_at_add)
-    for rank, kernel in nested_kernels(parts, term, ranks):
-        rows = parts[0] if kind == "rows" else (parts[0][0].mT @ parts[0][1][:, 0])
+    monkeypatch.setattr(products, "weight_gram", look_at_gram)
+    monkeypatch.setattr(products._Mean, "add", look_at_add)
+    for rank, kernel in nested_kernels(jacobians, matrix, ranks):
+        rows = jacobians[0] if kind == "rows" else (jacobians[0][0].mT @ jacobians[0][1][:, 0])
         draw = rows.unflatten(1, (draws, -1))[:, :, :rank] * (ranks[-1] / rank)
         expected = torch.stack([one.flatten(1) @ one.flatten(1).T for one in draw.unbind(1)])
         assert_close(kernel.gram, expected.mean(0), **EXACT)
@@ -333,17 +357,17 @@ def test_no_more_kernels_are_held_than_are_planned_for(kind, ranks, draws, monke
 def test_the_kernels_at_work_count_towards_max_memory():
     model = small.seeded(small.bert)
     limit = "15KB"  # 3 kernels of 2.6 KB, but not 3 + 3
-    ntk(model, max_memory=limit, draws=2)
-    ntk(model, max_memory=limit, rank=RANKS)
+    ntk(model, 8, max_memory=limit, draws=2)
+    at_ranks(model, RANKS, max_memory=limit)
     with pytest.raises(PeftLinearError, match="max_memory=15KB is too little for kernels of 18 rows"):
-        ntk(model, max_memory=limit, rank=RANKS, draws=2)
-    assert MemoryPlan.make(10**6, 10, 5, 100, squares=7).parts_bytes == 10**6 - 100 - (7 + 5) * 800
+        at_ranks(model, RANKS, max_memory=limit, draws=2)
+    assert MemoryPlan.make(10**6, 10, 5, 100, squares=7).jacobian_bytes == 10**6 - 100 - (7 + 5) * 800
 
 
-def test_term_kernel_is_that_of_the_only_rank():
+def test_matrix_kernel_is_that_of_the_only_rank():
     rows = torch.randn(5, 4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    term = Term(lambda x: x, lambda x: x, 4, 3, draws=2)
-    kernel = term_kernel([rows], term)
+    matrix = ParameterMatrix(lambda x: x, lambda x: x, 4, 3, draws=2)
+    kernel = matrix_kernel([rows], matrix)
     expected = sum(half.flatten(1) @ half.flatten(1).T for half in rows.split(2, dim=1)) / 2
     assert_close(kernel.gram, expected, **EXACT)
 
@@ -351,18 +375,18 @@ def test_term_kernel_is_that_of_the_only_rank():
 TOGETHER = """
 import sys
 from tests.helpers import small_models as small
-from peft_linear import compute_ntk
+from peft_linear import Resources
+from peft_linear.capture.ntk import compute_ntk_at_ranks
 
-several = compute_ntk(
-    small.seeded(small.bert), small.text_batches(SIZES), progress=False, rank=RANKS, draws=2, folder=sys.argv[1]
-)
+model, resources = small.seeded(small.bert), Resources(progress=False, folder=sys.argv[1])
+several = compute_ntk_at_ranks(model, small.text_batches(SIZES), RANKS, draws=2, resources=resources)
 assert all(kernels.provenance["processes"] == 2 for kernels in several.values())
 """.replace("SIZES", repr(SIZES)).replace("RANKS", repr(RANKS))
 
 
 def test_two_processes_give_the_kernels_of_one(tmp_path):
     port = str(free_port())
-    environment = os.environ | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     environment |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     command = [sys.executable, "-c", TOGETHER, str(tmp_path / "run")]
     both = [
@@ -377,6 +401,6 @@ def test_two_processes_give_the_kernels_of_one(tmp_path):
         for process in both:
             process.kill()
     assert [process.returncode for process in both] == [0, 0], errors
-    expected = ntk(small.seeded(small.bert), rank=RANKS, draws=2)
+    expected = at_ranks(small.seeded(small.bert), RANKS, draws=2)
     for rank in RANKS:
         assert_same(ModuleKernels.load(tmp_path / "run" / f"rank-{rank}"), expected[rank])

@@ -11,17 +11,13 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.testing import assert_close
 
-from peft_linear.capture.ntk import compute_ntk
 from peft_linear.errors import OutputError, PeftLinearError, TargetError
 from tests import reference
 from tests.helpers import small_models as small
+from tests.helpers.kernels import ntk
 
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
-
-
-def ntk(model, batches, **kwargs):
-    return compute_ntk(model, batches, progress=False, **kwargs)
 
 
 class Snapshot:
@@ -117,8 +113,8 @@ BAD_ARGUMENTS = [
     ({"draws": 2, "space": "weight"}, PeftLinearError, "draws=2 are draws of LoRA's A"),
     ({"space": "loraa"}, PeftLinearError, "space must be one of"),
     ({"outputs": "logit"}, PeftLinearError, "outputs must be one of"),
-    ({"kernel": "adam"}, PeftLinearError, 'kernel must be "gradient" or "sign", got'),
-    ({"num_projections": 0}, PeftLinearError, "num_projections must be a positive integer"),
+    ({"outputs": 3}, PeftLinearError, "outputs must be one of .*, got 3"),
+    ({"rank": (4, 8)}, PeftLinearError, r"got \(4, 8\); several ranks .*compute_ntk_at_ranks.model, batches, ranks="),
     (
         {"targets": ["querry", "value", "kee"]},
         TargetError,
@@ -126,8 +122,8 @@ BAD_ARGUMENTS = [
     ),
     ({"targets": "query"}, TargetError, "regular expression"),
     ({"targets": []}, TargetError, "`targets` is empty"),
-    ({"targets": ["word_embeddings"]}, TargetError, "not a linear map.*word_embeddings .Embedding"),
-    ({"targets": ["classifier"]}, TargetError, "trained in full whatever is chosen.*classifier"),
+    ({"targets": ["word_embeddings"]}, TargetError, "not a linear layer.*word_embeddings .Embedding"),
+    ({"targets": ["classifier"]}, TargetError, "always trained in full, so not a candidate.*classifier"),
     ({"always_trained": ["clasifier"]}, TargetError, "always_trained.*did you mean 'classifier'"),
     ({"rank": 17, "space": "rows"}, TargetError, "has 16 rows, fewer than rank=17"),
 ]

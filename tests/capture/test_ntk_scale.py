@@ -17,10 +17,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from peft_linear.capture.ntk import compute_ntk
 from peft_linear.errors import FileError, OutputError, PeftLinearError
 from peft_linear.kernels import ModuleKernels
 from tests import reference
+from tests.helpers import kernels as quiet
 from tests.helpers import small_models as small
 
 
@@ -71,8 +71,8 @@ CASES = {
 }
 
 
-def ntk(model, batches=None, **kwargs):
-    return compute_ntk(model, small.text_batches(SIZES) if batches is None else batches, progress=False, **kwargs)
+def ntk(model, batches=None, **arguments):
+    return quiet.ntk(model, small.text_batches(SIZES) if batches is None else batches, **arguments)
 
 
 def assert_same_kernels(got, expected, **tolerance):
@@ -213,7 +213,7 @@ class Counting:
 def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path):
     model = small.seeded(bert_with_norm_in_its_head)
     whole = ntk(model, folder=tmp_path / "whole")
-    for stop in (0, 2, 5, 7):  # 4 batches, twice: once for linear maps, once for the norm in the head
+    for stop in (0, 2, 5, 7):  # 4 batches, twice: once for linear layers, once for the norm in the head
         folder = tmp_path / f"stopped{stop}"
         with pytest.raises(KeyboardInterrupt):
             Counting(model, stop)
@@ -273,7 +273,7 @@ KILLED = """
 import os, signal, sys
 import peft_linear.capture.engine.run as run
 from tests.helpers import small_models as small
-from peft_linear import compute_ntk
+from peft_linear import Resources, compute_ntk
 
 folder, steps = sys.argv[1], [int(step) for step in sys.argv[2:]]
 
@@ -292,8 +292,8 @@ for step in steps:  # nothing has started a thread before the fork
         if step < 10:
             model.register_forward_pre_hook(die_at(step, lambda *_: None))
         else:
-            run.term_kernel = die_at(step - 10, run.term_kernel)
-        compute_ntk(model, small.text_batches(SIZES), progress=False, folder=f"{folder}/{step}")
+            run.matrix_kernel = die_at(step - 10, run.matrix_kernel)
+        compute_ntk(model, small.text_batches(SIZES), resources=Resources(folder=f"{folder}/{step}"))
         os._exit(0)
     _, status = os.wait()
     assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, status
@@ -303,7 +303,7 @@ for step in steps:  # nothing has started a thread before the fork
 def test_a_killed_run_goes_on_and_gives_the_same_kernels_to_the_bit(tmp_path):
     steps = [0, 2, 10, 15]  # in a forward pass; from 10 on, in a Gram matrix
     command = [sys.executable, "-c", KILLED.replace("SIZES", repr(SIZES)), str(tmp_path), *map(str, steps)]
-    subprocess.run(command, check=True, cwd=ROOT / "tests", timeout=120)
+    subprocess.run(command, check=True, cwd=ROOT, timeout=120)
     model = small.seeded(small.bert)
     whole = ntk(model, folder=tmp_path / "whole")
     for step in steps:

@@ -1,6 +1,5 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-
 """Training on features against AdamW written out, against kernel space, and the sign kernel's approximation."""
 
 import math

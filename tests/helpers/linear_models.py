@@ -1,6 +1,5 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-
 """Adapters whose B is not 0 on the small models, their linear models a step away, and what to compare them by."""
 
 import copy

@@ -105,7 +105,7 @@ def vit() -> nn.Module:
 
 
 class Recurrent(nn.Module):
-    """A custom module: one linear map called three times, another one never, a bilinear use of the inputs."""
+    """A custom module: one linear layer called three times, another one never, a bilinear use of the inputs."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from peft_linear.capture.features import jacobian_features
-from peft_linear.capture.ntk import compute_ntk
+from peft_linear.capture.ntk import compute_ntk, compute_sign_kernel
 from peft_linear.errors import KernelError, OutputError, TargetError
 from peft_linear.functional.simulation import simulate_training
 from peft_linear.kernels.training import predict_training
@@ -24,7 +24,7 @@ def setting():
     model, batches = seeded(bert), text_batches(sizes=(4, 3))
     kernels = compute_ntk(model, batches, TARGETS, rank=2, progress=False)
     features = jacobian_features(model, batches, TARGETS, rank=2, progress=False)
-    signs = compute_ntk(model, batches, TARGETS, rank=2, progress=False, kernel="sign")
+    signs = compute_sign_kernel(model, batches, TARGETS, rank=2, progress=False)
     return kernels, features, signs
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from peft_linear.errors import CriterionError, KernelError, OutputError
+from peft_linear.functional.outputs import OUTPUTS
 from peft_linear.functional.simulation import simulate_training
 from peft_linear.selection.criteria import (
     CRITERIA,
@@ -21,7 +22,7 @@ from peft_linear.selection.criteria import (
     score_modules,
 )
 from peft_linear.selection.cross_validation import cross_validate, fold_indices
-from peft_linear.selection.problem import PROVIDES, Problem
+from peft_linear.selection.problem import Problem
 from tests.helpers.planted import planted_kernels
 
 
@@ -264,7 +265,7 @@ def test_resolving_names(kernels):
 
 
 def test_every_criterion_says_what_it_is():
-    kinds = {need for provides in PROVIDES.values() for need in provides} | {"kernel"}
+    kinds = {need for kind in OUTPUTS.values() for need in kind.with_labels} | {"kernel"}
     for name, criterion in CRITERIA.items():
         assert criterion.name == name
         assert criterion.needs in kinds

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.tensor_files import BlockFiles, open_file
-from .accumulate import TermKernel
+from .products import MatrixKernel
 from .run_folder import BLOCKS, RunFolder
 
 
@@ -26,7 +26,7 @@ class RankBlocks:
 
     blocks: Mapping[str, Tensor]
     spread: dict[str, float]
-    ways: dict[str, str]
+    methods: dict[str, str]  # by which each kernel was computed
     zero: list[str]  # candidates whose block is zero
     files: dict[str, str]  # the file of each block in the rank's folder, where there are files
 
@@ -51,17 +51,17 @@ class BlockStore:
         """Whether the folder holds its kernels of every rank already."""
         return all(file in self._folder.finished for file in self.files_of(task).values())
 
-    def put(self, task: str, kernels: Iterable[tuple[int, TermKernel]]) -> dict[str, str]:
+    def put(self, task: str, kernels: Iterable[tuple[int, MatrixKernel]]) -> dict[str, str]:
         """Keeps kernels as they come, rank by rank; the files written for them, with their sha256."""
         files: dict[str, str] = {}
         for rank, kernel in kernels:
-            about = {"spread": kernel.spread, "way": kernel.way, "zero": not bool(kernel.gram.any())}
+            about = {"spread": kernel.spread, "method": kernel.method, "zero": not bool(kernel.gram.any())}
             name = self.files_of(task)[rank]
             if not self.in_files:
                 self._held[task, rank] = kernel.gram, about
             elif name not in files:
                 files[name] = self._folder.write(name, {"block": kernel.gram}, {"about": json.dumps(about)})
-            del kernel  # or it would live until there is another one
+            del kernel  # or it would be kept in memory until the next one is there
         return files
 
     def of_rank(self, rank: int, n: int, in_memory: bool) -> RankBlocks:
@@ -80,7 +80,7 @@ class BlockStore:
         return RankBlocks(
             blocks=blocks,
             spread={task: about[task]["spread"] for task in candidates if about[task]["spread"] is not None},
-            ways={("base" if task == BASE else task): about[task]["way"] for task in self.tasks},
+            methods={("base" if task == BASE else task): about[task]["method"] for task in self.tasks},
             zero=[task for task in candidates if about[task]["zero"]],
             files=files if self.in_files else {},
         )

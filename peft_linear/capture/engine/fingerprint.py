@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-"""What identifies a computation: model, data, arguments and versions; a folder goes on with its own run only."""
+"""What identifies a computation: model, data, arguments and versions; a folder is resumed by its own run only."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def _checksum_of_batch(batch: Batch) -> str:
 
 
 def _configuration(root: nn.Module) -> dict[str, Any]:
-    """The configuration, without names and versions, which say where the weights came from but not what they do."""
+    """The configuration, without names and versions, which say where weights are from, not what they compute."""
     config = getattr(root, "config", None)
     values: dict[str, Any] = getattr(config, "to_dict", dict)()
     kept = {key: value for key, value in values.items() if not key.startswith("_") and key != "transformers_version"}

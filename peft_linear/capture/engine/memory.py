@@ -39,11 +39,11 @@ def format_memory(size: float) -> str:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What is held where, so that kept parts, products at work and finished blocks stay within a limit together."""
+    """What is held where, so that Jacobians, products at work and finished blocks stay within a limit together."""
 
     product_bytes: int  # of temporary memory for one product
     blocks_in_memory: bool
-    parts_bytes: int | None  # that parts may take in memory; more goes to files; None: no limit
+    jacobian_bytes: int | None  # that Jacobians may take in memory; more goes to files; None: no limit
 
     @classmethod
     def make(cls, limit: int | None, rows: int, blocks: int, product_bytes: int, squares: int = 3) -> MemoryPlan:

@@ -21,12 +21,14 @@ from ...errors import ProcessError
 
 
 T = TypeVar("T")
-_groups: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # the default process group -> ours
+_groups: weakref.WeakKeyDictionary[Any, Any] = (
+    weakref.WeakKeyDictionary()
+)  # the default process group -> the one for messages
 PATIENCE = timedelta(minutes=30)  # that processes wait for each other: longer than one batch or one kernel takes
 
 
 class Team:
-    """The processes of this run; one process is a team of one, and never touches torch.distributed."""
+    """The processes of this run; a single process is a team of one, and does not use torch.distributed."""
 
     def __init__(self, rank: int = 0, size: int = 1, group: Any = None) -> None:
         self.rank = rank
@@ -39,10 +41,10 @@ class Team:
 
         Under `accelerate launch` or torchrun the process group is set up through accelerate where it is not yet.
         Messages go over a group of their own with the gloo back end, so that they need no device. It lasts as long as
-        the default group: destroying it right after a message can lock up (seen with torch 2.6).
+        the default group: destroying it right after a message can deadlock (observed with torch 2.6).
 
         Raises:
-            ProcessError: the others do not come.
+            ProcessError: the other processes do not answer.
         """
         if not dist.is_available():
             return cls()
@@ -50,7 +52,7 @@ class Team:
             if int(os.environ.get("WORLD_SIZE", "1")) < 2 or "RANK" not in os.environ:
                 return cls()
             PartialState(cpu=not torch.cuda.is_available() or _flag("ACCELERATE_USE_CPU"))
-            if not dist.is_initialized():  # the script has asked accelerate before, which then knows no CPU processes
+            if not dist.is_initialized():  # accelerate was initialised before, without CPU processes
                 dist.init_process_group("gloo", timeout=PATIENCE)
         if dist.get_world_size() == 1:
             return cls()
@@ -60,7 +62,7 @@ class Team:
             except RuntimeError as error:
                 raise ProcessError(
                     f"process {dist.get_rank()} waited {PATIENCE} for the others; call compute_ntk on all processes, "
-                    "or with distributed=False on those that are to work alone"
+                    "or with resources=Resources(distributed=False) on those that are to work alone"
                 ) from error
         return cls(dist.get_rank(), dist.get_world_size(), _groups[dist.group.WORLD])
 
@@ -90,7 +92,7 @@ class Team:
         try:
             dist.all_gather_object(answers, (value, message), group=self._group)
         except RuntimeError as error:
-            _groups.clear()  # of no use any more
+            _groups.clear()  # the group is unusable now
             if failure is not None:
                 raise failure from error
             raise ProcessError(
@@ -115,7 +117,7 @@ class Team:
         progress: bool,
         unit: str,
     ) -> None:
-        """`work` on every task, by turns; after each round of one task a process `done(results)` on all processes."""
+        """`work` on every task, in rounds of one task a process; after each, `done(results)` on all processes."""
         with tqdm(total=len(tasks), desc=stage, unit=unit, disable=not progress or self.rank != 0) as bar:
             for start in range(0, len(tasks), self.size):
                 mine = tasks[start + self.rank : start + self.rank + 1]

@@ -16,18 +16,19 @@ from torch import Tensor
 from ...errors import PeftLinearError
 from ...kernels import ModuleKernels
 from ...kernels.module_kernels import INDEX
+from ..adapter_spaces import ParameterMatrix, formed_rows
 from ..batches import gather_labels
-from ..passes import OTHER, Job, Parts, capturing, capturing_other
-from ..terms import Term, formed_rows_term
-from .accumulate import TermKernel, kernels_at_work, nested_kernels, term_kernel
+from ..job import OTHER, Jacobians, Job
+from ..passes import capturing, capturing_other
 from .blocks import BASE, BlockStore, RankBlocks
+from .jacobian_store import JacobianStore
 from .memory import MemoryPlan, format_memory
-from .part_store import PartStore
 from .processes import Team
+from .products import MatrixKernel, kernels_at_work, matrix_kernel, nested_kernels
 from .run_folder import RunFolder
 
 
-Capturing = Callable[[Job], AbstractContextManager[Callable[[int], tuple[Parts, Tensor]]]]
+Capturing = Callable[[Job], AbstractContextManager[Callable[[int], tuple[Jacobians, Tensor]]]]
 
 
 @dataclass
@@ -42,7 +43,7 @@ class Result:
 
 
 class Run:
-    """Parts of all batches first, then one kernel after the other; each step is divided over the team."""
+    """Jacobians of all batches first, then one kernel after the other; each step is divided over the team."""
 
     def __init__(
         self,
@@ -61,8 +62,8 @@ class Run:
         self.resumed = {"batches": 0, "blocks": 0}
         in_files = folder.kept or team.size > 1
         sizes = [batch.size for batch in job.batches]
-        self.linear = PartStore("", sizes, folder, in_files, job.device)
-        self.other = PartStore("-other", sizes, folder, in_files, job.device)
+        self.of_layers = JacobianStore("", sizes, folder, in_files, job.device)
+        self.of_others = JacobianStore("-other", sizes, folder, in_files, job.device)
         self.tasks = [*job.candidates, *([BASE] if job.has_head else [])]
         self.blocks = BlockStore(self.tasks, folders, folder, in_files)
 
@@ -86,12 +87,12 @@ class Run:
 
     def complete(self) -> Result:
         start = time.perf_counter()
-        self._capture("Jacobians", self.linear, capturing)
+        self._capture("Jacobians", self.of_layers, capturing)
         if self.job.head_other:
-            self._capture("other head parameters", self.other, capturing_other)
+            self._capture("other head parameters", self.of_others, capturing_other)
         passes = time.perf_counter()
         self._take_grams()
-        result = self.team.each("collecting", self._collect)  # nobody goes on before all have what they need
+        result = self.team.each("collecting", self._collect)  # no process goes on before all have what they need
         result.record = {
             "num_batches": len(self.job.batches),
             "storage": self._storage(next(iter(result.of_rank.values())).blocks),
@@ -103,7 +104,7 @@ class Run:
 
     def _storage(self, blocks: Mapping[str, Tensor]) -> dict[str, Any]:
         return {
-            "parts": "files" if self.linear.in_files else "memory",
+            "parts": "files" if self.of_layers.in_files else "memory",
             "blocks": "memory" if isinstance(blocks, dict) else "files",
             "max_memory": self.limit,
             "product_bytes": self._plan().product_bytes,
@@ -111,7 +112,7 @@ class Run:
             "resumed_blocks": self.resumed["blocks"],
         }
 
-    def _capture(self, stage: str, store: PartStore, capturing: Capturing) -> None:
+    def _capture(self, stage: str, store: JacobianStore, capturing: Capturing) -> None:
         numbers = range(len(self.job.batches))
         finished = [number for number in numbers if store.file_of(number) in self.folder.finished]
         for number in finished:
@@ -126,28 +127,28 @@ class Run:
         with capturing(self.job) as capture:
 
             def work(number: int) -> tuple[dict[str, str], int]:
-                parts, outputs = capture(number)
-                return store.put(number, parts, outputs), outputs.shape[1]
+                jacobians, outputs = capture(number)
+                return store.put(number, jacobians, outputs), outputs.shape[1]
 
             def done(results: list[tuple[dict[str, str], int]]) -> None:
                 for files, num_outputs in results:
                     self.folder.record(files)
                     self._make_plan(num_outputs)
-                limit = self._plan().parts_bytes
+                limit = self._plan().jacobian_bytes
                 if limit is not None:
-                    store.keep_within(limit - (self.linear.held_bytes if store is self.other else 0))
+                    store.keep_within(limit - (self.of_layers.held_bytes if store is self.of_others else 0))
 
             self.team.divide(stage, missing, work, done, self.progress, "batch")
         for number in missing:
             store.adopt(number)
 
     def _make_plan(self, num_outputs: int) -> None:
-        """As soon as the number of outputs is known; what cannot work fails here, before the long part."""
+        """As soon as the number of outputs is known; what cannot work fails here, before the passes."""
         if self.plan is not None:
             return
         rows = num_outputs * sum(batch.size for batch in self.job.batches)
         blocks = len(self.job.candidates) * len(self.folders)
-        draws = max(term.draws for terms in self.job.terms.values() for term in terms)
+        draws = max(matrix.draws for matrices in self.job.matrices.values() for matrix in matrices)
         squares = kernels_at_work(draws, len(self.folders)) + 1  # and the kernel of the task head
         self.plan = MemoryPlan.make(self.limit, rows, blocks, self.product_bytes, squares)
         self.labels = gather_labels(list(self.job.batches), torch.empty(0, num_outputs), self.job.function)
@@ -165,8 +166,8 @@ class Run:
     def _take_grams(self) -> None:
         missing = [task for task in self.tasks if not self.blocks.is_finished(task)]
         self.resumed["blocks"] = len(self.tasks) - len(missing)
-        if self.team.size > 1:  # the dearest first, so that those of one round take about the same time
-            missing.sort(key=lambda task: -sum(t.features * t.channels for t in self._terms(task).values()))
+        if self.team.size > 1:  # most expensive first, so that those of one round take about the same time
+            missing.sort(key=lambda task: -sum(m.features * m.channels for m in self._matrices(task).values()))
 
         def work(task: str) -> dict[str, str]:
             return self.blocks.put(task, self._kernels(task))
@@ -177,54 +178,56 @@ class Run:
 
         self.team.divide("Gram matrices", missing, work, done, self.progress, "module")
 
-    def _terms(self, task: str) -> dict[str, Term]:
-        """Terms of a task by key; those of the other head parameters, which are no linear map's, not among them."""
-        names = self.job.head_linear if task == BASE else [task]
+    def _matrices(self, task: str) -> dict[str, ParameterMatrix]:
+        """The parameter matrices of a task by key, without the head's parameters that belong to no layer."""
+        names = self.job.head_layers if task == BASE else [task]
         return {
-            key: term for name in names for key, term in zip(self.job.keys(name), self.job.terms[name], strict=True)
+            key: matrix
+            for name in names
+            for key, matrix in zip(self.job.keys(name), self.job.matrices[name], strict=True)
         }
 
-    def _kernels(self, task: str) -> Iterator[tuple[int, TermKernel]]:
+    def _kernels(self, task: str) -> Iterator[tuple[int, MatrixKernel]]:
         """The kernel of every rank; an adapter that the model carries, and the task head, have one for all of them."""
-        nested = {key: term for key, term in self._terms(task).items() if term.nested}
+        nested = {key: matrix for key, matrix in self._matrices(task).items() if matrix.nested}
         if len(self.folders) > 1 and nested:
-            [(key, term)] = nested.items()
-            parts = self.linear.parts(key, term.features, term.channels)
-            if parts is not None:
+            [(key, matrix)] = nested.items()
+            jacobians = self.of_layers.jacobians(key, matrix.features, matrix.channels)
+            if jacobians is not None:
                 ranks, product_bytes = list(self.folders), self._plan().product_bytes
-                yield from nested_kernels(parts, term, ranks, product_bytes, self.job.signed, self.job.product_dtype)
-                self.linear.release([key])
+                yield from nested_kernels(jacobians, matrix, ranks, product_bytes, self.job.signed, self.job.precision)
+                self.of_layers.release([key])
                 return
         kernel = self._kernel(task)
         for rank in self.folders:
             yield rank, kernel
 
-    def _kernel(self, task: str) -> TermKernel:
-        """The sum over the terms of a task; the spread is that of its first term, the only one with several draws."""
-        terms = self._terms(task)
-        stores = dict.fromkeys(terms, self.linear)
+    def _kernel(self, task: str) -> MatrixKernel:
+        """The sum over the matrices of a task; the spread is that of the first, the only one with several draws."""
+        matrices = self._matrices(task)
+        stores = dict.fromkeys(matrices, self.of_layers)
         if task == BASE and self.job.head_other:
-            terms[OTHER], stores[OTHER] = formed_rows_term(self.job.head_other), self.other
+            matrices[OTHER], stores[OTHER] = formed_rows(self.job.head_other), self.of_others
         total: Tensor | None = None
-        spread, ways = None, []
-        for key, term in terms.items():
-            parts = stores[key].parts(key, term.features, term.channels)
-            if parts is None:
-                ways.append("zero")
+        spread, methods = None, []
+        for key, matrix in matrices.items():
+            jacobians = stores[key].jacobians(key, matrix.features, matrix.channels)
+            if jacobians is None:
+                methods.append("zero")
                 continue
-            kernel = term_kernel(parts, term, self._plan().product_bytes, self.job.signed, self.job.product_dtype)
-            del parts
+            kernel = matrix_kernel(jacobians, matrix, self._plan().product_bytes, self.job.signed, self.job.precision)
+            del jacobians
             stores[key].release([key])
             spread = kernel.spread if spread is None else spread
-            ways.append(kernel.way)
+            methods.append(kernel.method)
             total = kernel.gram if total is None else total.add_(kernel.gram)
         if total is None:
-            n = sum(outputs.numel() for outputs in self.linear.outputs.values())
+            n = sum(outputs.numel() for outputs in self.of_layers.outputs.values())
             total = torch.zeros(n, n, dtype=torch.float64)
-        return TermKernel(total, spread, "+".join(ways))
+        return MatrixKernel(total, spread, "+".join(methods))
 
     def _collect(self) -> Result:
-        values = torch.cat([self.linear.outputs[number] for number in range(len(self.job.batches))])
+        values = torch.cat([self.of_layers.outputs[number] for number in range(len(self.job.batches))])
         n, in_memory = values.numel(), self._plan().blocks_in_memory
         return Result(
             outputs=values,

@@ -3,8 +3,8 @@
 """The folder of a computation: files that are whole or absent, a record of those that are finished, and resumption.
 
 manifest.json             the fingerprint of the run
-finished.jsonl            one line a finished file, with its sha256; a line cut short by a crash does not count
-parts/000012.safetensors  what one batch leaves (Jacobian rows or their factors, outputs); removed at the end
+finished.jsonl            one line a finished file, with its sha256; a line cut short by a crash is ignored
+parts/000012.safetensors  the Jacobians of one batch (rows, or their factors) and its outputs; removed at the end
 blocks/00003.safetensors  the kernel of one module
 kernels.safetensors       at the end: everything else, and which block lies where
 
@@ -56,13 +56,13 @@ class RunFolder:
         return self._path
 
     def open(self, fingerprints: Sequence[Mapping[str, Any]]) -> None:
-        """Agrees on one folder for all processes, and takes up what is finished in it: files whose checksum is right.
+        """Agrees on one folder for all processes, and adopts what is finished in it: files whose checksum is right.
 
         `fingerprints` are those of all processes; a temporary folder of the main process serves where none is named.
 
         Raises:
             PeftLinearError: the processes have different models, data or arguments.
-            FileError: the folder holds another run, or something else, or not every process sees it.
+            FileError: the folder holds another run, or something else, or not every process can read it.
         """
         for rank, fingerprint in enumerate(fingerprints):
             found = differences(fingerprints[0], fingerprint, ("process 0", f"process {rank}"))
@@ -120,7 +120,7 @@ class RunFolder:
             self.discard()
 
     def discard(self) -> None:
-        """Removes a temporary folder; one that the user named stays, for the run to be taken up again."""
+        """Removes a temporary folder; one that the user named stays, for the run to be resumed."""
         if not self.kept and self._path is not None:
             shutil.rmtree(self._path, ignore_errors=True)
 
@@ -140,14 +140,14 @@ class RunFolder:
             try:
                 there = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
             except json.JSONDecodeError as error:
-                raise FileError(f"{path / MANIFEST} is no JSON; pass another folder, or remove this one") from error
+                raise FileError(f"{path / MANIFEST} is not JSON; pass another folder, or remove this one") from error
             if there.get("format") != FORMAT:
                 raise FileError(f"{path / MANIFEST} holds {there.get('format')!r}, expected {FORMAT!r}")
             found = differences(there["fingerprint"], fingerprint, ("there", "here"))
             if found:
                 raise FileError(
                     f"the folder {os.fspath(path)!r} holds the run of something else: it differs in "
-                    f"{'; '.join(found)}. Pass the same model, data and arguments to go on with it, or another folder"
+                    f"{'; '.join(found)}. Pass the same model, data and arguments to resume it, or another folder"
                 )
             for unfinished in [*path.glob("**/.*.tmp"), *path.glob(".*.token")]:
                 unfinished.unlink(missing_ok=True)
@@ -177,13 +177,13 @@ class RunFolder:
     def _find(self, token: str) -> None:
         if not (self.path / token).exists():
             raise FileError(
-                f"process {self._team.rank} does not see what process 0 writes to {os.fspath(self.path)!r}; pass "
+                f"process {self._team.rank} cannot read what process 0 writes to {os.fspath(self.path)!r}; pass "
                 "`folder` on a file system that all processes share"
             )
 
 
 class _TemporaryFolder:
-    """A folder that goes when the last reference to this object does, or with the process."""
+    """A folder that is removed with the last reference to this object, or with the process."""
 
     def __init__(self) -> None:
         self.path = Path(tempfile.mkdtemp(prefix="peft_linear_ntk_"))

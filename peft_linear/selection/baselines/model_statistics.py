@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ...capture.batches import Batch, evaluate
+from ...capture.layers import layer_kind, layer_of
 from ...capture.ntk import compute_ntk
-from ...capture.outputs import OutputFunction, label_shift
+from ...capture.outputs import OutputFunction
 from ...capture.parameters import differentiable
 from ...capture.passes import no_gradient
 from ...capture.recorder import recording
-from ...capture.targets import base_model, linear_shape
+from ...capture.resources import Resources
 from ...errors import TargetError
 
 
@@ -40,7 +41,7 @@ class ModelStatistics:
     def gradients(self) -> dict[str, Tensor]:
         """Ḡ (d_out, d_in) float64 of each module: the gradient of the mean loss of all examples."""
         weights = {name: weight_parameter(name, module) for name, module in self.modules.items()}
-        function = OutputFunction("loss", shift=label_shift(base_model(self.model)))
+        function = OutputFunction.of(self.model, "loss")
         totals = {name: torch.zeros(weight.shape, dtype=torch.float64) for name, weight in weights.items()}
         count = sum(batch.size for batch in self.batches)
         device = next(iter(weights.values())).device
@@ -66,9 +67,7 @@ class ModelStatistics:
                 space="weight",
                 outputs="loss",
                 always_trained=(),
-                progress=False,
-                product_dtype=torch.float64,
-                distributed=False,
+                resources=Resources(progress=False, precision=torch.float64, distributed=False),
             )
             return {name: float(kernels[name].trace()) for name in self.modules}
         except TargetError:  # the model mixes the examples of a batch
@@ -79,7 +78,8 @@ class ModelStatistics:
         """The inputs (positions, d_in) of each module, one tensor a call; padding counts too."""
         device = self.device
         found: dict[str, list[Tensor]] = {name: [] for name in self.modules}
-        with recording(self.model, self.modules) as recorder, torch.no_grad():
+        layers = {name: layer_of(name, module) for name, module in self.modules.items()}
+        with recording(self.model, layers) as recorder, torch.no_grad():
             for batch in self.batches:
                 recorder.clear()
                 self.model(**batch.to(device).inputs)
@@ -95,7 +95,7 @@ def weight_parameter(name: str, module: nn.Module) -> nn.Parameter:
         TargetError: it has none that is a matrix of floating-point numbers, as quantised ones.
     """
     weight = getattr(module, "weight", None)
-    if linear_shape(module) is None or not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
+    if layer_kind(module) is None or not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
         raise TargetError(
             f"{name} ({type(module).__name__}) has no weight matrix of floating-point numbers, which this selector "
             "needs; leave it out of `targets`, or load the model without quantisation"

@@ -14,10 +14,10 @@ from safetensors import safe_open
 from torch.testing import assert_close
 
 from peft_linear.capture.engine import run
-from peft_linear.capture.engine.part_store import PartStore
+from peft_linear.capture.engine.jacobian_store import JacobianStore
 from peft_linear.capture.engine.processes import Team
 from peft_linear.capture.engine.run_folder import RunFolder
-from peft_linear.capture.ntk import compute_ntk
+from tests.helpers import kernels as quiet
 from tests.helpers import small_models as small
 
 
@@ -28,7 +28,7 @@ SELF = "bert.encoder.layer.{}.attention.self.{}#0"
 
 
 def ntk(model, **kwargs):
-    return compute_ntk(model, small.text_batches(SIZES), progress=False, **OPTIONS | kwargs)
+    return quiet.ntk(model, small.text_batches(SIZES), **OPTIONS | kwargs)
 
 
 def stopped_before_the_products(monkeypatch, model, folder, **kwargs):
@@ -38,7 +38,7 @@ def stopped_before_the_products(monkeypatch, model, folder, **kwargs):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(run, "term_kernel", stop)
+        patch.setattr(run, "matrix_kernel", stop)
         ntk(model, folder=folder, **kwargs)
     return [folder / "parts" / f"{number:06d}.safetensors" for number in range(len(SIZES))]
 
@@ -82,8 +82,8 @@ def test_files_without_shared_tensors_say_nothing_of_them(tmp_path, monkeypatch)
             assert "shared" not in (file.metadata() or {})
 
 
-def make_parts():
-    """Keys whose parts share their inputs, their cotangents, a part, or nothing; a view of the same memory."""
+def make_jacobians():
+    """Keys whose jacobians share their inputs, their cotangents, a part, or nothing; a view of the same memory."""
     x, y = torch.arange(24.0).view(2, 3, 4), torch.arange(6.0).view(2, 3, 1)
     d, e = torch.ones(2, 1, 3, 5), torch.full((2, 1, 3, 5), 2.0)
     return {
@@ -96,8 +96,8 @@ def make_parts():
     }
 
 
-def bytes_of(parts, keys):
-    """Of what the parts of those keys keep alive, by hand."""
+def bytes_of(jacobians, keys):
+    """Of what the jacobians of those keys keep alive, by hand."""
     once = {"x": 96 if {"a", "b"} & keys else 0, "y": 24 if "c" in keys else 0, "d": 120 if {"a", "c"} & keys else 0}
     own = {"b": 120, "rows": 160, "narrower": 48 + 120}
     return sum(once.values()) + sum(size for key, size in own.items() if key in keys)
@@ -106,29 +106,29 @@ def bytes_of(parts, keys):
 @settings(max_examples=20, deadline=None)
 @given(order=st.permutations(["a", "b", "c", "rows", "narrower"]))
 def test_shared_tensors_count_once_until_the_last_one_is_released(order):
-    parts = make_parts()
-    store = PartStore("", [2, 2], RunFolder(Team()), False, torch.device("cpu"))
+    jacobians = make_jacobians()
+    store = JacobianStore("", [2, 2], RunFolder(Team()), False, torch.device("cpu"))
     for number in (0, 1):
-        assert store.put(number, parts, torch.zeros(2, 1)) == {}
+        assert store.put(number, jacobians, torch.zeros(2, 1)) == {}
     kept = set(order)
-    assert store.held_bytes == 2 * bytes_of(parts, kept)
+    assert store.held_bytes == 2 * bytes_of(jacobians, kept)
     for key in order:
         store.release([key, "none", "unknown"])
         kept.remove(key)
-        assert store.held_bytes == 2 * bytes_of(parts, kept)
+        assert store.held_bytes == 2 * bytes_of(jacobians, kept)
     assert store.held_bytes == 0
 
 
 @pytest.mark.parametrize("from_the_start", [True, False])
-def test_parts_come_back_from_files_as_they_were(from_the_start, tmp_path):
-    parts, folder = make_parts(), RunFolder(Team(), tmp_path)
-    store = PartStore("", [2], folder, from_the_start, torch.device("cpu"))
-    store.put(0, parts, torch.zeros(2, 1))
-    store.keep_within(bytes_of(parts, set(parts)))
+def test_jacobians_come_back_from_files_as_they_were(from_the_start, tmp_path):
+    jacobians, folder = make_jacobians(), RunFolder(Team(), tmp_path)
+    store = JacobianStore("", [2], folder, from_the_start, torch.device("cpu"))
+    store.put(0, jacobians, torch.zeros(2, 1))
+    store.keep_within(bytes_of(jacobians, set(jacobians)))
     assert store.in_files == from_the_start
-    store.keep_within(bytes_of(parts, set(parts)) - 1)
+    store.keep_within(bytes_of(jacobians, set(jacobians)) - 1)
     assert store.in_files and store.held_bytes == 0
-    other = PartStore("", [2], folder, True, torch.device("cpu"))
+    other = JacobianStore("", [2], folder, True, torch.device("cpu"))
     other.adopt(0)
     with safe_open(tmp_path / store.file_of(0), framework="pt") as file:
         assert set(file.keys()) == {
@@ -142,8 +142,8 @@ def test_parts_come_back_from_files_as_they_were(from_the_start, tmp_path):
             "cotangents:narrower",
         }
     for one in (store, other):
-        assert one.parts("none", 4, 5) is None
+        assert one.jacobians("none", 4, 5) is None
         for key in ("a", "b", "c", "narrower"):
-            (got,) = one.parts(key, 4, 5)
-            assert all(torch.equal(tensor, expected) for tensor, expected in zip(got, parts[key], strict=True))
-        assert torch.equal(one.parts("rows", 4, 5)[0], parts["rows"])
+            (got,) = one.jacobians(key, 4, 5)
+            assert all(torch.equal(tensor, expected) for tensor, expected in zip(got, jacobians[key], strict=True))
+        assert torch.equal(one.jacobians("rows", 4, 5)[0], jacobians["rows"])
