@@ -80,7 +80,7 @@ def test_the_gram_matrix_of_any_subset_is_that_of_compute_ntk(chosen):
     assert last.labels.tolist() == kernels.labels[[4, 1, 2]].tolist()
 
 
-def test_parameters_of_a_head_that_are_no_linear_map_have_columns():
+def test_parameters_of_a_head_outside_linear_layers_have_columns():
     model, batches = seeded(Recurrent), plain(text_batches())
     head = features_of(model, batches, targets=["step"], always_trained=["embed", "head"])
     kernels = compute_ntk(model, batches, ["step"], always_trained=["embed", "head"], progress=False)
@@ -194,25 +194,44 @@ def test_the_model_is_left_as_it_was_found_and_float32_stays_float32():
     assert features_of(fresh().float(), text_batches()).rows.dtype == torch.float32
 
 
-def test_bad_calls_are_named():
-    model, batches = fresh(), text_batches()
+def test_rows_that_need_more_memory_than_there_may_be_are_refused():
     with pytest.raises(
         PeftLinearError, match=r"15 rows of [0-9,]+ numbers take .* more than max_memory=1KB; take fewer"
     ):
-        features_of(model, batches, resources=Resources(max_memory="1KB"))
-    features = features_of(model, batches)
-    with pytest.raises(TargetError, match="no features of 'nothing'; there are: bert"):
-        features.subset("nothing")
-    part = features.subset(features.names[:1])
-    with pytest.raises(TargetError, match="different parameters; take the same subset of both"):
-        features.gram(part)
-    with pytest.raises(TargetError, match="different parameters; take the same subset of both"):
-        features.train(learning_rate=0.1, steps=1, held_out=part)
+        features_of(fresh(), text_batches(), resources=Resources(max_memory="1KB"))
+
+
+def of_another_adapter(features):
+    return features.subset(features.names[:1])
+
+
+BAD_CALLS = [
+    (lambda f: f.subset("nothing"), "no features of 'nothing'; there are: bert"),
+    (lambda f: f.gram(of_another_adapter(f)), "different parameters; take the same subset of both"),
+    (
+        lambda f: f.train(learning_rate=0.1, steps=1, held_out=of_another_adapter(f)),
+        "different parameters; take the same subset of both",
+    ),
+    (lambda f: f.flatten(seeded(bert)), "no parameter 'base_model.*lora_B.default.weight' there"),
+    (
+        lambda f: f.flatten({column.parameter: torch.zeros(3, 3) for column in f.columns}),
+        "has shape .* which does not belong to the features",
+    ),
+]
+
+
+@pytest.mark.parametrize("call, message", BAD_CALLS)
+def test_a_call_with_other_parameters_is_refused_by_name(call, message):
+    features = features_of(fresh(), text_batches())
+    with pytest.raises(TargetError, match=message):
+        call(features)
+
+
+def test_features_without_labels_are_not_trained_on():
     with pytest.raises(PeftLinearError, match="no labels to train on"):
-        features_of(model, plain(batches)).train(learning_rate=0.1, steps=1)
-    with pytest.raises(TargetError, match="no parameter 'base_model.*lora_B.default.weight' there"):
-        features.flatten(seeded(bert))
-    with pytest.raises(TargetError, match="has shape .* which does not belong to the features"):
-        features.flatten({name: torch.zeros(3, 3) for name, _ in model.named_parameters()})
+        features_of(fresh(), plain(text_batches())).train(learning_rate=0.1, steps=1)
+
+
+def test_columns_of_adapters_that_no_model_carries_have_no_names():
     with pytest.raises(TargetError, match="carried no adapter when its features were taken"):
-        features_of(seeded(llama), batches).unflatten(torch.zeros(100_000))
+        features_of(seeded(llama), text_batches()).unflatten(torch.zeros(100_000))

@@ -185,10 +185,18 @@ def test_a_report_of_known_logits_is_that_of_the_models():
         assert known.to_dict()[name] == (pytest.approx(value) if isinstance(value, float) else value)
     assert_close(known.curvature, report.curvature)
     assert GapReport.of_logits(real, linear, start, distance=1.0).accuracy is None
-    with pytest.raises(OutputError, match=r"all three must be \(examples, classes\)"):
-        GapReport.of_logits(real, linear[:2], start, distance=1.0)
-    with pytest.raises(OutputError, match="the linear model's logits in batch 0 are NaN or inf"):
-        GapReport.of_logits(real, linear * math.inf, start, distance=1.0)
+
+
+@pytest.mark.parametrize(
+    "linear, message",
+    [
+        (torch.ones(2, 3), r"all three must be \(examples, classes\)"),
+        (torch.full((5, 3), math.inf), "the linear model's logits in batch 0 are NaN or inf"),
+    ],
+)
+def test_known_logits_that_cannot_be_compared_are_refused(linear, message):
+    with pytest.raises(OutputError, match=message):
+        GapReport.of_logits(torch.ones(5, 3), linear, torch.zeros(5, 3), distance=1.0)
 
 
 def test_a_linear_model_that_was_trained_is_compared_where_it_stands():
@@ -246,24 +254,50 @@ class Image(nn.Module):
         return self.scale * inputs[:, None, None, :]
 
 
-def test_bad_input_is_named():
+def all_ignored():
+    batch = causal_batches()[0]
+    return batch | {"labels": torch.full_like(batch["labels"], -100)}
+
+
+def with_a_broken_head():
     model, linearized = fine_tuned()
-    with pytest.raises(PeftLinearError, match="at must be 'auto', 'model' or 'own', got 'start'"):
-        linearization_gap(model, linearized, text_batches(), at="start")
-    with pytest.raises(PeftLinearError, match="`batches` is empty"):
-        linearization_gap(model, linearized, [])
-    with pytest.raises(TargetError, match="parameters are missing"):
-        linearization_gap(model.base_model.model, linearized, text_batches())
-    language, its_linear = fine_tuned(llama, causal=True)
-    unlabelled = causal_batches()[0] | {"labels": torch.full_like(causal_batches()[0]["labels"], -100)}
-    with pytest.raises(OutputError, match="batch 0 has no token that counts"):
-        linearization_gap(language, its_linear, [unlabelled])
-    with pytest.raises(OutputError, match="neither a classifier's nor one for every token"):
-        linearization_gap(Image(), linearize(Image()), [{"inputs": torch.ones(2, 3)}])
     with torch.no_grad():
         model.base_model.model.classifier.modules_to_save["default"].bias[0] = math.nan
-    with pytest.raises(OutputError, match="the model's logits in batch 0 are NaN or inf"):
-        linearization_gap(model, linearized, text_batches())
+    return model, linearized
+
+
+BAD_INPUT = [
+    (
+        lambda: (*fine_tuned(), text_batches(), "start"),
+        PeftLinearError,
+        "at must be 'auto', 'model' or 'own', got 'start'",
+    ),
+    (lambda: (*fine_tuned(), []), PeftLinearError, "`batches` is empty"),
+    (lambda: (*fine_tuned(llama, causal=True), [all_ignored()]), OutputError, "batch 0 has no token that counts"),
+    (
+        lambda: (Image(), linearize(Image()), [{"inputs": torch.ones(2, 3)}]),
+        OutputError,
+        "neither a classifier's nor one for every token",
+    ),
+    (
+        lambda: (*with_a_broken_head(), text_batches()),
+        OutputError,
+        "the model's logits in batch 0 are NaN or inf",
+    ),
+]
+
+
+@pytest.mark.parametrize("make_arguments, error, message", BAD_INPUT)
+def test_bad_input_is_named(make_arguments, error, message):
+    arguments = make_arguments()
+    with pytest.raises(error, match=message):
+        linearization_gap(*arguments)
+
+
+def test_a_model_with_another_adapter_has_no_gap():
+    model, linearized = fine_tuned()
+    with pytest.raises(TargetError, match="parameters are missing"):
+        linearization_gap(model.base_model.model, linearized, text_batches())
 
 
 def test_sampled_lipschitz_estimates_of_a_model():

@@ -265,11 +265,16 @@ class Unusual(nn.Module):
         return {"loss": loss, "logits": scores} if self.kind == "dict" else (loss, scores)
 
 
-def test_what_cannot_be_linearised_is_named():
-    inputs, labels = torch.randn(2, 4), torch.tensor([0, 1])
+def test_an_operation_without_forward_mode_is_named():
     with pytest.raises(OutputError, match="Unusual runs an operation without forward-mode AD"):
-        linearize(Unusual("no forward mode"))(inputs)
-    for kind in ("dict", "tuple"):
-        with pytest.raises(OutputError, match="the loss of Unusual is none that can be taken"):
-            moved(linearize(Unusual(kind)))(inputs, labels=labels)
-    assert moved(linearize(Unusual("dict")))(inputs)["loss"] is None
+        linearize(Unusual("no forward mode"))(torch.randn(2, 4))
+
+
+@pytest.mark.parametrize("kind", ["dict", "tuple"])
+def test_a_loss_that_cannot_be_linearised_is_named(kind):
+    with pytest.raises(OutputError, match="the loss of Unusual cannot be taken of linearised logits"):
+        moved(linearize(Unusual(kind)))(torch.randn(2, 4), labels=torch.tensor([0, 1]))
+
+
+def test_a_model_of_such_a_loss_is_linearised_without_labels():
+    assert moved(linearize(Unusual("dict")))(torch.randn(2, 4))["loss"] is None

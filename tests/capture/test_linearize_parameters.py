@@ -176,22 +176,40 @@ def test_kernels_of_an_adapter_are_solved_into_that_adapter():
     assert solved.distance() == pytest.approx(fit.distance, rel=1e-8)
 
 
-def test_bad_input_is_named():
-    model, linearized, batch = build("bert")
+def test_a_model_without_trainable_parameters_is_refused():
+    model, _, _ = build("bert")
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     with pytest.raises(TargetError, match="no parameter of PeftModel requires a gradient"):
         linearize(model)
-    with pytest.raises(TargetError, match="parameters are missing, first 'base_model"):
-        linearized.load_parameters_from({})
-    with pytest.raises(TargetError, match="parameters are missing"):
-        linearized.to_adapter(nn.Linear(2, 2))
-    with pytest.raises(TargetError, match=r"has shape \(4, 16\), expected \(2, 16\)"):
-        linearized.load_parameters_from(with_adapter(bert, rank=4))
-    with pytest.raises(OutputError, match="N=3 examples, got shape .4, 3."):
-        linearized.load_dual_coefficients(torch.ones(4, 3), [batch])
-    with pytest.raises(OutputError, match="alpha has 2 columns for 3 outputs"):
-        linearized.load_dual_coefficients(torch.ones(3, 2), [batch])
+
+
+BAD_INPUT = [
+    (lambda m, _: m.load_parameters_from({}), TargetError, "parameters are missing, first 'base_model"),
+    (lambda m, _: m.to_adapter(nn.Linear(2, 2)), TargetError, "parameters are missing"),
+    (
+        lambda m, _: m.load_parameters_from(with_adapter(bert, rank=4)),
+        TargetError,
+        r"has shape \(4, 16\), expected \(2, 16\)",
+    ),
+    (
+        lambda m, batch: m.load_dual_coefficients(torch.ones(4, 3), [batch]),
+        OutputError,
+        "N=3 examples, got shape .4, 3.",
+    ),
+    (
+        lambda m, batch: m.load_dual_coefficients(torch.ones(3, 2), [batch]),
+        OutputError,
+        "alpha has 2 columns for 3 outputs",
+    ),
+]
+
+
+@pytest.mark.parametrize("call, error, message", BAD_INPUT)
+def test_bad_input_is_named(call, error, message):
+    _, linearized, batch = build("bert")
+    with pytest.raises(error, match=message):
+        call(linearized, batch)
 
 
 def test_linearize_is_the_class():

@@ -202,7 +202,7 @@ def test_lora_a_has_pefts_distribution_and_depends_on_name_seed_and_draw_only():
         assert float((a - other).abs().max()) > 1e-3
 
 
-def test_two_adapters_factor_both_ways_of_storing_agree(monkeypatch):
+def test_explicit_and_ghost_products_give_the_same_kernels(monkeypatch):
     """Rows kept as they come, explicit and ghost contraction give one number."""
     model, batches = small.seeded(small.bert), small.text_batches()
     expected = ntk(model, batches, space="weight")
@@ -236,7 +236,7 @@ def test_order_batch_size_and_padding_change_nothing(order, size, extra):
     assert_close(got.outputs, expected.outputs, **EXACT)
 
 
-def test_kernels_are_symmetric_to_the_bit_positive_semidefinite_and_independent_of_company():
+def test_kernels_are_symmetric_to_the_bit_positive_semidefinite_and_independent_of_other_modules():
     model, batches = small.seeded(small.bert, dtype=torch.float32), small.text_batches()
     everything = ntk(model, batches)
     alone = ntk(model, batches, targets=["layer.1.output.dense"])
@@ -257,7 +257,7 @@ def test_lower_precision_is_close_to_float64(dtype, tolerance):
 
 
 @pytest.mark.parametrize("way", ["as it comes", "one output channel at a time"])
-def test_the_sign_kernel(way, monkeypatch):
+def test_the_sign_kernel_is_exact(way, monkeypatch):
     model, batches = small.seeded(small.bert), small.text_batches()
     if way == "one output channel at a time":
         monkeypatch.setattr(computation, "PRODUCT_BYTES", 1)

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-"""What modules share, what models change behind our back, and the precision of products."""
+"""What modules share, inputs that models change in place afterwards, and the precision of products."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ EXACT = {"rtol": 1e-10, "atol": 1e-12}
 
 
 class InPlace(nn.Module):
-    """Changes the input of `first`, which autograd has no reason to keep, after `first` has seen it."""
+    """Changes the input of `first`, which autograd has no reason to keep, after `first` has used it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class InPlace(nn.Module):
         return {"logits": self.head(torch.tanh(self.second(x))).sum(1)}
 
 
-def test_an_input_that_is_changed_in_place_afterwards_is_kept_as_the_module_saw_it():
+def test_an_input_that_is_changed_in_place_afterwards_is_kept_as_the_module_got_it():
     torch.manual_seed(0)
     model = InPlace().double()
     batches = [{"x": torch.randn(3, 4, 5, dtype=torch.float64)}]

@@ -17,12 +17,12 @@ from peft_linear.errors import PeftLinearError
 
 
 @pytest.mark.parametrize("size", ["much", "4 G", -1, 0, True, "1..5GB", ""])
-def test_sizes_that_are_none(size):
+def test_a_size_that_is_none_is_refused(size):
     with pytest.raises(PeftLinearError, match="max_memory must be a number of bytes or a size"):
         Resources(max_memory=size)
 
 
-def test_sizes():
+def test_sizes_are_read_in_powers_of_ten_and_two():
     sizes = [None, 5, "5", "2KB", "1.5 mb", "4GB", "4GiB", "0.5TiB"]
     assert [parse_memory(size) for size in sizes] == [None, 5, 5, 2000, 1500000, 4 * 10**9, 2**32, 2**39]
 

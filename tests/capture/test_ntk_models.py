@@ -130,13 +130,17 @@ def test_half_precision_is_summed_wider_and_the_noise_floor_says_so():
     assert floors[1] > 1e6 * floors[0]
 
 
-def test_a_language_model_example_without_labelled_tokens_is_an_error():
+UNLABELLED = [
+    (lambda labels: labels.index_fill(0, torch.tensor([1]), -100), "example 1 of a batch has no labelled token"),
+    (lambda labels: labels[:, 0], "needs a label for every token"),
+]
+
+
+@pytest.mark.parametrize("change, message", UNLABELLED)
+def test_a_language_model_example_without_labelled_tokens_is_an_error(change, message):
     model, batches = small.seeded(small.llama, causal=True), small.causal_batches()
-    batches[0]["labels"][1] = -100
-    with pytest.raises(OutputError, match="example 1 of a batch has no labelled token"):
-        ntk(model, batches, outputs="log_likelihood")
-    batches[0]["labels"] = torch.zeros(3, dtype=torch.long)
-    with pytest.raises(OutputError, match="needs a label for every token"):
+    batches[0]["labels"] = change(batches[0]["labels"])
+    with pytest.raises(OutputError, match=message):
         ntk(model, batches, outputs="log_likelihood")
 
 

@@ -105,7 +105,7 @@ def test_every_rank_gives_what_it_gives_alone(factory, options):
 
 
 @pytest.mark.parametrize("way", ["explicit", "ghost"])
-def test_every_way_gives_the_same(way, monkeypatch):
+def test_every_method_gives_the_same(way, monkeypatch):
     model = small.seeded(small.bert)
     expected = at_ranks(model, RANKS, draws=3)
     monkeypatch.setattr(products, "cheapest", lambda pairs: way)

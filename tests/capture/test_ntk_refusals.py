@@ -4,11 +4,9 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from torch.testing import assert_close
 
 from peft_linear.errors import OutputError, PeftLinearError, TargetError
@@ -21,7 +19,7 @@ EXACT = {"rtol": 1e-10, "atol": 1e-12}
 
 
 class Snapshot:
-    """Everything of a model (and of the process) that a look at it must not change."""
+    """Everything of a model (and of the process) that the computation must not change."""
 
     def __init__(self, model):
         self.model = model
@@ -79,7 +77,7 @@ def test_the_model_is_left_as_it_was_found_after_an_error():
     snapshot.check()
 
 
-def test_head_parameters_that_are_not_linear_maps_count():
+def test_head_parameters_outside_linear_layers_count():
     model = small.seeded(small.bert)
     model.classifier = torch.nn.Sequential(torch.nn.LayerNorm(16), torch.nn.Linear(16, 3)).double()
     batches = small.text_batches()
@@ -147,24 +145,34 @@ BAD_BATCHES = [
 
 
 @pytest.mark.parametrize("batches, message", BAD_BATCHES)
-def test_bad_batches(batches, message):
+def test_bad_batches_are_refused_by_number(batches, message):
     with pytest.raises(PeftLinearError, match=message):
         ntk(small.seeded(small.bert), batches)
 
 
-def test_labels_that_are_missing_or_out_of_range():
-    model, batches = small.seeded(small.bert), small.text_batches()
-    for batch in batches:
-        batch["labels"] = batch["labels"] + 3
-    with pytest.raises(OutputError, match="num_labels=6"):
-        ntk(model, batches)
-    for kind in ("label_logit", "margin", "loss"):
-        with pytest.raises(OutputError, match=r"labels must lie in \[0, 3\)"):
-            ntk(model, batches, outputs=kind)
+OUT_OF_RANGE = [
+    ("logits", "num_labels=6"),
+    *[(kind, r"labels must lie in \[0, 3\)") for kind in ("label_logit", "margin", "loss")],
+]
+
+
+@pytest.mark.parametrize("kind, message", OUT_OF_RANGE)
+def test_labels_that_are_out_of_range_are_refused(kind, message):
+    batches = [batch | {"labels": batch["labels"] + 3} for batch in small.text_batches()]
+    with pytest.raises(OutputError, match=message):
+        ntk(small.seeded(small.bert), batches, outputs=kind)
+
+
+def test_a_batch_without_the_labels_that_outputs_need_is_refused():
+    batches = small.text_batches()
     del batches[1]["labels"]
     with pytest.raises(OutputError, match="batch 1 has no labels, which outputs='margin' needs"):
-        ntk(model, batches, outputs="margin")
-    assert ntk(model, [{k: v for k, v in b.items() if k != "labels"} for b in batches]).labels is None
+        ntk(small.seeded(small.bert), batches, outputs="margin")
+
+
+def test_logits_need_no_labels():
+    unlabelled = [{k: v for k, v in batch.items() if k != "labels"} for batch in small.text_batches()]
+    assert ntk(small.seeded(small.bert), unlabelled).labels is None
 
 
 def test_logits_of_a_language_model_are_refused_with_the_alternatives():
@@ -209,17 +217,36 @@ def test_examples_that_cannot_be_told_apart_are_refused(factory, shape):
         ntk(model, [{"x": torch.randn(*shape, dtype=torch.float64)}], targets=["linear"])
 
 
-def test_dora_and_several_adapters_are_refused():
-    model, batches = small.seeded(small.bert), small.text_batches()
-    dora = get_peft_model(copy.deepcopy(model), LoraConfig(target_modules=["query"], use_dora=True))
-    with pytest.raises(TargetError, match="LoRA variant"):
-        ntk(dora, batches)
-    several = get_peft_model(model, LoraConfig(target_modules=["query"]))
-    several.add_adapter("second", LoraConfig(target_modules=["query"]))
-    several.base_model.set_adapter(["default", "second"])
-    with pytest.raises(TargetError, match="several adapters are active"):
-        ntk(several, batches)
-    several.set_adapter("default")
-    several.merge_adapter()
-    with pytest.raises(TargetError, match="is merged"):
-        ntk(several, batches)
+def dora():
+    return get_peft_model(small.seeded(small.bert), LoraConfig(target_modules=["query"], use_dora=True))
+
+
+def several_active():
+    model = get_peft_model(small.seeded(small.bert), LoraConfig(target_modules=["query"]))
+    model.add_adapter("second", LoraConfig(target_modules=["query"]))
+    model.base_model.set_adapter(["default", "second"])
+    return model
+
+
+def merged():
+    model = get_peft_model(small.seeded(small.bert), LoraConfig(target_modules=["query"]))
+    model.merge_adapter()
+    return model
+
+
+def not_lora():
+    return get_peft_model(small.seeded(small.bert), LoHaConfig(target_modules=["query"]))
+
+
+@pytest.mark.parametrize(
+    "factory, message",
+    [
+        (dora, "LoRA variant"),
+        (several_active, "several adapters are active"),
+        (merged, "is merged"),
+        (not_lora, 'already carries a .*, not LoRA; use space="weight"'),
+    ],
+)
+def test_adapters_that_are_not_one_plain_lora_are_refused(factory, message):
+    with pytest.raises(TargetError, match=message):
+        ntk(factory(), small.text_batches())

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import json
 import shutil
 import subprocess
 import sys
@@ -128,7 +127,7 @@ def test_a_limit_that_is_not_reached_changes_not_one_bit():
     assert_same_kernels(limited, unlimited, rtol=0, atol=0)
 
 
-def test_parts_move_to_files_when_they_outgrow_the_limit_and_blocks_stay(temporary):
+def test_jacobians_move_to_files_when_they_outgrow_the_limit_and_blocks_stay(temporary):
     model = small.seeded(small.bert)
     options = {"targets": ["query"], "always_trained": ()}
     expected = ntk(model, **options)
@@ -322,49 +321,73 @@ def changed(model):
     return other
 
 
-def test_another_run_in_the_same_folder_is_refused_by_name(tmp_path):
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A model, its batches, and the folder of their run."""
     model, batches = small.seeded(small.bert), small.text_batches(SIZES)
-    folder = tmp_path / "run"
+    folder = tmp_path_factory.mktemp("finished") / "run"
     ntk(model, batches, folder=folder)
+    return model, batches, folder
+
+
+def swapped(batches):
+    return [batches[0], batches[1] | {"input_ids": batches[1]["input_ids"].flip(1)}, *batches[2:]]
+
+
+def eager(_):
+    return small.seeded(lambda: small.bert(attn_implementation="eager"))
+
+
+OTHER_RUNS = [
+    (None, None, {"rank": 4}, r"differs in argument rank \(8 there, 4 here\)\. Pass the same model"),
+    (None, None, {"targets": ["query"]}, r"argument targets \(\[.*there, \[.*here\)"),
+    (changed, None, {}, "differs in the model's parameters and buffers. Pass"),
+    (eager, None, {}, "differs in the model's configuration. Pass"),
+    (None, swapped, {}, "differs in batch 1. Pass"),
+    (None, lambda batches: batches[:2], {}, "differs in batch 2; batch 3. Pass"),
+    (lambda _: small.seeded(small.roberta), None, {}, "the model's class .BertFor.* there, RobertaFor.* here.; "),
+    (None, lambda batches: batches[::-1], {"rank": 4, "seed": 1}, "batch 2; 1 more. Pass"),
+    (None, None, {"precision": torch.float32}, "differs in argument precision .None there, torch.float32 here.. Pass"),
+]
+
+
+@pytest.mark.parametrize("of_model, of_batches, arguments, message", OTHER_RUNS)
+def test_another_run_in_the_same_folder_is_refused_by_name(finished, of_model, of_batches, arguments, message):
+    model, batches, folder = finished
     before = {name: (folder / name).read_bytes() for name in files_below(folder)}
-    swapped = [batches[0], batches[1] | {"input_ids": batches[1]["input_ids"].flip(1)}, *batches[2:]]
-    eager = small.seeded(lambda: small.bert(attn_implementation="eager"))
-    for arguments, message in [
-        ((model, batches, {"rank": 4}), r"differs in argument rank \(8 there, 4 here\)\. Pass the same model"),
-        ((model, batches, {"targets": ["query"]}), r"argument targets \(\[.*there, \[.*here\)"),
-        ((changed(model), batches, {}), "differs in the model's parameters and buffers. Pass"),
-        ((eager, batches, {}), "differs in the model's configuration. Pass"),
-        ((model, swapped, {}), "differs in batch 1. Pass"),
-        ((model, batches[:2], {}), "differs in batch 2; batch 3. Pass"),
-        ((small.seeded(small.roberta), batches, {}), "the model's class .BertFor.* there, RobertaFor.* here.; "),
-        ((model, batches[::-1], {"rank": 4, "seed": 1}), "batch 2; 1 more. Pass"),
-    ]:
-        with pytest.raises(FileError, match=message):
-            ntk(arguments[0], arguments[1], folder=folder, **arguments[2])
-    adapted = reference.with_lora(copy.deepcopy(model), ["bert.pooler.dense"], 2, 4.0)
-    ntk(adapted, batches, folder=tmp_path / "adapted")
-    adapted.base_model.model.bert.pooler.dense.scaling["default"] = 7.0
-    with pytest.raises(FileError, match="the model's adapters. Pass"):
-        ntk(adapted, batches, folder=tmp_path / "adapted")
+    with pytest.raises(FileError, match=message):
+        ntk(
+            of_model(model) if of_model else model,
+            of_batches(batches) if of_batches else batches,
+            folder=folder,
+            **arguments,
+        )
     assert before == {name: (folder / name).read_bytes() for name in files_below(folder)}
 
 
-def test_folders_that_are_no_run(tmp_path):
-    model = small.seeded(small.bert)
-    (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(FileError, match="is not empty and holds no run"):
-        ntk(model, folder=tmp_path)
-    with pytest.raises(FileError, match="is a file; pass a folder"):
-        ntk(model, folder=tmp_path / "notes.txt")
-    manifest = tmp_path / "run" / "manifest.json"
-    manifest.parent.mkdir()
-    manifest.write_text("{")
-    with pytest.raises(FileError, match="is no JSON"):
-        ntk(model, folder=tmp_path / "run")
-    manifest.write_text(json.dumps({"format": "else"}))
-    with pytest.raises(FileError, match="holds 'else', expected 'peft_linear.compute_ntk/1'"):
-        ntk(model, folder=tmp_path / "run")
-    assert files_below(tmp_path) == ["notes.txt", "run/manifest.json"]
+def test_another_scaling_of_an_adapter_is_another_run(tmp_path):
+    adapted = reference.with_lora(small.seeded(small.bert), ["bert.pooler.dense"], 2, 4.0)
+    ntk(adapted, folder=tmp_path / "adapted")
+    adapted.base_model.model.bert.pooler.dense.scaling["default"] = 7.0
+    with pytest.raises(FileError, match="the model's adapters. Pass"):
+        ntk(adapted, folder=tmp_path / "adapted")
+
+
+NO_RUNS = [
+    ("", "notes.txt", "mine", "is not empty and holds no run"),
+    ("notes.txt", "notes.txt", "mine", "is a file; pass a folder"),
+    ("run", "run/manifest.json", "{", "is not JSON"),
+    ("run", "run/manifest.json", '{"format": "else"}', "holds 'else', expected 'peft_linear.compute_ntk/1'"),
+]
+
+
+@pytest.mark.parametrize("folder, file, text, message", NO_RUNS)
+def test_a_folder_of_something_else_is_refused_and_left_alone(folder, file, text, message, tmp_path):
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text(text)
+    with pytest.raises(FileError, match=message):
+        ntk(small.seeded(small.bert), folder=tmp_path / folder)
+    assert files_below(tmp_path) == [file] and (tmp_path / file).read_text() == text
 
 
 def test_labels_and_limits_are_checked_after_the_first_batch(temporary):

@@ -104,7 +104,7 @@ def test_an_error_inside_leaves_the_model_as_it_was():
     assert_same(before, state(model))
 
 
-def test_recommendations_see_the_model_through_the_warmed_head():
+def test_recommendations_use_kernels_of_the_warmed_head():
     """Other criteria than gradient energy, which looks through both heads: tests/selection/test_heads.py."""
     model, batches = seeded(bert), text_batches()
     before = state(model)
@@ -121,14 +121,16 @@ def test_recommendations_see_the_model_through_the_warmed_head():
     assert_same(before, state(model))
 
 
-def test_refusals():
-    model, batches = seeded(bert), text_batches()
-    for arguments in ({"steps": 0}, {"learning_rate": 0.0}, {"learning_rate": float("nan")}):
-        expected = pytest.raises(PeftLinearError, match="steps ≥ 1 and a learning rate > 0")
-        with expected, warmed_head(model, batches, **arguments):
-            pass
+@pytest.mark.parametrize("arguments", [{"steps": 0}, {"learning_rate": 0.0}, {"learning_rate": float("nan")}])
+def test_no_steps_and_no_learning_rate_are_refused(arguments):
+    expected = pytest.raises(PeftLinearError, match="steps ≥ 1 and a learning rate > 0")
+    with expected, warmed_head(seeded(bert), text_batches(), **arguments):
+        pass
+
+
+def test_a_model_without_a_head_is_refused():
     headless = seeded(gpt2, causal=True)
-    with pytest.raises(TargetError, match="has no task head to warm"), warmed_head(headless, batches):
+    with pytest.raises(TargetError, match="has no task head to warm"), warmed_head(headless, text_batches()):
         pass
     with pytest.raises(TargetError, match="head_steps=5, but GPT2LMHeadModel has no task head"):
-        recommend_modules(headless, batches, 2, head_steps=5)
+        recommend_modules(headless, text_batches(), 2, head_steps=5)

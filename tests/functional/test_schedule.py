@@ -24,7 +24,7 @@ def test_factors_lie_between_zero_and_one_and_move_one_way(name, step, total):
 
 
 @given(LENGTHS, st.integers(0, 100))
-def test_ends(total, beyond):
+def test_schedules_begin_and_end_where_they_say(total, beyond):
     ends = {
         name: (schedule_factor(name, 0, total), schedule_factor(name, total + beyond, total)) for name in SCHEDULES
     }
@@ -32,7 +32,7 @@ def test_ends(total, beyond):
 
 
 @given(LENGTHS, st.integers(0, 10_000))
-def test_forms(total, step):
+def test_schedules_are_their_formulas(total, step):
     part = min(step / total, 1)
     assert schedule_factor("linear", step, total) == pytest.approx(1 - part)
     assert schedule_factor("cosine", step, total) == pytest.approx(math.cos(math.pi * part / 2) ** 2, abs=1e-12)

@@ -175,7 +175,7 @@ def test_repr_shows_the_rank_and_the_noise_floor():
     assert "noise_floor=1.3e-15" in text
 
 
-def test_equality_is_of_numbers():
+def test_spectra_of_equal_numbers_are_equal():
     one = Spectrum(torch.tensor([2.0, 1.0]), name="a")
     assert one == Spectrum(torch.tensor([1.0, 2.0]), name="b")
     assert one != Spectrum(torch.tensor([1.0, 2.0]), eps=0.1)
@@ -183,7 +183,7 @@ def test_equality_is_of_numbers():
     assert one != "spectrum"
 
 
-def test_is_frozen():
+def test_a_spectrum_cannot_be_changed():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Spectrum(torch.ones(2)).eps = 1.0
 
@@ -203,16 +203,28 @@ def test_bad_matrices(matrix, message):
         Spectrum.from_gram(matrix, name="kernel of 'q'")
 
 
-def test_bad_eigenvalues_ridge_and_sizes():
-    with pytest.raises(KernelError, match="eigenvalues that are not finite"):
-        Spectrum(torch.tensor([math.inf]))
-    with pytest.raises(KernelError, match=r"non-empty vector of eigenvalues, got shape \(2, 2\)"):
-        Spectrum(torch.ones(2, 2))
-    one, two = Spectrum(torch.ones(1)), Spectrum(torch.ones(2))
-    for call in (one.condition_number, one.effective_dimension, lambda r: one.condition_number_after_adding(one, r)):
-        for ridge in (-1.0, math.nan, math.inf):
-            with pytest.raises(KernelError, match="ridge must be a finite number"):
-                call(ridge)
-    for method in (one.bounds_after_adding, one.condition_number_after_adding):
-        with pytest.raises(KernelError, match="size 1 and 2 cannot be added"):
-            method(two)
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        (torch.tensor([math.inf]), "eigenvalues that are not finite"),
+        (torch.ones(2, 2), r"non-empty vector of eigenvalues, got shape \(2, 2\)"),
+    ],
+)
+def test_bad_eigenvalues_are_refused(values, message):
+    with pytest.raises(KernelError, match=message):
+        Spectrum(values)
+
+
+@pytest.mark.parametrize("ridge", [-1.0, math.nan, math.inf])
+@pytest.mark.parametrize("name", ["condition_number", "effective_dimension", "condition_number_after_adding"])
+def test_a_ridge_that_is_no_number_above_zero_is_refused(name, ridge):
+    one = Spectrum(torch.ones(1))
+    arguments = (one, ridge) if name == "condition_number_after_adding" else (ridge,)
+    with pytest.raises(KernelError, match="ridge must be a finite number"):
+        getattr(one, name)(*arguments)
+
+
+@pytest.mark.parametrize("name", ["bounds_after_adding", "condition_number_after_adding"])
+def test_kernels_of_different_sizes_are_not_added(name):
+    with pytest.raises(KernelError, match="size 1 and 2 cannot be added"):
+        getattr(Spectrum(torch.ones(1)), name)(Spectrum(torch.ones(2)))

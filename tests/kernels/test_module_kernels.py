@@ -96,37 +96,50 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
-def test_files_that_are_not_kernels(tmp_path):
-    with pytest.raises(FileError, match="there is no file"):
-        ModuleKernels.load(tmp_path / "missing")
-    (tmp_path / "text").write_text("hello")
-    with pytest.raises(FileError, match="not a whole safetensors file"):
-        ModuleKernels.load(tmp_path / "text")
-    save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(FileError, match="expected 'peft_linear.ModuleKernels/1'"):
-        ModuleKernels.load(tmp_path / "other.safetensors")
-    make().save(tmp_path / "cut")
-    data = (tmp_path / "cut").read_bytes()
-    (tmp_path / "cut").write_bytes(data[: len(data) // 2])
-    with pytest.raises(FileError, match="not a whole safetensors file"):
-        ModuleKernels.load(tmp_path / "cut")
+def cut_in_half(path):
+    make().save(path)
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
 
 
-def test_errors_say_what_and_where():
+NOT_KERNELS = [
+    (lambda path: None, "there is no file"),
+    (lambda path: path.write_text("hello"), "not a whole safetensors file"),
+    (lambda path: save_file({"x": torch.zeros(1)}, path), "expected 'peft_linear.ModuleKernels/1'"),
+    (cut_in_half, "not a whole safetensors file"),
+]
+
+
+@pytest.mark.parametrize("write, message", NOT_KERNELS)
+def test_a_file_that_is_not_kernels_is_refused(write, message, tmp_path):
+    write(tmp_path / "file")
+    with pytest.raises(FileError, match=message):
+        ModuleKernels.load(tmp_path / "file")
+
+
+BAD_CALLS = [
+    (lambda k: k["layer.9.query"], TargetError, "no kernel of a module 'layer.9.query'; there are: layer.0.query"),
+    (lambda k: k.subset([NAMES[0], NAMES[0]]), TargetError, "named twice"),
+    *[(lambda k, bad=bad: k.select_examples(bad), KernelError, r"numbers in \[0, 3\)") for bad in ([], [3], [-1])],
+    (
+        lambda _: ModuleKernels({}, torch.zeros(5, 5), torch.zeros(3, 2), None, {}, {}),
+        KernelError,
+        r"block 'base' has shape \(5, 5\)",
+    ),
+    (
+        lambda _: ModuleKernels({}, torch.zeros(6, 6), torch.zeros(3, 2), torch.zeros(2), {}, {}),
+        KernelError,
+        "2 labels for 3 examples",
+    ),
+    (lambda _: ModuleKernels({}, torch.zeros(0, 0), torch.zeros(0, 2), None, {}, {}), KernelError, "non-empty"),
+]
+
+
+@pytest.mark.parametrize("call, error, message", BAD_CALLS)
+def test_errors_say_what_and_where(call, error, message):
     kernels = make()
-    with pytest.raises(TargetError, match=r"no kernel of a module 'layer.9.query'; there are: layer.0.query"):
-        kernels["layer.9.query"]
-    with pytest.raises(TargetError, match="named twice"):
-        kernels.subset([NAMES[0], NAMES[0]])
-    for bad in ([], [3], [-1]):
-        with pytest.raises(KernelError, match=r"numbers in \[0, 3\)"):
-            kernels.select_examples(bad)
-    with pytest.raises(KernelError, match=r"block 'base' has shape \(5, 5\)"):
-        ModuleKernels({}, torch.zeros(5, 5), torch.zeros(3, 2), None, {}, {})
-    with pytest.raises(KernelError, match="2 labels for 3 examples"):
-        ModuleKernels({}, torch.zeros(6, 6), torch.zeros(3, 2), torch.zeros(2), {}, {})
-    with pytest.raises(KernelError, match="non-empty"):
-        ModuleKernels({}, torch.zeros(0, 0), torch.zeros(0, 2), None, {}, {})
+    with pytest.raises(error, match=message):
+        call(kernels)
 
 
 def test_it_is_printable_and_cannot_be_changed():

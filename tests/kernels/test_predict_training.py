@@ -76,16 +76,22 @@ def test_sign_kernels_predict_adam(setting):
     assert predicted.distance.isnan().all() and predicted.held_out_loss.shape == (16,)
 
 
-def test_bad_calls_are_named(setting):
+BAD_CALLS = [
+    ({"held_out": [7]}, KernelError, r"held_out must be different numbers in \[0, 7\), got \[7\]"),
+    ({"held_out": [1, 1]}, KernelError, "must be different numbers"),
+    ({"held_out": range(7)}, KernelError, "all 7 examples are held out"),
+    ({"names": "nothing"}, TargetError, "no kernel of a module 'nothing'"),
+]
+
+
+@pytest.mark.parametrize("arguments, error, message", BAD_CALLS)
+def test_bad_calls_are_named(setting, arguments, error, message):
     kernels, _, _ = setting
-    with pytest.raises(KernelError, match=r"held_out must be different numbers in \[0, 7\), got \[7\]"):
-        predict_training(kernels, held_out=[7], steps=1)
-    with pytest.raises(KernelError, match="must be different numbers"):
-        predict_training(kernels, held_out=[1, 1], steps=1)
-    with pytest.raises(KernelError, match="all 7 examples are held out"):
-        predict_training(kernels, held_out=range(7), steps=1)
-    with pytest.raises(TargetError, match="no kernel of a module 'nothing'"):
-        predict_training(kernels, "nothing", steps=1)
+    with pytest.raises(error, match=message):
+        predict_training(kernels, steps=1, **arguments)
+
+
+def test_kernels_without_labels_need_labels_to_be_given():
     unlabelled = compute_ntk(
         seeded(bert), [{k: v for k, v in text_batches()[0].items() if k != "labels"}], TARGETS, progress=False
     )
