@@ -7,7 +7,7 @@ patches, or the unfolded windows of an image. With its inputs as (B, T, d_in) an
 (B, T, d_out) everything else (`functional.gram`, the spaces of `adapter_spaces`) is the same for all kinds.
 
 A new kind is a subclass of `Layer` with `@register_layer` that says which modules it `accepts`, their `shape`, and,
-where its features do not come last, how `inputs` and `cotangents` are made of its tensors.
+where its features are not the last dimension, how `inputs` and `cotangents` are made of its tensors.
 """
 
 from __future__ import annotations

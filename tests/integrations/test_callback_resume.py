@@ -44,7 +44,7 @@ def test_a_run_killed_after_a_checkpoint_goes_on_as_if_never_broken(
     def recompute(*args, **kwargs):
         raise AssertionError("the choice was made again")
 
-    monkeypatch.setattr("peft_linear.selection.request.compute_ntk", recompute)
+    monkeypatch.setattr("peft_linear.capture.request.KernelRequest.compute", recompute)
     again = callback(action, budget=7)  # a budget that would choose otherwise
     with caplog.at_level(logging.WARNING):
         resumed = trainer_for(peft_bert(config_class), tmp_path / "broken", [again], max_steps=4)
