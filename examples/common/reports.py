@@ -31,8 +31,14 @@ class Folders:
     full: Path  # what is made again from the records: the report at full length, every number as JSON
 
     @classmethod
-    def of(cls, program: str, measurement: str, output: str | Path | None) -> Folders:
-        """Of `examples/<program>`, whose measurement is `docs/measurements/<measurement>`; or `output` for all."""
+    def of(cls, program: str, measurement: str, output: str | Path | None, quick: bool = False) -> Folders:
+        """Of `examples/<program>`, whose measurement is `docs/measurements/<measurement>`; or `output` for all.
+
+        Raises:
+            SystemExit: a quick run would replace the recorded measurement.
+        """
+        if quick and output is None:
+            raise SystemExit("--quick needs --output: without it the recorded measurement would be replaced")
         if output is not None:
             return cls(*[Path(output)] * 3)
         build = ROOT / "build" / "measurements" / measurement

@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def folders_of(name: str, options: argparse.Namespace) -> Folders:
     """Of one experiment."""
-    return Folders.of(f"paper/{name}", name, options.output and options.output / name)
+    return Folders.of(f"paper/{name}", name, options.output and options.output / name, options.quick)
 
 
 def run_lambda(task: Task, layers: Mapping[int, tuple[str, ...]], options: argparse.Namespace) -> Path:

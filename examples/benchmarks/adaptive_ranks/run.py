@@ -134,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="every step, but too short to mean anything")
     add_output(parser)
     options = parser.parse_args(argv)
-    folders = Folders.of("benchmarks/adaptive_ranks", "adaptive_ranks", options.output)
+    folders = Folders.of("benchmarks/adaptive_ranks", "adaptive_ranks", options.output, options.quick)
     sizes, protocol = Sizes(), DECAYED
     if options.quick:
         sizes, protocol = QUICK_SIZES, quick(DECAYED)

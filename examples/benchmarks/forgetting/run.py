@@ -56,7 +56,7 @@ SETTINGS = ("encoder", "language_model")
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     logging.disable_progress_bar()
-    folders = Folders.of("benchmarks/forgetting", "forgetting", options.output)
+    folders = Folders.of("benchmarks/forgetting", "forgetting", options.output, options.quick)
     arms = choose_arms(options)
     records = JsonLines(folders.runs / "results.jsonl")
     summaries = {}

@@ -38,7 +38,7 @@ PULLS = (0.0, 0.8, 3.2, 12.8, 51.2)  # λ·Σ_t η_t: over the run, exp(−that)
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
-    folders = Folders.of("benchmarks/predicted_curves", "predicted_curves", options.output)
+    folders = Folders.of("benchmarks/predicted_curves", "predicted_curves", options.output, options.quick)
     file = folders.runs / "results.json.gz"
     if not options.report_only:
         save_json(file, measure(options))

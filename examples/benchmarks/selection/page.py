@@ -73,8 +73,8 @@ def summary_page(results: Results, setting: Mapping[str, Any], figures: Sequence
         "## How it was run",
         f"{setting['hours of training']} hours of training. {provenance(setting)} The command computes this page "
         "from the runs and scores beside the program, and the report at full length (every criterion, task by task, "
-        "with intervals): build/measurements/selection/report.md. Without `--report-only` it trains and scores what is "
-        "missing.",
+        "with intervals): build/measurements/selection/report.md. Without `--report-only` it trains and scores what "
+        "is missing.",
     ]
     return as_page(text)
 

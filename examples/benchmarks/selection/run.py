@@ -244,7 +244,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--quick", action="store_true", help="every step, but too short to mean anything")
     options = parser.parse_args(argv)
-    options.folders = Folders.of("benchmarks/selection", "selection", options.output)
+    options.folders = Folders.of("benchmarks/selection", "selection", options.output, options.quick)
     options.stages = ("report",) if options.report_only else options.stages
     options.command = list(argv if argv is not None else sys.argv[1:])
     options.sizes, options.protocols = Sizes(), {CONSTANT_RATE: CONSTANT, DECAYING_RATE: DECAYED}
