@@ -17,7 +17,7 @@ $(VENV)/.installed: setup.py constraints.txt
 	touch $@
 
 demo: $(VENV)/.installed
-	$(BIN)/python examples/demo/demo.py --output demo_output
+	$(BIN)/python -m examples.demo --output demo_output
 
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n $(WORKERS)

@@ -58,7 +58,7 @@ batches = [collate(rows[first : first + 16]) for first in range(0, EXAMPLES, 16)
 # ## The kernels of all candidates: one forward and eight backward passes a batch
 #
 # The model is left as it was. `kernels.save(path)` keeps them: everything below is then a matter of seconds. `heads`
-# are two further looks, at the loss alone: through the new head as it is, and as a few steps make it.
+# are kernels of the loss alone: with the new head as it is, and with a head that was trained for a few steps.
 
 # %%
 started = time.perf_counter()
@@ -71,7 +71,7 @@ print(f"\n{len(kernels)} candidates, {EXAMPLES} examples: {time.perf_counter() -
 # ## Is there anything to choose?
 #
 # Every candidate is scored on two random halves of the examples, several times. If the halves disagree on the order,
-# no order is worth following, and adapting everything at a lower rank is the better use of the same parameters.
+# the scores carry no signal, and adapting everything at a lower rank is the better use of the same parameters.
 
 # %%
 if recommendation.signal is False:
@@ -82,9 +82,9 @@ else:
     print(f"Halves of the examples agree on the order: rank correlation {halves:.2f}.")
 
 # %% [markdown]
-# ## Against habits, still before training
+# ## Against common choices, still before training
 #
-# Fine-tuning simulated on the kernels, as AdamW sees them: three quarters of the examples are trained on, and the loss
+# Fine-tuning simulated on the Adam-preconditioned kernels: three quarters of the examples are trained on, and the loss
 # is that of the others.
 
 # %%
@@ -96,10 +96,10 @@ sets = {
     "all candidates": kernels.names,
 }
 held_out = range(EXAMPLES * 3 // 4, EXAMPLES)
-seen = adam_preconditioned(kernels)
+preconditioned = adam_preconditioned(kernels)
 rate = recommendation.settings["learning_rate"]
 for words, names in sets.items():
-    curve = predict_training(seen, names, held_out=held_out, learning_rate=rate, steps=100)
+    curve = predict_training(preconditioned, names, held_out=held_out, learning_rate=rate, steps=100)
     parameters = sum(kernels.num_parameters[name] for name in names)
     print(
         f"{words:16} {len(names):3} modules {parameters:8,} parameters   held-out loss {curve.held_out_loss[-1]:.4f}"
@@ -143,7 +143,7 @@ trainer.train()
 # %% [markdown]
 # ## The report: what was predicted beside what was measured
 #
-# One file, to keep and to send: it loads nothing.
+# One self-contained HTML file.
 
 # %%
 distance = proximal_distance(model)

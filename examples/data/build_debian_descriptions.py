@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds `examples/data/debian_descriptions`: the one-line descriptions of all Debian packages, for language models.
 
-    python examples/data/build_debian_descriptions.py
+    python -m examples.data.build_debian_descriptions
 
 Reads `apt-cache dumpavail` as build_debian_topics.py does, with the same rules for what is left out, but of every
 section and without balancing: one gzipped JSON object a line, {"text", "section", "source"}, ordered by section.
@@ -22,7 +22,7 @@ from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 
-from build_debian_topics import debian_release, drop_near_duplicates, parse_packages, select_rows
+from examples.data.build_debian_topics import debian_release, drop_near_duplicates, parse_packages, select_rows
 
 
 def build(dump: str, folder: Path, provenance: dict) -> None:

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds the data sets of the examples from Debian's package lists: real text, no download beyond `apt-get update`.
 
-    python examples/data/build_debian_topics.py            # reads `apt-cache dumpavail`
-    python examples/data/build_debian_topics.py --input dumpavail.txt --release "Debian GNU/Linux 12 (bookworm)"
+    python -m examples.data.build_debian_topics            # reads `apt-cache dumpavail`
+    python -m examples.data.build_debian_topics --input dumpavail.txt --release "Debian GNU/Linux 12 (bookworm)"
 
 `debian_topics`: the one-line description of a package -> its section of the archive (8 balanced classes).
 `debian_pairs`: two such descriptions -> do they come from the same section? (2 balanced classes)

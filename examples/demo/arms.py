@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from common import Task
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from examples.common.tasks import Task
+from examples.common.training import weight_distance
 from peft_linear import ModuleKernels, ProximalLoraConfig, Recommendation
 from peft_linear.proximal import proximal_firing_rate
 
@@ -87,7 +87,7 @@ def matching_rank(parameters: int, modules: Sequence[str], kernels: ModuleKernel
 def make_arms(
     kernels: ModuleKernels,
     recommendation: Recommendation,
-    rivals: Sequence[str],
+    baselines: Sequence[str],
     proximal_lambda: float,
     ablation: bool = False,
 ) -> tuple[Arm, ...]:
@@ -95,7 +95,7 @@ def make_arms(
 
     The ablation crosses the first two: each choice of modules with and without the proximal term.
     """
-    rank = matching_rank(recommendation.parameters, rivals, kernels)
+    rank = matching_rank(recommendation.parameters, baselines, kernels)
 
     def arm(key: str, label: str, modules: Sequence[str], r: int, pull: float = 0.0) -> Arm:
         def make_config() -> LoraConfig:
@@ -110,13 +110,13 @@ def make_arms(
     chosen, label = recommendation.modules, "recommended, ProximalLoRA"
     arms = [
         Arm("recommended", label, chosen, recommended, kernels.rank, proximal_lambda),
-        arm("query_value", "query and value, LoRA", rivals, rank),
+        arm("query_value", "query and value, LoRA", baselines, rank),
         arm("all_linear", "all linear, LoRA", kernels.names, kernels.rank),
     ]
     if ablation:
         arms.append(arm("recommended_lora", "recommended, LoRA", chosen, kernels.rank))
         label = "query and value, ProximalLoRA"
-        arms.append(arm("query_value_proximal", label, rivals, rank, proximal_lambda))
+        arms.append(arm("query_value_proximal", label, baselines, rank, proximal_lambda))
     return tuple(arms)
 
 
@@ -127,13 +127,6 @@ def lora_factors(model: nn.Module) -> dict[str, Tensor]:
 def parameter_distance(model: nn.Module, start: Mapping[str, Tensor]) -> float:
     now = lora_factors(model)
     return sum(float((now[name] - value).square().sum()) for name, value in start.items()) ** 0.5
-
-
-@torch.no_grad()
-def weight_distance(model: nn.Module) -> float:
-    """`‖ΔW‖_F` of all adapted weights together, ΔW = (α/r)·BA."""
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    return sum(float(layer.get_delta_weight(layer.active_adapters[0]).square().sum()) for layer in layers) ** 0.5
 
 
 def train(

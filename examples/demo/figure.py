@@ -7,15 +7,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from arms import Arm, Run, mean_and_deviation
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
-from summary import Summary
+
+from examples.common.figure_style import INK, save
+from examples.demo.arms import Arm, Run, mean_and_deviation
+from examples.demo.summary import Summary
 
 
 COLORS = ("#d1495b", "#30638e", "#8d99a6", "#edae49", "#66a182")
-INK = "#22303c"
 
 
 def draw_results(summary: Summary, arms: Sequence[Arm], path: Path) -> None:
@@ -33,7 +34,7 @@ def draw_results(summary: Summary, arms: Sequence[Arm], path: Path) -> None:
     ]
     left.set_yticks(range(len(arms)), labels, fontsize=11, color=INK)
     left.set_ylim(len(arms) - 0.5, -0.5)
-    figure.savefig(path, dpi=160)
+    save(figure, path)
 
 
 def draw_predictions(axes: Axes, summary: Summary, arms: Sequence[Arm]) -> None:

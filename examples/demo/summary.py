@@ -8,8 +8,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from arms import Arm, Protocol, Run, mean_and_deviation
-
+from examples.demo.arms import Arm, Protocol, Run, mean_and_deviation
 from peft_linear.report.markdown import markdown_table
 
 
@@ -32,13 +31,13 @@ def summarize(
     protocol: Protocol,
     seeds: Sequence[int],
 ) -> Summary:
-    """The first arm is the recommendation; the others are its rivals."""
+    """The first arm is the recommendation; the others are its baselines."""
     runs = list(runs)
     by_arm = {arm.key: tuple(run for run in runs if run.arm == arm.key) for arm in arms}
     return Summary(
         table=results_table(arms, by_arm),
         predictions=predictions_table(arms, by_arm, predicted),
-        verdict="\n".join(verdict(arms[0], rival, by_arm) for rival in arms[1:]),
+        verdict="\n".join(verdict(arms[0], baseline, by_arm) for baseline in arms[1:]),
         protocol=describe(protocol, seeds),
         runs=by_arm,
         predicted=predicted,
@@ -105,26 +104,26 @@ def predictions_table(
     )
 
 
-def verdict(ours: Arm, rival: Arm, by_arm: Mapping[str, Sequence[Run]]) -> str:
-    """Says in words whether the recommendation beat a rival: paired over seeds, beyond two standard errors or not."""
+def verdict(ours: Arm, baseline: Arm, by_arm: Mapping[str, Sequence[Run]]) -> str:
+    """Whether the recommendation beats a baseline, in words: paired over seeds, beyond two standard errors or not."""
     parts, outcomes = [], []
     for words, value, sign in (
         ("test loss {:+.3f} ± {:.3f}", lambda run: run.test_loss, -1),
         ("accuracy {:+.1f} ± {:.1f} points", lambda run: 100 * run.test_accuracy, 1),
     ):
-        differences = [value(a) - value(b) for a, b in zip(by_arm[ours.key], by_arm[rival.key], strict=True)]
+        differences = [value(a) - value(b) for a, b in zip(by_arm[ours.key], by_arm[baseline.key], strict=True)]
         mean, deviation = mean_and_deviation(differences)
         error = deviation / math.sqrt(len(differences))
         parts.append(words.format(mean, error))
         clear = len(differences) > 1 and abs(mean) > 2 * error
         outcomes.append(int(clear) * (1 if mean * sign > 0 else -1))
-    share = by_arm[ours.key][0].adapter_parameters / by_arm[rival.key][0].adapter_parameters
+    share = by_arm[ours.key][0].adapter_parameters / by_arm[baseline.key][0].adapter_parameters
     facts = f"{', '.join(parts)} (mean ± standard error of the difference, {share:.0%} of its parameters)"
     if min(outcomes) >= 0 and max(outcomes) > 0:
-        return f"The recommendation beats “{rival.label}”: {facts}."
+        return f"The recommendation beats “{baseline.label}”: {facts}."
     if max(outcomes) <= 0 and min(outcomes) < 0:
-        return f"The recommendation LOSES to “{rival.label}”: {facts}."
-    return f"The recommendation does not win against “{rival.label}”, no clear difference: {facts}."
+        return f"The recommendation LOSES to “{baseline.label}”: {facts}."
+    return f"The recommendation does not win against “{baseline.label}”, no clear difference: {facts}."
 
 
 def describe(protocol: Protocol, seeds: Sequence[int]) -> str:

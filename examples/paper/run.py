@@ -2,42 +2,38 @@
 # SPDX-License-Identifier: Apache-2.0
 """The experiments of "Linearization Explains Fine-Tuning in Large Language Models" (arXiv 2602.08239), run again.
 
-    python examples/paper/run.py                                   # MiniLM, shipped texts: an hour on a core
-    python examples/paper/run.py --model roberta-base --task cola  # the paper's model and data, where there is a Hub
-    python examples/paper/run.py --task cola --data my_cola        # the same columns from a file or folder
-    python examples/paper/run.py --quick                           # every step in seconds, too short to mean anything
+    python -m examples.paper                                   # MiniLM, shipped texts: an hour on a core
+    python -m examples.paper --model roberta-base --task cola  # the paper's model and data, where there is a Hub
+    python -m examples.paper --task cola --data my_cola        # the same columns from a file or folder
+    python -m examples.paper --quick --output paper_quick      # every step in seconds, too short to mean anything
 
 Experiment A (`--experiment lambda`): λ against ‖θ−θ0‖, the gap to the linearised model, and accuracy. Experiment B
 (`--experiment condition`): the condition number of the kernel, and other numbers known before training, against the
-final training loss and the accuracy of LoRA on many choices of layers. Both write runs.jsonl, results.json, README.md
-and figure.png into a folder of --output; finished runs are kept, so that a run that was killed goes on.
+final training loss and the accuracy of LoRA on many choices of layers. Recorded runs (runs.jsonl.gz, beside this file
+in a folder for each experiment) are not repeated, so that a run that was killed continues where it stopped.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # examples/common.py, from wherever this is started
-sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "benchmarks"))  # correlation.py and its neighbours
-
-import paper_condition
-import paper_lambda
-import paper_lambda_report
-from common import DEMO_MODEL, Task
-from paper_figures import draw_condition, draw_lambda
-from paper_predictors import layer_choices
-from paper_records import write_report
-from paper_tasks import TASKS, load_paper_task
-from paper_training import Protocol, projections_by_layer
-from records import Records, circumstances
+from examples.common.records import Records
+from examples.common.reports import Folders, circumstances, command_line
+from examples.common.tasks import DEMO_MODEL, Task
+from examples.paper import condition, condition_report, strength, strength_report
+from examples.paper.claims import Experiment, write_report
+from examples.paper.figures import draw_condition, draw_lambda
+from examples.paper.predictors import layer_choices
+from examples.paper.tasks import TASKS, load_paper_task
+from examples.paper.training import Protocol, projections_by_layer
 
 
+MODULE = "examples.paper"
 LAMBDAS = (0.0, 0.5, 5.0, 50.0, 500.0, 5e3)  # with the two values that the paper names, 5 and 50
 SMALL = {"protocol": Protocol(), "limits": (128, 8, 300), "max_length": 48}
 PAPERS = {"protocol": Protocol(batch_size=64, dropout=True), "limits": (None, None, None), "max_length": 512}
@@ -54,45 +50,60 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def run_lambda(task: Task, layers: dict[int, tuple[str, ...]], options: argparse.Namespace) -> Path:
-    folder = Path(options.output) / ("paper_lambda_trained_head" if options.head_epochs else "paper_lambda")
+def folders_of(name: str, options: argparse.Namespace) -> Folders:
+    """Of one experiment."""
+    return Folders.of(f"paper/{name}", name, options.output and options.output / name, options.quick)
+
+
+def run_lambda(task: Task, layers: Mapping[int, tuple[str, ...]], options: argparse.Namespace) -> Path:
+    folders = folders_of("paper_lambda_trained_head" if options.head_epochs else "paper_lambda", options)
     chosen = list(layers) if options.layers is None else options.layers
     unknown = sorted(set(chosen) - set(layers))
     if unknown:
         raise SystemExit(f"the model has no layers {unknown}; there are {list(layers)}")
     names = [name for layer in chosen for name in layers[layer]]
-    setting = {**common_setting(task, options), "layers": chosen, "loss": paper_lambda.LOSS, "optimizer": "AdamW"}
+    setting = {**common_setting(task, options), "layers": chosen, "loss": strength.LOSS, "optimizer": "AdamW"}
     setting["head_epochs"] = options.head_epochs or None
-    records = Records(folder / "runs.jsonl", setting, ("pulled", "pull", "seed"))
-    runs = paper_lambda.measure(
+    records = Records(folders.runs / "runs.jsonl", setting, ("pulled", "pull", "seed"))
+    runs = strength.measure(
         task, names, options.lambdas, options.lambda_seeds, options.protocol, records, options.head_epochs
     )
-    draw_lambda(runs, folder / "figure.png")
-    sections = paper_lambda_report.sections(runs, options.lambda_seeds)
-    setting |= {"seeds": options.lambda_seeds, "seconds": sum(run["seconds"] for run in runs)}
-    title = f"λ against distance, linearity and accuracy: {options.model}, {task.dataset_name}"
-    found = paper_lambda_report.claims(runs, len(task.test))
-    report(folder, title, found, sections, setting, options, paper_lambda_report.summary(runs))
-    return folder
+    records.pack()
+    experiment = Experiment(
+        title=f"λ against distance, linearity and accuracy: {options.model}, {task.dataset_name}",
+        claims=strength_report.claims(runs, len(task.test)),
+        figure="λ against distance, gap and accuracy",
+        short=strength_report.short_sections(runs),
+        sections=strength_report.sections(runs, options.lambda_seeds),
+        results=strength_report.summary(runs),
+    )
+    write_report(folders, experiment, setting | how_it_ran(runs, options.lambda_seeds, options))
+    draw_lambda(runs, folders.summary / "figure.png")
+    return folders.summary
 
 
-def run_condition(task: Task, layers: dict[int, tuple[str, ...]], options: argparse.Namespace) -> Path:
-    folder = Path(options.output) / "paper_condition_number"
+def run_condition(task: Task, layers: Mapping[int, tuple[str, ...]], options: argparse.Namespace) -> Path:
+    folders = folders_of("paper_condition_number", options)
     setting = {**common_setting(task, options), "calibration_examples": options.examples}
-    records = Records(folder / "runs.jsonl", setting, ("choice", "loss", "optimizer", "seed"))
+    records = Records(folders.runs / "runs.jsonl", setting, ("choice", "loss", "optimizer", "seed"))
     choices = layer_choices(list(layers), options.choices)
-    runs = paper_condition.measure(
+    runs = condition.measure(
         task, layers, choices, options.condition_seeds, options.protocol, options.examples, records
     )
-    tables, within = paper_condition.analyse(runs), paper_condition.analyse(runs, within=True)
-    draw_condition(runs, tables, folder / "figure.png")
-    sections = paper_condition.sections(runs, tables, within, options.condition_seeds)
-    setting |= {"choices_of_layers": choices, "seeds": options.condition_seeds}
-    setting["seconds"] = sum(run["seconds"] for run in runs)
-    title = f"Condition number against what training reached: {options.model}, {task.dataset_name}"
-    found = paper_condition.claims(tables, len(choices))
-    report(folder, title, found, sections, setting, options, paper_condition.summary(tables, within))
-    return folder
+    records.pack()
+    tables, within = condition.analyse(runs), condition.analyse(runs, within=True)
+    experiment = Experiment(
+        title=f"Condition number against the loss that training reached: {options.model}, {task.dataset_name}",
+        claims=condition.claims(tables, len(choices)),
+        figure="condition number and other predictors against the loss that training reached",
+        short=condition_report.short_sections(tables),
+        sections=condition_report.sections(runs, tables, within, options.condition_seeds),
+        results=condition_report.summary(tables, within),
+    )
+    setting["choices_of_layers"] = choices
+    write_report(folders, experiment, setting | how_it_ran(runs, options.condition_seeds, options))
+    draw_condition(runs, tables, folders.summary / "figure.png")
+    return folders.summary
 
 
 def common_setting(task: Task, options: argparse.Namespace) -> dict[str, Any]:
@@ -108,18 +119,10 @@ def common_setting(task: Task, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def report(
-    folder: Path,
-    title: str,
-    claims: Sequence[Any],
-    sections: Sequence[str],
-    setting: dict[str, Any],
-    options: argparse.Namespace,
-    results: dict[str, Any],
-) -> None:
-    setting["seconds"] = round(setting["seconds"])
-    command = " ".join(["python examples/paper/run.py", *options.command])
-    write_report(folder, title, claims, sections, {**setting, **circumstances(command, options.date)}, results)
+def how_it_ran(runs: Sequence[Mapping[str, Any]], seeds: Sequence[int], options: argparse.Namespace) -> dict[str, Any]:
+    seconds = round(sum(run["seconds"] for run in runs))
+    about = circumstances(command_line(MODULE, options.command), options.date)
+    return {"seeds": seeds, "seconds": seconds, **about}
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -129,7 +132,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--task", default="topics2", choices=TASKS)
     add("--data", help="a file or folder with the columns of --task, in place of the Hub")
     add("--experiment", default="all", choices=("lambda", "condition", "all"))
-    add("--output", default="docs/measurements", help="each experiment has its folder there")
+    add("--output", type=Path, help="a folder with one for each experiment (default: docs/measurements)")
     add("--lambdas", type=float, nargs="+", default=list(LAMBDAS))
     add("--lambda-seeds", type=int, nargs="+", default=[0, 1])
     add("--layers", type=int, nargs="+", help="of experiment A (default: all)")
@@ -164,7 +167,3 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def count(text: str) -> int | None:
     """A number, or None for "all"."""
     return None if text == "all" else int(text)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

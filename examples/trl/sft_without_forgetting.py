@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-"""Supervised fine-tuning with TRL, held to the pretrained model: what is learned against what is forgotten, over λ.
+"""Supervised fine-tuning with TRL, regularised toward the pretrained model: learning against forgetting, over λ.
 
     python examples/trl/sft_without_forgetting.py                        # offline: a small model is trained first
     python examples/trl/sft_without_forgetting.py --model Qwen/Qwen3-0.6B --learning-rate 2e-4 --strengths 0 10 100
@@ -89,7 +89,7 @@ def make_tokenizer(texts: Sequence[str], size: int = 1500) -> PreTrainedTokenize
 
 
 def make_model(texts: dict[str, Dataset], steps: int, folder: Path) -> tuple[Any, Any]:
-    """A Llama of 0.6M parameters that knows the other sections: full training with TRL, no adapter."""
+    """A Llama of 0.6M parameters, pretrained on the other sections: full training with TRL, no adapter."""
     tokenizer = make_tokenizer(texts["rest_train"]["text"])
     shape = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 4}
     tokens = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}

@@ -4,7 +4,7 @@
 import gzip
 import json
 
-import pytest
+from examples.data import build_debian_descriptions as script
 
 
 DUMP = """Package: chess-one
@@ -30,12 +30,7 @@ Description: solves large sparse linear systems
 """
 
 
-@pytest.fixture(scope="module")
-def script(load_script):
-    return load_script("data/build_debian_descriptions.py")
-
-
-def test_every_section_is_there_once_each_text_and_the_bytes_repeat(script, tmp_path):
+def test_every_section_is_there_once_each_text_and_the_bytes_repeat(tmp_path):
     (tmp_path / "dump").write_text(DUMP, encoding="utf-8")
     folders = [tmp_path / "first", tmp_path / "second"]
     for folder in folders:

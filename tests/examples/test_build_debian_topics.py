@@ -10,15 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from examples.data import build_debian_topics as builder
+
 
 DATA = Path(__file__).parents[2] / "examples" / "data"
 SPLITS = ("train", "validation", "test")
 WORDS = [a + b for a, b in itertools.product("bdfglmnprst", ["alo", "eri", "imu", "ona", "usk", "yte", "ov", "and"])]
-
-
-@pytest.fixture(scope="module")
-def builder(load_script):
-    return load_script("data/build_debian_topics.py")
 
 
 def read(folder):
@@ -44,7 +41,7 @@ def random_dump(sources, seed):
     return "".join(stanzas)
 
 
-def assert_no_leaks(splits, builder, threshold=0.6):
+def assert_no_leaks(splits, threshold=0.6):
     for one, other in itertools.combinations(SPLITS, 2):
         assert not {row["source"] for row in splits[one]} & {row["source"] for row in splits[other]}
     rows = [row for split in SPLITS for row in splits[split]]
@@ -63,11 +60,11 @@ def test_shipped_sets_are_balanced_and_counted(name):
         assert len(set(counts.values())) == 1
 
 
-def test_shipped_topics_have_no_leaks(builder):
+def test_shipped_topics_have_no_leaks():
     splits = read(DATA / "debian_topics")
     labels = json.loads((DATA / "debian_topics" / "labels.json").read_text(encoding="utf-8"))["labels"]
     assert all(row["section"] == labels[row["label"]] for rows in splits.values() for row in rows)
-    assert_no_leaks(splits, builder)
+    assert_no_leaks(splits)
 
 
 def test_shipped_pairs_are_made_of_the_topics_of_their_split():
@@ -79,7 +76,7 @@ def test_shipped_pairs_are_made_of_the_topics_of_their_split():
             assert pair["label"] == int(same) and pair["text"] != pair["text_pair"]
 
 
-def test_script_reproduces_byte_by_byte_and_depends_on_the_seed(builder, tmp_path):
+def test_script_reproduces_byte_by_byte_and_depends_on_the_seed(tmp_path):
     dump = tmp_path / "dumpavail.txt"
     dump.write_text(random_dump(60, seed=1), encoding="utf-8")
     options = ["--input", str(dump), "--sections", "games", "sound", "--sizes", "12", "4", "6", "--date", "2026-01-01"]
@@ -90,10 +87,10 @@ def test_script_reproduces_byte_by_byte_and_depends_on_the_seed(builder, tmp_pat
     assert len(one) == 8 and one == two and one != three
     splits = read(tmp_path / "one" / "debian_topics")
     assert {split: len(rows) for split, rows in splits.items()} == {"train": 24, "validation": 8, "test": 12}
-    assert_no_leaks(splits, builder)
+    assert_no_leaks(splits)
 
 
-def test_what_is_left_out(builder):
+def test_what_is_left_out():
     dump = "".join(
         [
             stanza("chess", "game of  chess for one\tplayer", "games"),
@@ -114,13 +111,13 @@ def test_what_is_left_out(builder):
     ]
 
 
-def test_near_duplicates_are_dropped_at_the_threshold_and_not_below(builder):
+def test_near_duplicates_are_dropped_at_the_threshold_and_not_below():
     first, near, far = (builder.Row(text, "games", "s") for text in ("a b c d", "d c b e", "a b x y"))
     assert builder.drop_near_duplicates([first, near, far], 0.6) == [first, far]
     assert builder.drop_near_duplicates([first, near, far], 0.61) == [first, near, far]
 
 
-def test_too_small_inputs_are_refused(builder):
+def test_too_small_inputs_are_refused():
     rows = [builder.Row(f"text number {i}", "games", f"s{i}") for i in range(5)]
     with pytest.raises(ValueError, match=r"too few descriptions, still missing: .*games"):
         builder.split_rows(rows, {"train": 4, "validation": 1, "test": 1}, ("games",), seed=0)

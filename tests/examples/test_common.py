@@ -8,14 +8,11 @@ import datasets
 import pytest
 import torch
 
-
-@pytest.fixture(scope="module")
-def common(load_script):
-    return load_script("common.py")
+from examples.common import tasks as common
 
 
 @pytest.fixture(scope="module")
-def task(common):
+def task():
     return common.load_task(limits=(40, 8, 8))
 
 
@@ -44,7 +41,7 @@ def test_a_new_model_depends_on_the_seed_in_its_head_only(task):
     assert one["classifier.weight"].shape[0] == 8
 
 
-def test_pairs_have_two_texts(common):
+def test_pairs_have_two_texts():
     task = common.load_task(dataset_name="debian_pairs", limits=(8, 8, 8))
     assert task.labels == ("different section", "same section")
     separators = [ids.count(task.tokenizer.sep_token_id) for ids in (row["input_ids"] for row in task.train)]
@@ -71,7 +68,7 @@ def hub(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load)
 
 
-def test_the_path_of_hub_data_sets(common, hub):
+def test_the_path_of_hub_data_sets(hub):
     task = common.load_task(dataset_name="owner/set")
     # Test labels are hidden (-1), as in GLUE: validation is tested on, and a part of train takes its place.
     assert (len(task.train), len(task.validation), len(task.test)) == (45, 5, 10)
@@ -80,7 +77,7 @@ def test_the_path_of_hub_data_sets(common, hub):
     assert task.new_model(0).config.num_labels == 2
 
 
-def test_a_set_without_other_splits_is_cut_in_three(common, tmp_path):
+def test_a_set_without_other_splits_is_cut_in_three(tmp_path):
     file = tmp_path / "all.jsonl"
     file.write_text("\n".join(json.dumps({"text": f"text {i}", "label": i % 2}) for i in range(50)), encoding="utf-8")
     task = common.load_task(dataset_name=str(file))
@@ -89,7 +86,7 @@ def test_a_set_without_other_splits_is_cut_in_three(common, tmp_path):
     assert len(ids) == 50
 
 
-def test_numbers_that_are_no_classes_are_refused(common, tmp_path):
+def test_numbers_that_are_no_classes_are_refused(tmp_path):
     file = tmp_path / "scores.jsonl"
     file.write_text("\n".join(json.dumps({"text": f"text {i}", "label": i / 7}) for i in range(20)), encoding="utf-8")
     with pytest.raises(SystemExit, match="the examples classify, but the labels are no classes"):

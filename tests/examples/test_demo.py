@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from examples.demo import arms as arms_module
+from examples.demo import run as demo
+from examples.demo import summary as summary_module
 from peft_linear import ModuleKernels, recommend
 
 
@@ -19,22 +22,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.fixture(scope="module")
-def demo(load_script):
-    return load_script("demo/demo.py")
-
-
-@pytest.fixture(scope="module")
-def arms_module(demo):
-    return sys.modules["arms"]
-
-
-@pytest.fixture(scope="module")
-def summary_module(demo):
-    return sys.modules["summary"]
-
-
-@pytest.fixture(scope="module")
-def output(demo, tmp_path_factory):
+def output(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
     assert demo.main(["--quick", "--seeds", "0", "--output", str(folder)]) == 0
     return folder
@@ -59,7 +47,7 @@ def test_demo_writes_everything(output):
 
 
 @pytest.mark.slow
-def test_demo_matches_parameters_and_keeps_the_evidence(output, demo):
+def test_demo_matches_parameters_and_keeps_the_evidence(output):
     results = json.loads((output / "results.json").read_text(encoding="utf-8"))
     runs = {run["arm"]: run for run in results["runs"]}
     assert set(runs) == set(results["predicted"]) == {"recommended", "query_value", "all_linear"}
@@ -85,7 +73,7 @@ def test_quickstart_leaves_a_plain_lora_that_loads_without_the_package(tmp_path)
     assert config["peft_type"] == "LORA" and "proximal_lambda" not in config and len(config["target_modules"]) == 8
 
 
-def make_runs(arms_module, arm, losses, accuracies, parameters=100):
+def make_runs(arm, losses, accuracies, parameters=100):
     run = arms_module.Run(arm, 0, 1e-3, 0.0, 0.0, 1.0, 1.0, parameters, parameters + 10, 1.0)
     pairs = zip(losses, accuracies, strict=True)
     return [replace(run, seed=i, test_loss=loss, test_accuracy=accuracy) for i, (loss, accuracy) in enumerate(pairs)]
@@ -94,42 +82,42 @@ def make_runs(arms_module, arm, losses, accuracies, parameters=100):
 @pytest.mark.parametrize(
     ("losses", "accuracies", "words"),
     [
-        ([1.0, 1.1, 1.2], [0.6, 0.6, 0.6], "The recommendation beats “rival”: test loss -0.500 ± 0.000"),
-        ([2.0, 2.1, 2.2], [0.6, 0.6, 0.6], "The recommendation LOSES to “rival”: test loss +0.500 ± 0.000"),
-        ([1.0, 1.6, 2.2], [0.6, 0.6, 0.6], "The recommendation does not win against “rival”, no clear difference"),
-        ([1.0, 1.1, 1.2], [0.2, 0.2, 0.2], "The recommendation does not win against “rival”, no clear difference"),
+        ([1.0, 1.1, 1.2], [0.6, 0.6, 0.6], "The recommendation beats “baseline”: test loss -0.500 ± 0.000"),
+        ([2.0, 2.1, 2.2], [0.6, 0.6, 0.6], "The recommendation LOSES to “baseline”: test loss +0.500 ± 0.000"),
+        ([1.0, 1.6, 2.2], [0.6, 0.6, 0.6], "The recommendation does not win against “baseline”, no clear difference"),
+        ([1.0, 1.1, 1.2], [0.2, 0.2, 0.2], "The recommendation does not win against “baseline”, no clear difference"),
     ],
 )
-def test_verdict_is_paired_over_seeds_and_blunt(arms_module, summary_module, losses, accuracies, words):
-    ours, rival = (arms_module.Arm(key, key, ("m",), dict, 8) for key in ("ours", "rival"))
+def test_verdict_is_paired_over_seeds_and_blunt(losses, accuracies, words):
+    ours, baseline = (arms_module.Arm(key, key, ("m",), dict, 8) for key in ("ours", "baseline"))
     runs = {
-        "ours": make_runs(arms_module, "ours", losses, accuracies),
-        "rival": make_runs(arms_module, "rival", [1.5, 1.6, 1.7], [0.6, 0.6, 0.6], parameters=200),
+        "ours": make_runs("ours", losses, accuracies),
+        "baseline": make_runs("baseline", [1.5, 1.6, 1.7], [0.6, 0.6, 0.6], parameters=200),
     }
-    said = summary_module.verdict(ours, rival, runs)
+    said = summary_module.verdict(ours, baseline, runs)
     assert said.startswith(words) and "50% of its parameters" in said
 
 
 @pytest.mark.parametrize(
     ("rates", "words"), [([1.0, 1.0], "acted at every step."), ([0.4, 1.0], "acted at 70% ± 42% of the steps.")]
 )
-def test_the_report_says_how_often_the_proximal_term_acted(arms_module, summary_module, rates, words):
+def test_the_report_says_how_often_the_proximal_term_acted(rates, words):
     arm = arms_module.Arm("ours", "ours", ("m",), dict, 8, proximal_lambda=4.0)
-    runs = make_runs(arms_module, "ours", [1.0, 1.0], [0.5, 0.5])
+    runs = make_runs("ours", [1.0, 1.0], [0.5, 0.5])
     runs = [replace(run, firing_rate=rate) for run, rate in zip(runs, rates, strict=True)]
     assert summary_module.pull(arm, runs) == f"The proximal term of “ours” (λ = 4) {words}"
 
 
-def test_one_seed_cannot_win(arms_module, summary_module):
-    ours, rival = (arms_module.Arm(key, key, ("m",), dict, 8) for key in ("ours", "rival"))
+def test_one_seed_cannot_win():
+    ours, baseline = (arms_module.Arm(key, key, ("m",), dict, 8) for key in ("ours", "baseline"))
     runs = {
-        "ours": make_runs(arms_module, "ours", [0.1], [0.9]),
-        "rival": make_runs(arms_module, "rival", [1.0], [0.5]),
+        "ours": make_runs("ours", [0.1], [0.9]),
+        "baseline": make_runs("baseline", [1.0], [0.5]),
     }
-    assert "does not win" in summary_module.verdict(ours, rival, runs)
+    assert "does not win" in summary_module.verdict(ours, baseline, runs)
 
 
-def test_distances_are_those_of_the_adapter(arms_module, load_script):
+def test_distances_are_those_of_the_adapter():
     from peft import LoraConfig, get_peft_model
     from transformers import BertConfig, BertForSequenceClassification
 
@@ -147,7 +135,7 @@ def test_distances_are_those_of_the_adapter(arms_module, load_script):
     assert arms_module.parameter_distance(model, start) == pytest.approx(0.5 * 16**0.5)
 
 
-def test_the_ablation_crosses_modules_and_proximal_term_at_equal_parameters(arms_module):
+def test_the_ablation_crosses_modules_and_proximal_term_at_equal_parameters():
     names = [f"layer.{i}.{kind}" for i in range(3) for kind in ("query", "key", "value")]
     generator = torch.Generator().manual_seed(0)
     factors = {name: torch.randn(8, 3, generator=generator, dtype=torch.float64) for name in names}
@@ -161,17 +149,17 @@ def test_the_ablation_crosses_modules_and_proximal_term_at_equal_parameters(arms
         rank=4,
     )
     recommendation = recommend(kernels, budget=3)
-    rivals = [name for name in names if not name.endswith("key")]
-    arms = arms_module.make_arms(kernels, recommendation, rivals, proximal_lambda=2.0, ablation=True)
+    others = [name for name in names if not name.endswith("key")]
+    arms = arms_module.make_arms(kernels, recommendation, others, proximal_lambda=2.0, ablation=True)
     by_key = {arm.key: (arm.modules, arm.rank, type(arm.make_config()).__name__) for arm in arms}
     chosen = recommendation.modules
     assert by_key == {
         "recommended": (chosen, 4, "ProximalLoraConfig"),
-        "query_value": (tuple(rivals), 2, "LoraConfig"),  # 6 modules of rank 2 for 3 of rank 4
+        "query_value": (tuple(others), 2, "LoraConfig"),  # 6 modules of rank 2 for 3 of rank 4
         "all_linear": (tuple(names), 4, "LoraConfig"),
         "recommended_lora": (chosen, 4, "LoraConfig"),
-        "query_value_proximal": (tuple(rivals), 2, "ProximalLoraConfig"),
+        "query_value_proximal": (tuple(others), 2, "ProximalLoraConfig"),
     }
     assert all(arm.make_config().lora_alpha == 2 * arm.rank for arm in arms if arm.key != "recommended")
     assert arms[4].make_config().proximal_lambda == 2.0 == arms[0].make_config().proximal_lambda
-    assert len(arms_module.make_arms(kernels, recommendation, rivals, 2.0)) == 3
+    assert len(arms_module.make_arms(kernels, recommendation, others, 2.0)) == 3

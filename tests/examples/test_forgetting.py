@@ -13,47 +13,38 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from examples.benchmarks.forgetting import analysis, report, training
+from examples.benchmarks.forgetting import encoder as encoder_setting
+from examples.benchmarks.forgetting import run as script
+from examples.benchmarks.forgetting import verdict as verdicts
+from examples.common import language_model as lm
+from examples.common.files import read_json
+from examples.common.records import archive_of, as_text, lines_of
+from tests.helpers.figures import assert_drawn
+
 
 SEEDS = (0, 1, 2, 3)
 
 
 @pytest.fixture(scope="module")
-def script(load_script):
-    return load_script("benchmarks/forgetting.py")
+def encoder(tmp_path_factory):
+    return script.make_setting(
+        "encoder", script.parse(["--quick", "--steps", "3"]), tmp_path_factory.mktemp("encoder")
+    )
 
 
 @pytest.fixture(scope="module")
-def analysis(script, load_script):
-    return load_script("benchmarks/forgetting_analysis.py")
+def language_model(tmp_path_factory):
+    options = script.parse(["--quick", "--steps", "3"])
+    return script.make_setting("language_model", options, tmp_path_factory.mktemp("lm"))
 
 
-@pytest.fixture(scope="module")
-def verdicts(script, load_script):
-    return load_script("benchmarks/forgetting_verdict.py")
-
-
-@pytest.fixture(scope="module")
-def training(script, load_script):
-    return load_script("benchmarks/forgetting_training.py")
-
-
-@pytest.fixture(scope="module")
-def encoder(script):
-    return script.make_setting("encoder", script.parse(["--quick", "--steps", "3"]))
-
-
-@pytest.fixture(scope="module")
-def language_model(script, tmp_path_factory):
-    options = script.parse(["--quick", "--steps", "3", "--output", str(tmp_path_factory.mktemp("lm"))])
-    return script.make_setting("language_model", options)
-
-
-def planted(training, cost, noise=0.0):
+def planted(cost, noise=0.0):
     """Runs of two arms that forget cost[arm]·gain², and what a seed adds to both alike."""
     generator = random.Random(0)
     arms = [
         training.Arm("proximal_factors", "ours", {"planted": (0.8, 0.4)}, proximal={}),
-        training.Arm("lower_rate", "rival", {"planted": (0.9, 0.6, 0.3)}, "learning_rate"),
+        training.Arm("lower_rate", "baseline", {"planted": (0.9, 0.6, 0.3)}, "learning_rate"),
     ]
     runs = []
     for seed in SEEDS:
@@ -73,39 +64,38 @@ def planted(training, cost, noise=0.0):
 
 @settings(max_examples=40, deadline=None)
 @given(cost=st.floats(0.01, 10), level=st.floats(0.05, 0.95), gains=st.lists(st.floats(0, 1), max_size=6, unique=True))
-def test_between_points_of_a_parabola_the_path_is_the_parabola(load_script, cost, level, gains):
-    load_script("benchmarks/forgetting.py")
-    forgotten_at = load_script("benchmarks/forgetting_analysis.py").forgotten_at
+def test_between_points_of_a_parabola_the_path_is_the_parabola(cost, level, gains):
+    forgotten_at = analysis.forgotten_at
     path = [(gain, cost * gain**2) for gain in [1.0, *sorted(gains, reverse=True), 0.0]]
     assert forgotten_at(path, level) == pytest.approx(cost * level**2, rel=1e-6, abs=1e-9)
     assert forgotten_at(path[:1], level) is None
 
 
-def test_of_several_crossings_the_one_that_forgets_least_counts(analysis):
+def test_of_several_crossings_the_one_that_forgets_least_counts():
     path = [(1.0, 4.0), (0.5, 1.0), (0.9, 9.0), (0.0, 0.0)]
     assert analysis.forgotten_at(path, 0.5) == pytest.approx(1.0)
     assert analysis.forgotten_at([(1.0, -4.0), (0.0, 0.0)], 0.5) == pytest.approx(-1.0)
     assert analysis.forgotten_at([(1.0, 4.0), (0.7, 1.0)], 0.5) is None
 
 
-@pytest.mark.parametrize(("ours", "rival", "sign"), [(0.2, 0.4, "less"), (0.4, 0.2, "more")])
-def test_a_planted_winner_is_found_and_the_reverse_has_the_other_sign(analysis, verdicts, training, ours, rival, sign):
-    runs, arms, measures = planted(training, {"proximal_factors": ours, "lower_rate": rival}, noise=0.5)
+@pytest.mark.parametrize(("ours", "baseline", "sign"), [(0.2, 0.4, "less"), (0.4, 0.2, "more")])
+def test_a_planted_winner_is_found_and_the_reverse_has_the_other_sign(ours, baseline, sign):
+    runs, arms, measures = planted({"proximal_factors": ours, "lower_rate": baseline}, noise=0.5)
     summary = analysis.analyse(runs, arms, measures)
     found = summary["differences"]["rest"]["proximal_factors"]["lower_rate"]["0.75"]
     assert found["sign"] == sign and len(found["per_seed"]) == len(SEEDS)
     assert found["low"] <= found["mean"] <= found["high"]
     lines = verdicts.verdict(summary)
     overall = verdicts.overall({"planted": summary})
-    assert ("ours forgets decidedly less than every rival" in lines[0]) == (sign == "less")
-    assert ("rival forgets decidedly less than every form" in lines[0]) == (sign == "more")
+    assert ("ours forgets decidedly less than every baseline" in lines[0]) == (sign == "less")
+    assert ("baseline forgets decidedly less than every form" in lines[0]) == (sign == "more")
     assert ("ours: decidedly less" in overall) == (sign == "less")
     assert ("not the best choice" in overall) == (sign == "more")
 
 
-def test_equal_arms_are_undecided_and_pairing_removes_what_seeds_share(analysis, training):
+def test_equal_arms_are_undecided_and_pairing_removes_what_seeds_share():
     cost = {"proximal_factors": 0.4, "lower_rate": 0.4}
-    runs, arms, measures = planted(training, cost, noise=5.0)
+    runs, arms, measures = planted(cost, noise=5.0)
     summary = analysis.analyse(runs, arms, measures)
     at_level = summary["matched"]["rest"]["lower_rate"]["0.5"]
     assert at_level["high"] - at_level["low"] > 0.05  # seeds differ much
@@ -117,7 +107,7 @@ def test_equal_arms_are_undecided_and_pairing_removes_what_seeds_share(analysis,
     json.dumps(summary, allow_nan=False)
 
 
-def test_the_interval_is_students_and_one_seed_decides_nothing(analysis):
+def test_the_interval_is_students_and_one_seed_decides_nothing():
     values = [1.0, 2.0, 4.0, 5.0, 3.5]
     found = analysis.Interval.of(dict(enumerate(values)))
     half = 2.7764451 * np.std(values, ddof=1) / math.sqrt(5)
@@ -126,8 +116,8 @@ def test_the_interval_is_students_and_one_seed_decides_nothing(analysis):
 
 
 @pytest.mark.parametrize(("missing", "compared"), [((2,), True), ((1, 2), False)])
-def test_one_seed_may_miss_a_level_and_is_left_out_of_the_pairs(analysis, verdicts, training, missing, compared):
-    runs, arms, measures = planted(training, {"proximal_factors": 0.2, "lower_rate": 0.4})
+def test_one_seed_may_miss_a_level_and_is_left_out_of_the_pairs(missing, compared):
+    runs, arms, measures = planted({"proximal_factors": 0.2, "lower_rate": 0.4})
     arms[0] = training.Arm(arms[0].key, "ours", arms[0].grid, proximal={}, ends_at_base=False)
     changed = [
         replace(run, metrics={**run.metrics, "target_loss": run.metrics["target_loss"] - 5.0})
@@ -139,13 +129,13 @@ def test_one_seed_may_miss_a_level_and_is_left_out_of_the_pairs(analysis, verdic
     found = summary["differences"]["rest"]["proximal_factors"]["lower_rate"]["0.75"]
     if compared:
         assert found["sign"] == "less" and sorted(found["per_seed"]) == ["0", "1", "3"]
-        assert "decidedly less than every rival" in verdicts.verdict(summary)[0]
+        assert "decidedly less than every baseline" in verdicts.verdict(summary)[0]
     else:
         assert found is None and summary["matched"]["rest"]["proximal_factors"]["0.75"] is None
         assert "Nothing can be compared" in verdicts.verdict(summary)[0]
 
 
-def test_every_arm_has_as_many_points_and_names_a_real_treatment(script, training):
+def test_every_arm_has_as_many_points_and_names_a_real_treatment():
     protocol = training.Protocol(10, 4, 0.1)
     for arm in script.ARMS:
         assert {len(values) for values in arm.grid.values()} == {4}, arm.key
@@ -163,7 +153,7 @@ def factors(model):
     return {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" in name}
 
 
-def test_runs_of_a_seed_start_alike_whatever_the_arm(training, encoder):
+def test_runs_of_a_seed_start_alike_whatever_the_arm(encoder):
     proximal = training.Treatment(proximal={"proximal_lambda": 1.0})
     first = factors(training.with_adapter(encoder, 0, training.Treatment()))
     second = factors(training.with_adapter(encoder, 0, proximal))
@@ -176,7 +166,7 @@ def test_runs_of_a_seed_start_alike_whatever_the_arm(training, encoder):
 
 
 @pytest.mark.parametrize("name", ["encoder", "language_model"])
-def test_treatments_hold_the_adapter_back_and_scaling_by_zero_is_the_base_model(request, training, name):
+def test_treatments_hold_the_adapter_back_and_scaling_by_zero_is_the_base_model(request, name):
     setting = request.getfixturevalue(name)
 
     def trained(**treatment):
@@ -200,8 +190,7 @@ def test_treatments_hold_the_adapter_back_and_scaling_by_zero_is_the_base_model(
         assert training.weight_distance(trained(**held)) < 0.95 * distance, held
 
 
-def test_a_language_model_is_read_without_its_padding_and_knows_no_text_of_the_section(load_script, language_model):
-    lm = load_script("benchmarks/forgetting_lm.py")
+def test_a_language_model_is_read_without_its_padding_and_knows_no_text_of_the_section(language_model):
     texts = language_model.others[:5]
     alone = [lm.predictions(language_model.base, lm.pad([text]))[0] for text in texts]
     together = lm.predictions(language_model.base, lm.pad(texts))[0]
@@ -216,8 +205,8 @@ def test_a_language_model_is_read_without_its_padding_and_knows_no_text_of_the_s
         lm.split_corpus(rows, "nowhere")
 
 
-def test_retrieval_neighbours_and_probe_on_answers_that_are_known(load_script, encoder):
-    module = load_script("benchmarks/forgetting_encoder.py")
+def test_retrieval_neighbours_and_probe_on_answers_that_are_known(encoder):
+    module = encoder_setting
     torch.manual_seed(0)
     points = torch.randn(40, 16)
     loss, recall = module.retrieval(points, points, 0.05)
@@ -240,30 +229,29 @@ ARMS = ["lower_rate", "early_stopping", "scaled_down", "proximal_delta", "proxim
 
 
 @pytest.fixture(scope="module")
-def measured(script, tmp_path_factory):
-    output, docs = tmp_path_factory.mktemp("forgetting"), tmp_path_factory.mktemp("docs")
-    arguments = [*ARGUMENTS, *ARMS, "--output", str(output), "--docs", str(docs)]
+def measured(tmp_path_factory):
+    output = tmp_path_factory.mktemp("forgetting")
+    arguments = [*ARGUMENTS, *ARMS, "--output", str(output), "--cache", str(output / "cache")]
     assert script.main(arguments) == 0
-    return output, docs, arguments
+    return output, arguments
 
 
 def test_the_script_writes_runs_summary_table_and_figure(measured):
-    output, docs, _ = measured
-    lines = [json.loads(line) for line in (output / "results.jsonl").read_text().splitlines()]
+    output, _ = measured
+    lines = lines_of(output / "results.jsonl.gz")
     points = [(line["setting"], line["arm"], line["value"], line["seed"]) for line in lines if "arm" in line]
     assert len(points) == len(set(points)) == 2 * 2 * (2 + 5 * 2)
     assert sum("pilot" in line for line in lines) == 2
-    summary = json.loads((docs / "summary.json").read_text())
+    summary = read_json(output / "summary.json")
     assert set(summary["settings"]) == {"encoder", "language_model"} and summary["date"] == "2026-01-01"
-    report = (docs / "README.md").read_text()
-    assert "numbers mean nothing" in report and "ProximalLoRA, delta, λ = 1/Ση, then scaled down" in report
-    assert (docs / "figure.png").stat().st_size > 20_000
-    assert (docs / "results.jsonl").read_bytes() == (output / "results.jsonl").read_bytes()
+    for name in ("README.md", "report.md"):
+        text = (output / name).read_text()
+        assert "numbers mean nothing" in text and "ProximalLoRA, delta, λ = 1/Ση, then scaled down" in text
+    assert_drawn(output / "figure.png")
 
 
-def test_the_verdict_is_written_between_the_marks_of_a_page(script, measured, load_script):
-    report = load_script("benchmarks/forgetting_report.py")
-    record = json.loads((measured[1] / "summary.json").read_text())
+def test_the_verdict_is_written_between_the_marks_of_a_page(measured):
+    record = read_json(measured[0] / "summary.json")
     page = "before\n{}\nold\n{}\nafter\n".format(*report.MARKS)
     written = report.with_verdict(page, record)
     assert written.startswith("before\n") and written.endswith("\nafter\n") and "old" not in written
@@ -273,10 +261,11 @@ def test_the_verdict_is_written_between_the_marks_of_a_page(script, measured, lo
         report.with_verdict("no marks", record)
 
 
-def test_a_killed_benchmark_goes_on_where_it_stopped(script, measured, monkeypatch):
-    output, docs, arguments = measured
+def test_a_killed_benchmark_goes_on_where_it_stopped(measured, monkeypatch):
+    output, arguments = measured
     path, trained = output / "results.jsonl", []
-    whole, report = path.read_text(), (docs / "README.md").read_text()
+    whole, text = archive_of(path).read_bytes(), (output / "report.md").read_text()
+    before = lines_of(archive_of(path))
     original = script.trained_runs
 
     def counted(setting, arm, value, seed, *rest):
@@ -285,11 +274,14 @@ def test_a_killed_benchmark_goes_on_where_it_stopped(script, measured, monkeypat
 
     monkeypatch.setattr(script, "trained_runs", counted)
     assert script.main(arguments) == 0
-    assert not trained and path.read_text() == whole
-    path.write_text(whole[:-20])  # killed while it wrote the last line
+    assert not trained and archive_of(path).read_bytes() == whole
+    path.write_text(as_text(before)[:-20])  # killed while it wrote the last line, before anything was compressed
+    archive_of(path).unlink()
     assert script.main(arguments) == 0
     assert len(trained) == 1
-    assert sorted(json.loads(line)["value"] for line in path.read_text().splitlines() if "value" in line) == sorted(
-        json.loads(line)["value"] for line in whole.splitlines() if "value" in line
+    assert not path.exists()
+    after = lines_of(archive_of(path))
+    assert sorted(line["value"] for line in after if "value" in line) == sorted(
+        line["value"] for line in before if "value" in line
     )
-    assert (docs / "README.md").read_text().split("## How")[0][:2000] == report.split("## How")[0][:2000]
+    assert (output / "report.md").read_text().split("## How")[0][:2000] == text.split("## How")[0][:2000]

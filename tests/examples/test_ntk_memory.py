@@ -1,20 +1,14 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
 
-import json
-
-import pytest
-
-
-@pytest.fixture(scope="module")
-def benchmark(load_script):
-    return load_script("benchmarks/ntk_memory.py")
+from examples.benchmarks.ntk_memory import run as benchmark
+from examples.common.files import read_json
 
 
-def test_it_measures_the_whole_process_and_fails_above_the_limit(benchmark, tmp_path, capsys):
+def test_it_measures_the_whole_process_and_fails_above_the_limit(tmp_path, capsys):
     arguments = ["--examples", "16", "--max-length", "12", "--max-memory", "200KB", "--output", str(tmp_path)]
     assert benchmark.main(arguments) == 0
-    result = json.loads((tmp_path / "ntk_memory.json").read_text())
+    result = read_json(tmp_path / "results.json.gz")
     assert result["rows"] == 32 and result["blocks_bytes"] == 8 * 32**2 * result["modules"]
     assert result["storage"]["parts"] == result["storage"]["blocks"] == "files"
     assert 0 < result["peak_bytes_before"] <= result["peak_bytes_after_kernels"] <= result["peak_bytes"] < 4 * 2**30

@@ -5,6 +5,8 @@
 import pytest
 import torch
 
+from examples.paper import condition as experiment
+from examples.paper import predictors, strength_report
 from peft_linear import ModuleKernels
 
 
@@ -22,26 +24,26 @@ def planted(scale=1.0):
     )
 
 
-def test_condition_numbers_are_those_of_their_names(paper):
-    start = paper.predictors.Start({}, planted(), planted())
-    found = paper.predictors.conditions(start, ["one"])
+def test_condition_numbers_are_those_of_their_names():
+    start = predictors.Start({}, planted(), planted())
+    found = predictors.conditions(start, ["one"])
     assert found["κ, σ = 1e-4"] == pytest.approx((8 + 1e-4) / (1 + 1e-4), rel=1e-12)
     assert found["κ, no ridge"] == pytest.approx(8.0)
     assert found["κ with head, no ridge"] == pytest.approx(9 / 2)
-    assert paper.predictors.conditions(start, ["two"])["κ, no ridge"] == float("inf")
-    small = paper.predictors.conditions(paper.predictors.Start({}, planted(1e-6), planted(1e-6)), ["one"])
+    assert predictors.conditions(start, ["two"])["κ, no ridge"] == float("inf")
+    small = predictors.conditions(predictors.Start({}, planted(1e-6), planted(1e-6)), ["one"])
     assert small["κ, σ = 1e-4"] < 1.1 and small["κ, no ridge"] == pytest.approx(8.0)  # what a fixed ridge does
     relative = "κ, σ = 1e-4·tr(K)/n"
     assert small[relative] == pytest.approx(found[relative], rel=1e-9)
 
 
-def planted_runs(paper, better, condition, seeds=(0,)):
+def planted_runs(better, condition, seeds=(0,)):
     """Runs whose final loss falls with `better(choice)` and whose condition number is `condition(choice)`."""
     runs = []
     for seed in seeds:
-        for choice in paper.predictors.layer_choices(range(6), 24):
-            for loss, optimizer in paper.condition.ARMS:
-                numbers = {paper.predictors.PAPER: condition(choice), "number of layers": float(len(choice))}
+        for choice in predictors.layer_choices(range(6), 24):
+            for loss, optimizer in experiment.ARMS:
+                numbers = {predictors.PAPER: condition(choice), "number of layers": float(len(choice))}
                 numbers |= dict.fromkeys(("gradient_energy", "trace", "leave_one_out"), 1.0)
                 score = {"loss": 1 / (1 + better(choice)), "accuracy": better(choice) / 1000}
                 run = {"choice": choice, "loss": loss, "optimizer": optimizer, "seed": seed, "learning_rate": 0.1}
@@ -61,20 +63,20 @@ def depth(choice):
         (lambda choice: 1.0, "not shown"),
     ],
 )
-def test_claims_about_the_condition_number_follow_from_the_numbers(paper, condition, word):
-    tables = paper.condition.analyse(planted_runs(paper, depth, condition))
-    claims = paper.condition.claims(tables, 24)
+def test_claims_about_the_condition_number_follow_from_the_numbers(condition, word):
+    tables = experiment.analyse(planted_runs(depth, condition))
+    claims = experiment.claims(tables, 24)
     assert len(claims) == 8 and {claim.verdict for claim in claims} == {word}
 
 
-def test_at_an_equal_number_of_layers_their_number_predicts_nothing(paper):
-    runs = planted_runs(paper, lambda choice: 100.0 * len(choice) + depth(choice), lambda choice: -float(len(choice)))
-    arm = paper.condition.ARMS[0]
-    plain = paper.condition.analyse(runs)["final training loss"][arm][paper.predictors.PAPER]
-    within = paper.condition.analyse(runs, within=True)["final training loss"][arm][paper.predictors.PAPER]
+def test_at_an_equal_number_of_layers_their_number_predicts_nothing():
+    runs = planted_runs(lambda choice: 100.0 * len(choice) + depth(choice), lambda choice: -float(len(choice)))
+    arm = experiment.ARMS[0]
+    plain = experiment.analyse(runs)["final training loss"][arm][predictors.PAPER]
+    within = experiment.analyse(runs, within=True)["final training loss"][arm][predictors.PAPER]
     assert plain.mean > 0.9 and within.mean == 0.0
-    runs = planted_runs(paper, lambda choice: 100.0 * len(choice) + depth(choice), lambda choice: -depth(choice))
-    within = paper.condition.analyse(runs, within=True)["final training loss"][arm][paper.predictors.PAPER]
+    runs = planted_runs(lambda choice: 100.0 * len(choice) + depth(choice), lambda choice: -depth(choice))
+    within = experiment.analyse(runs, within=True)["final training loss"][arm][predictors.PAPER]
     assert within.mean > 0.9
 
 
@@ -98,10 +100,10 @@ def strengths(field, columns, pulled="everything"):
         ([[4, 1, 5, 3], [4, 1, 5, 3]], "not shown"),
     ],
 )
-def test_a_trend_with_the_strength_must_show_in_every_seed(paper, columns, word):
-    claim = paper.strength_report.falls(strengths("x", columns), "x", "x is", "x falls")
+def test_a_trend_with_the_strength_must_show_in_every_seed(columns, word):
+    claim = strength_report.falls(strengths("x", columns), "x", "x is", "x falls")
     assert claim.verdict == word
-    of_others = paper.strength_report.pulled_by(strengths("x", columns, "factors"), "everything")
+    of_others = strength_report.pulled_by(strengths("x", columns, "factors"), "everything")
     assert {run["pull"] for run in of_others} == {0.0}
 
 
@@ -109,7 +111,7 @@ def test_a_trend_with_the_strength_must_show_in_every_seed(paper, columns, word)
     ("accuracies", "word"),
     [([0.9, 0.9, 0.9, 0.6], "held"), ([0.6, 0.7, 0.8, 0.9], "the contrary was measured"), ([0.9] * 4, "not shown")],
 )
-def test_accuracy_must_change_beyond_its_error(paper, accuracies, word):
+def test_accuracy_must_change_beyond_its_error(accuracies, word):
     runs = strengths("gap_at_own", [[{"accuracy": value} for value in accuracies]])
-    assert paper.strength_report.accuracy_falls(runs, 100, "").verdict == word
-    assert paper.strength_report.accuracy_falls(runs, 4, "").verdict == "not shown"
+    assert strength_report.accuracy_falls(runs, 100, "").verdict == word
+    assert strength_report.accuracy_falls(runs, 4, "").verdict == "not shown"

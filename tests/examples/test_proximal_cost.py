@@ -2,24 +2,19 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import copy
-import json
 
-import pytest
 import torch
 
+from examples.benchmarks.proximal_cost import run as script
+from examples.common.files import read_json
 from peft_linear import proximal_distance
 from peft_linear.tuners.proximal_lora.state import find_adapters, live_records
 
 
-@pytest.fixture(scope="module")
-def script(load_script):
-    return load_script("benchmarks/proximal_cost.py")
-
-
-def test_it_measures_every_form_and_writes_a_table(script, tmp_path, monkeypatch, capsys):
+def test_it_measures_every_form_and_writes_a_table(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(script, "TARGETS", {"factors": 1e9, "delta": 1e9})
     assert script.main(["--cases", "tiny", "--rounds", "3", "--output", str(tmp_path)]) == 0
-    forms = json.loads((tmp_path / "results.json").read_text())["cases"]["tiny"]["forms"]
+    forms = read_json(tmp_path / "results.json.gz")["cases"]["tiny"]["forms"]
     assert set(forms) == set(script.FORMS)
     for row in forms.values():
         assert row["ratio"] > 0 and row["added_quartiles"][0] <= row["added"] <= row["added_quartiles"][1]
@@ -27,11 +22,11 @@ def test_it_measures_every_form_and_writes_a_table(script, tmp_path, monkeypatch
     table = (tmp_path / "README.md").read_text()
     assert "delta, selective" in table and "All targets are met." in table and "--rounds 3" in table
     monkeypatch.setattr(script, "TARGETS", {"factors": -1.0, "delta": 1e9})
-    assert script.main(["--cases", "tiny", "--rounds", "2"]) == 1
+    assert script.main(["--cases", "tiny", "--rounds", "2", "--output", str(tmp_path / "missed")]) == 1
     assert "missed: tiny, factors, always on" in capsys.readouterr().err
 
 
-def test_models_share_the_base_and_only_the_one_under_the_clock_is_pulled(script):
+def test_models_share_the_base_and_only_the_one_under_the_clock_is_pulled():
     models, batch = script.build("tiny", 2, "cpu")
     plain, pulled = models[script.PLAIN], models["factors, always on"]
     weights = {name: p for name, p in plain.named_parameters() if "base_layer" in name}
@@ -52,7 +47,7 @@ def test_models_share_the_base_and_only_the_one_under_the_clock_is_pulled(script
     assert set(live_records) == records
 
 
-def test_an_anchor_that_keeps_more_than_a_copy_of_a_is_seen(script):
+def test_an_anchor_that_keeps_more_than_a_copy_of_a_is_found():
     models, _ = script.build("tiny", 2, "cpu")
     model = models["delta, always on"]
     anchors, factors = script.anchor_bytes(model)

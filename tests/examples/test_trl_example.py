@@ -7,13 +7,10 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from examples.trl import sft_without_forgetting as example
+
 
 pytest.importorskip("trl", reason="TRL is not installed: pip install 'peft-linear[trl]'")
-
-
-@pytest.fixture(scope="module")
-def example(load_script):
-    return load_script("trl/sft_without_forgetting.py")
 
 
 def rows(printed):
@@ -21,7 +18,7 @@ def rows(printed):
     return {cell[0]: tuple(map(float, cell[1:])) for cell in cells[1:]}
 
 
-def test_adapters_of_a_small_model_and_then_of_a_model_by_name(example, tmp_path, capsys):
+def test_adapters_of_a_small_model_and_then_of_a_model_by_name(tmp_path, capsys):
     common = ["--steps", "4", "--batch-size", "4", "--limit", "12", "--learning-rate", "0.01", "--rank", "2"]
     first = [*common, "--strengths", "0", "1000", "--pretrain-steps", "2", "--output", str(tmp_path / "a")]
     assert example.main(first) == 0
@@ -47,6 +44,6 @@ def test_adapters_of_a_small_model_and_then_of_a_model_by_name(example, tmp_path
     assert not (tmp_path / "b" / "base").exists()
 
 
-def test_a_section_that_does_not_exist(example):
+def test_a_section_that_does_not_exist():
     with pytest.raises(SystemExit, match="no section 'poetry'; there are admin, devel"):
         example.main(["--section", "poetry"])

@@ -2,9 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small data sets in the columns, splits and features of those that the paper uses, as the Hub has them."""
 
-import sys
-from types import SimpleNamespace
-
 import datasets
 
 
@@ -57,11 +54,3 @@ def as_on_the_hub(name):
             rows["idx"] = list(range(count))
         parts[split] = datasets.Dataset.from_dict(rows, features=datasets.Features(features))
     return datasets.DatasetDict(parts)
-
-
-def modules_of(script):
-    """The modules of `examples/paper`, which `script` has imported."""
-    assert script.__name__ == "run"
-    names = ("tasks", "training", "lambda", "lambda_report", "predictors", "condition")
-    found = {name.replace("lambda", "strength"): sys.modules[f"paper_{name}"] for name in names}
-    return SimpleNamespace(**found, records=sys.modules["records"])
