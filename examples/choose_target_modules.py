@@ -28,11 +28,11 @@ from transformers import (
     set_seed,
 )
 
-from peft_linear import proximal_distance, recommend
+from peft_linear import Resources, proximal_distance
 from peft_linear.kernels.training import predict_training
 from peft_linear.report import write_report
 from peft_linear.selection import adam_preconditioned, baseline, equal_parameter_rank
-from peft_linear.selection.workflow import look
+from peft_linear.selection.request import ModuleRequest
 
 
 OUTPUT = Path("choose_target_modules")
@@ -62,8 +62,9 @@ batches = [collate(rows[first : first + 16]) for first in range(0, EXAMPLES, 16)
 
 # %%
 started = time.perf_counter()
-kernels, heads = look(model, batches, rank=8, progress=False)
-recommendation = recommend(kernels, budget=BUDGET, heads=heads)
+request = ModuleRequest(budget=BUDGET, kernels={"rank": 8}, resources=Resources(progress=False))
+kernels, heads = request.compute_kernels(model, batches)
+recommendation = request.choose(kernels, heads)
 print(recommendation)
 print(f"\n{len(kernels)} candidates, {EXAMPLES} examples: {time.perf_counter() - started:.0f} s")
 
@@ -78,7 +79,7 @@ if recommendation.signal is False:
     rank = equal_parameter_rank(kernels, recommendation.parameters)
     print(f"No signal: adapt all {len(kernels)} candidates at rank {rank} instead.")
 else:
-    halves = recommendation.settings["reliability"]["halves"]
+    halves = recommendation.settings.reliability.halves
     print(f"Halves of the examples agree on the order: rank correlation {halves:.2f}.")
 
 # %% [markdown]
@@ -97,7 +98,7 @@ sets = {
 }
 held_out = range(EXAMPLES * 3 // 4, EXAMPLES)
 preconditioned = adam_preconditioned(kernels)
-rate = recommendation.settings["learning_rate"]
+rate = recommendation.settings.learning_rate
 for words, names in sets.items():
     curve = predict_training(preconditioned, names, held_out=held_out, learning_rate=rate, steps=100)
     parameters = sum(kernels.num_parameters[name] for name in names)

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -29,13 +29,14 @@ from examples.common.tasks import DEMO_DATASET, DEMO_MODEL, Task, load_task
 from examples.demo.arms import Arm, Protocol, Run, choose_learning_rate, make_arms, train
 from examples.demo.figure import draw_results
 from examples.demo.summary import Summary, summarize
-from peft_linear import ModuleKernels, Recommendation, export_lora, recommend
+from peft_linear import ModuleKernels, Recommendation, Training, export_lora
 from peft_linear.cli.recommend import parse_budget_argument
 from peft_linear.selection.baselines.by_kernels import query_value
+from peft_linear.selection.criteria import View
 from peft_linear.selection.preconditioning import adam_preconditioned
 from peft_linear.selection.prediction import predict
 from peft_linear.selection.problem import Problem
-from peft_linear.selection.workflow import look
+from peft_linear.selection.request import ModuleRequest
 
 
 MODULE = "examples.demo"
@@ -54,13 +55,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     step(2, f"The kernel of every candidate module on {options.examples} training examples, before training")
     batches = task.calibration(options.examples)
     model = task.new_model(options.seeds[0])
-    kernels, heads = look(model, batches, options.criterion, rank=options.rank, lora_alpha=2 * options.rank)
+    request = ModuleRequest(
+        budget=options.budget or 1,
+        criterion=options.criterion,
+        training=Training(batch_size=options.batch_size),
+        kernels={"rank": options.rank, "lora_alpha": 2.0 * options.rank},
+    )
+    kernels, heads = request.compute_kernels(model, batches)
     print(kernels)
 
     step(3, "The recommendation")
     baseline = tuple(name for name in kernels.names if name in query_value(kernels))
     budget = options.budget or str(sum(kernels.num_parameters[name] for name in baseline))
-    recommendation = recommend(kernels, budget, options.criterion, heads=heads, train_batch_size=options.batch_size)
+    recommendation = replace(request, budget=budget).choose(kernels, heads)
     print(recommendation)
     recommendation.plot(output / "recommendation.png")
     recommendation.save(output / "recommendation")
@@ -88,12 +95,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def predict_arms(kernels: ModuleKernels, recommendation: Recommendation, arms: Sequence[Arm]) -> dict[str, dict]:
     """Predictions of the linear theory for each arm, from the kernels alone."""
     settings = recommendation.settings
-    problem = Problem.of(kernels, recommendation.ridge)
-    by_adam = settings["optimizer"] == "adamw"
-    scored = adam_preconditioned(kernels, settings["train_batch_size"]) if by_adam else kernels
-    training = {key: settings[key] for key in ("learning_rate", "steps", "folds", "seed")}
-    trained = scored, Problem.of(scored, settings["criterion_ridge"], **training)
-    return {arm.key: predict(kernels, arm.modules, problem, trained) for arm in arms}
+    plain = View(kernels, Problem.of(kernels, recommendation.ridge))
+    by_adam = settings.optimizer == "adamw"
+    trained = adam_preconditioned(kernels, settings.train_batch_size) if by_adam else kernels
+    simulated = {key: getattr(settings, key) for key in ("learning_rate", "steps", "seed")}
+    optimizer = View(trained, Problem.of(trained, settings.criterion_ridge, **simulated))
+    return {arm.key: predict(plain, arm.modules, optimizer) for arm in arms}
 
 
 def train_arms(

@@ -30,9 +30,9 @@ from peft_linear import compute_ntk
 from peft_linear.capture.targets import resolve_always_trained, resolve_targets
 from peft_linear.functional.simulation import SMOOTHNESS
 from peft_linear.report.markdown import markdown_table
-from peft_linear.selection.criteria import CRITERIA, applicable_criteria, score_modules
+from peft_linear.selection.criteria import CRITERIA, View, applicable_criteria, score_modules
 from peft_linear.selection.problem import Problem
-from peft_linear.selection.recommend import default_ridge
+from peft_linear.selection.views import default_ridge
 
 
 MODULE = "examples.benchmarks.criteria_vs_training"
@@ -79,7 +79,7 @@ def score(
         scores = {}
         for name in applicable_criteria(problem):
             criterion = CRITERIA[name]
-            values = score_modules(kernels, criterion, problem)
+            values = score_modules(View(kernels, problem), criterion)
             scores[name] = {module: criterion.utility(value) for module, value in values.items()}
         scores["parameters"] = {name: float(count) for name, count in kernels.num_parameters.items()}
         records.add({"space": space, "seed": seed, "ridge": problem.ridge, "scores": scores})

@@ -34,9 +34,9 @@ from examples.common.models import bert, copy_sharing_weights
 from examples.common.reports import Folders, add_output, circumstances, command_line
 from examples.common.tasks import load_task
 from examples.common.training import trained_parameters
-from peft_linear import Recommendation, recommend
+from peft_linear import Recommendation, Resources, recommend
 from peft_linear.kernels import ModuleKernels
-from peft_linear.selection.workflow import look
+from peft_linear.selection.request import ModuleRequest
 
 
 MODULE = "examples.benchmarks.recommendation_cost"
@@ -108,8 +108,9 @@ class Training:
 
 def kernels_of(setting: Setting, rank: int, criterion: str) -> Kernels:
     """What `recommend_modules` computes for a criterion."""
-    arguments = {"rank": rank, "lora_alpha": 2 * rank, "outputs": setting.outputs, "progress": False}
-    return look(setting.model, setting.examples, criterion, **arguments)
+    kernels = {"rank": rank, "lora_alpha": 2.0 * rank, "outputs": setting.outputs}
+    request = ModuleRequest(budget=1, criterion=criterion, kernels=kernels, resources=Resources(progress=False))
+    return request.compute_kernels(setting.model, setting.examples)
 
 
 def choice(computed: Kernels, criterion: str) -> Recommendation:

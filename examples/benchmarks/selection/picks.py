@@ -19,18 +19,20 @@ from examples.benchmarks.selection.sets import PICKED, Configuration
 from examples.benchmarks.selection.tasks import Batch, SelectionTask
 from examples.benchmarks.selection.training import Protocol
 from examples.common.records import Records
-from peft_linear import ModuleKernels, compute_ntk, recommend
+from peft_linear import ModuleKernels, Resources, compute_ntk, recommend
 from peft_linear.errors import TargetError
 from peft_linear.recommendation.budget import fill, parse_budget
-from peft_linear.selection.avoided import AVOIDED, left_for_last
 from peft_linear.selection.baselines.by_kernels import BASELINES, baseline
-from peft_linear.selection.workflow import look
+from peft_linear.selection.exclusion import DEFAULT_EXCLUDE, excluded_candidates
+from peft_linear.selection.request import ModuleRequest
+from peft_linear.selection.training import Training
 
 
 SEARCHED = ("gradient_energy", "trace", "leave_one_out", "predicted_loss", "condition_number")
 SPACES: dict[str, dict[str, Any]] = {"lora, 8 draws": {"space": "lora", "draws": 8}, "weight": {"space": "weight"}}
 BY_ADAM_TOO = ("gradient_energy", "leave_one_out", "predicted_loss")
 RULES = tuple(name for name in BASELINES if name not in ("all_linear", "gradient_norm", "random"))
+QUIET = Resources(progress=False)
 RANDOM_DRAWS = 3
 RANDOM = "random"
 RECOMMENDED = "recommend_modules"  # with its defaults
@@ -84,13 +86,13 @@ class Chooser:
         self.limits = amounts(task)
         self.kernels: dict[str, ModuleKernels] = {}
         self.sizes = {name: task.parameters([name], protocol.rank) for name in task.modules}
-        self.shared = {"rank": protocol.rank, "lora_alpha": protocol.lora_alpha, "seed": seed, "progress": False}
+        self.shared = {"rank": protocol.rank, "lora_alpha": protocol.lora_alpha, "seed": seed}
 
     @cached_property
     def selectors(self) -> dict[str, Callable[[], dict[str, tuple[str, ...]]]]:
         found: dict[str, Callable[[], dict[str, tuple[str, ...]]]] = {
             RECOMMENDED: self.by_default,
-            WITHOUT_EXCLUSIONS: partial(self.by_default, avoid=()),
+            WITHOUT_EXCLUSIONS: partial(self.by_default, exclude=()),
         }
         for space in SPACES:
             for criterion, suffix in product(SEARCHED, ("", BY_ADAM)):
@@ -101,7 +103,7 @@ class Chooser:
             if name not in found and _of_modules(name):
                 found[name] = partial(self.by_score, name)
                 if name in ALSO_EXCLUDING:
-                    found[EXCLUDING.format(name)] = partial(self.by_score, name, avoid=AVOIDED)
+                    found[EXCLUDING.format(name)] = partial(self.by_score, name, exclude=DEFAULT_EXCLUDE)
         draws = {f"{RANDOM} {draw}": partial(self.by_rule, RANDOM, draw) for draw in range(RANDOM_DRAWS)}
         return found | {name: partial(self.by_rule, name) for name in RULES} | draws
 
@@ -113,30 +115,31 @@ class Chooser:
     @cached_property
     def default_kernels(self) -> tuple[ModuleKernels, tuple[ModuleKernels, ...]]:
         """The kernels that `recommend_modules` computes by default, and those with each head."""
-        return look(*self.inputs, outputs=self.task.outputs, **self.shared)
+        kernels = {"outputs": self.task.outputs, **self.shared}
+        return ModuleRequest(budget=1, kernels=kernels, resources=QUIET).compute_kernels(*self.inputs)
 
     def kernels_of(self, space: str) -> ModuleKernels:
         if space not in self.kernels:
             arguments = {"outputs": self.task.outputs, **self.shared, **SPACES[space]}
-            self.kernels[space] = compute_ntk(*self.inputs, **arguments)
+            self.kernels[space] = compute_ntk(*self.inputs, **arguments, resources=QUIET)
         return self.kernels[space]
 
-    def by_default(self, avoid: Sequence[str] = AVOIDED) -> dict[str, tuple[str, ...]]:
+    def by_default(self, exclude: Sequence[str] = DEFAULT_EXCLUDE) -> dict[str, tuple[str, ...]]:
         kernels, heads = self.default_kernels
-        arguments = {"heads": heads, "seed": self.seed, "avoid": avoid}
+        arguments = {"heads": heads, "seed": self.seed, "exclude": exclude}
         return {words: recommend(kernels, amount, **arguments).modules for words, amount in self.limits.items()}
 
     def by_search(self, space: str, criterion: str, optimizer: str) -> dict[str, tuple[str, ...]]:
         """The choice of the criterion alone, without the exclusions of the default."""
-        kernels, how = self.kernels_of(space), {"optimizer": optimizer, "avoid": ()}
+        kernels, how = self.kernels_of(space), {"training": Training(optimizer), "exclude": ()}
         return {words: recommend(kernels, of, criterion, **how).modules for words, of in self.limits.items()}
 
-    def by_score(self, name: str, avoid: Sequence[str] = ()) -> dict[str, tuple[str, ...]]:
+    def by_score(self, name: str, exclude: Sequence[str] = ()) -> dict[str, tuple[str, ...]]:
         order = sorted(self.task.modules, key=lambda module: -self.table[name][f"single {module}"])
 
         def within_budget(amount: int | float) -> tuple[str, ...]:
             budget = parse_budget(amount, self.sizes)
-            excluded = left_for_last(self.sizes, budget, avoid)
+            excluded = excluded_candidates(self.sizes, budget, exclude)
             return fill([module for module in order if module not in excluded], budget, self.sizes)
 
         return {words: within_budget(amount) for words, amount in self.limits.items()}

@@ -23,8 +23,9 @@ from examples.benchmarks.selection.simulation import gradient_norms, simulated_l
 from examples.benchmarks.selection.tasks import SelectionTask
 from examples.benchmarks.selection.training import Protocol
 from examples.common.records import Records
-from peft_linear import ModuleKernels, compute_ntk
+from peft_linear import ModuleKernels, Resources, compute_ntk
 from peft_linear.capture.features import jacobian_features
+from peft_linear.capture.request import KernelRequest
 from peft_linear.capture.warm_head import warmed_head
 from peft_linear.errors import TargetError
 from peft_linear.functional.simulation import SMOOTHNESS
@@ -34,8 +35,8 @@ from peft_linear.selection.criteria import CRITERIA, applicable_criteria
 from peft_linear.selection.heads import over_heads
 from peft_linear.selection.preconditioning import adam_preconditioned
 from peft_linear.selection.problem import Problem
-from peft_linear.selection.recommend import default_ridge
-from peft_linear.selection.workflow import through_heads
+from peft_linear.selection.request import kernels_through_heads
+from peft_linear.selection.views import default_ridge
 
 
 SCORE_SEED = 0  # head, A and calibration examples of what is scored
@@ -107,9 +108,14 @@ def heads_scorer(space: str, draws: int) -> Callable[..., Scores]:
     def scorer(task: SelectionTask, sets: Sequence[Configuration], seed: int, protocol: Protocol) -> Scores:
         model = task.make_model(seed)
         batches = task.calibration(count_examples(task, model), seed)
-        arguments = {"rank": protocol.rank, "lora_alpha": protocol.lora_alpha, "seed": seed, "progress": False}
-
-        by_head = through_heads(model, batches, draws=draws, space=space, **arguments)
+        request = KernelRequest(
+            space=space,
+            rank=protocol.rank,
+            lora_alpha=protocol.lora_alpha,
+            draws=draws if space == "lora" else 1,
+            seed=seed,
+        )
+        by_head = kernels_through_heads(request, model, batches, resources=Resources(progress=False))
         scores: Scores = {}
         for suffix, of in (("", by_head), (BY_ADAM, tuple(map(adam_preconditioned, by_head)))):
             shares = [_shares([kernels]) for kernels in of]

@@ -39,7 +39,7 @@ from examples.benchmarks.selection_fresh.tasks import fresh_task
 from examples.common.files import save_json, save_text
 from examples.common.records import Records
 from examples.common.reports import Folders, add_output, circumstances, command_line
-from peft_linear.selection.avoided import AVOIDED
+from peft_linear.selection.exclusion import DEFAULT_EXCLUDE
 
 
 MODULE = "examples.benchmarks.selection_fresh"
@@ -104,7 +104,7 @@ def measured(task: SelectionTask, options: argparse.Namespace) -> Finished | Non
 def references_of(task: SelectionTask) -> list[Configuration]:
     """All linear modules; and all but those that the default excludes, where there are such."""
     names = tuple(task.modules)
-    kept = tuple(name for name in names if not set(AVOIDED) & set(name.split(".")))
+    kept = tuple(name for name in names if not set(DEFAULT_EXCLUDE) & set(name.split(".")))
     found = [Configuration(ALL_LINEAR, names), Configuration(WITHOUT_EXCLUDED, kept)]
     return found if kept != names else found[:1]
 
