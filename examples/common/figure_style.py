@@ -26,8 +26,8 @@ def finish(axes: Axes, title: str) -> None:
 
 
 def save(figure: Figure, path: Path, dpi: int = 110) -> None:
-    """A PNG of 64 colours, about a third of the size of one of 16 million."""
+    """A PNG of 256 colours: the series keep theirs, at less than half the size of one of 16 million."""
     drawn = io.BytesIO()
     figure.savefig(drawn, dpi=dpi)
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.open(drawn).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(path, format="PNG", optimize=True)
+    Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, format="PNG", optimize=True)

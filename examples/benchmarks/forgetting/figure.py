@@ -96,5 +96,5 @@ def draw_levels(axes: Axes, summary: Mapping) -> None:
     axes.set_yticks(range(len(order)), [summary["arms"][key]["words"] for key in order], fontsize=9.5, color=INK)
     axes.set_ylim(len(order) - 0.5, -0.5)
     axes.set_xlabel(f"← less forgotten than with {summary['arms'][against]['words']}, more →", color=INK)
-    finish(axes, f"Paired differences at {float(level):.0%} of LoRA's gain, 95 % intervals")
+    finish(axes, f"Paired differences at {float(level):.0%} of LoRA's gain")
     axes.grid(axis="y", visible=False)
