@@ -13,7 +13,7 @@ from examples.common.reports import Folders, as_page, provenance, setting_table
 from peft_linear.report.markdown import markdown_table
 
 
-HELD, NOT_SHOWN, CONTRARY = "held", "not shown", "the contrary was measured"
+HELD, NOT_SHOWN, CONTRARY = "held", "not shown", "the opposite was measured"
 
 
 @dataclass(frozen=True)

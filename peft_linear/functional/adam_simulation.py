@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adam on the linearised model from the sign kernel alone: an approximation for when features are not kept.
 
-Exact is `feature_training.train_on_features`; `examples/benchmarks/predicted_curves.py` measures how far this one is
+Exact is `feature_training.train_on_features`; `examples/benchmarks/predicted_curves` measures how far this one is
 from it.
 """
 

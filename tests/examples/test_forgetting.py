@@ -87,9 +87,9 @@ def test_a_planted_winner_is_found_and_the_reverse_has_the_other_sign(ours, base
     assert found["low"] <= found["mean"] <= found["high"]
     lines = verdicts.verdict(summary)
     overall = verdicts.overall({"planted": summary})
-    assert ("ours forgets decidedly less than every baseline" in lines[0]) == (sign == "less")
-    assert ("baseline forgets decidedly less than every form" in lines[0]) == (sign == "more")
-    assert ("ours: decidedly less" in overall) == (sign == "less")
+    assert ("ours forgets significantly less than every baseline" in lines[0]) == (sign == "less")
+    assert ("baseline forgets significantly less than every form" in lines[0]) == (sign == "more")
+    assert ("ours: significantly less" in overall) == (sign == "less")
     assert ("not the best choice" in overall) == (sign == "more")
 
 
@@ -129,7 +129,7 @@ def test_one_seed_may_miss_a_level_and_is_left_out_of_the_pairs(missing, compare
     found = summary["differences"]["rest"]["proximal_factors"]["lower_rate"]["0.75"]
     if compared:
         assert found["sign"] == "less" and sorted(found["per_seed"]) == ["0", "1", "3"]
-        assert "decidedly less than every baseline" in verdicts.verdict(summary)[0]
+        assert "significantly less than every baseline" in verdicts.verdict(summary)[0]
     else:
         assert found is None and summary["matched"]["rest"]["proximal_factors"]["0.75"] is None
         assert "Nothing can be compared" in verdicts.verdict(summary)[0]

@@ -51,7 +51,7 @@ def test_the_script_writes_both_experiments(output):
     for name, verdicts, fields in (("paper_lambda", 15, "by_pull"), ("paper_condition_number", 8, "spearman")):
         results = read_json(folder / name / "results.json")
         assert len(results["claims"]) == verdicts and fields in results and results["date"] == "2026-01-01"
-        assert {claim["verdict"] for claim in results["claims"]} <= {"held", "not shown", "the contrary was measured"}
+        assert {claim["verdict"] for claim in results["claims"]} <= {"held", "not shown", "the opposite was measured"}
         page, report = ((folder / name / file).read_text(encoding="utf-8") for file in ("README.md", "report.md"))
         assert "--quick" in report and "2026-01-01" in report and "seeds | [0] |" in report
         assert "--quick" in page and "2026-01-01" in page and "Seeds 0" in page

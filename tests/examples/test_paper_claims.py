@@ -59,7 +59,7 @@ def depth(choice):
     ("condition", "word"),
     [
         (lambda choice: 1 / depth(choice), "held"),
-        (depth, "the contrary was measured"),
+        (depth, "the opposite was measured"),
         (lambda choice: 1.0, "not shown"),
     ],
 )
@@ -94,7 +94,7 @@ def strengths(field, columns, pulled="everything"):
     ("columns", "word"),
     [
         ([[4, 3, 2, 1], [5, 3, 2, 1]], "held"),
-        ([[1, 2, 3, 4], [1, 2, 3, 5]], "the contrary was measured"),
+        ([[1, 2, 3, 4], [1, 2, 3, 5]], "the opposite was measured"),
         ([[4, 3, 2, 1], [1, 2, 3, 4]], "not shown"),
         ([[4, 3, 2, 1], [4, 5, 6, 3]], "not shown"),
         ([[4, 1, 5, 3], [4, 1, 5, 3]], "not shown"),
@@ -109,7 +109,7 @@ def test_a_trend_with_the_strength_must_show_in_every_seed(columns, word):
 
 @pytest.mark.parametrize(
     ("accuracies", "word"),
-    [([0.9, 0.9, 0.9, 0.6], "held"), ([0.6, 0.7, 0.8, 0.9], "the contrary was measured"), ([0.9] * 4, "not shown")],
+    [([0.9, 0.9, 0.9, 0.6], "held"), ([0.6, 0.7, 0.8, 0.9], "the opposite was measured"), ([0.9] * 4, "not shown")],
 )
 def test_accuracy_must_change_beyond_its_error(accuracies, word):
     runs = strengths("gap_at_own", [[{"accuracy": value} for value in accuracies]])

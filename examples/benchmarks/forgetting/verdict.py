@@ -30,12 +30,12 @@ def verdict(summary: Mapping) -> list[str]:
         return [f"Nothing can be compared at {float(level):.0%} of LoRA's gain: too few arms reach it in every seed."]
     best, baseline = ours[0], baselines[0]
     if winners(differences, baselines):
-        outcome = f"{names[best]} forgets decidedly less than every baseline"
+        outcome = f"{names[best]} forgets significantly less than every baseline"
     elif losers(differences, ours, baselines):
-        outcome = f"{names[baseline]} forgets decidedly less than every form of ProximalLoRA"
+        outcome = f"{names[baseline]} forgets significantly less than every form of ProximalLoRA"
     else:
         outcome = (
-            "neither is a form of ProximalLoRA decidedly better than every baseline, nor a baseline than every form"
+            "neither is a form of ProximalLoRA significantly better than every baseline, nor a baseline than every form"
         )
     lines = [
         f"At {float(level):.0%} of what LoRA gains, {outcome}. The best of ours, {names[best]}, forgets "
@@ -68,12 +68,12 @@ def ranked(summary: Mapping, means: Mapping[str, float]) -> tuple[list[str], lis
 
 
 def winners(differences: Mapping, baselines: Sequence[str]) -> set[str]:
-    """Forms of ours that decidedly forget less than each of the baselines."""
+    """Forms of ours that significantly forget less than each of the baselines."""
     return {key for key, row in differences.items() if all((row[r] or {}).get("sign") == LESS for r in baselines)}
 
 
 def losers(differences: Mapping, ours: Sequence[str], baselines: Sequence[str]) -> set[str]:
-    """Baselines that decidedly forget less than each form of ours."""
+    """Baselines that significantly forget less than each form of ours."""
     return {r for r in baselines if all((differences[key][r] or {}).get("sign") == MORE for key in ours)}
 
 
@@ -93,15 +93,15 @@ def overall(settings: Mapping[str, Mapping]) -> str:
     where = "in both settings" if len(settings) == 2 else f"in {len(settings)} setting(s)"
     if set.intersection(*better):
         best = _list(names[key] for key in sorted(set.intersection(*better)))
-        return f"{best}: decidedly less is forgotten than with every baseline, {where}."
+        return f"{best}: significantly less is forgotten than with every baseline, {where}."
     if set.intersection(*worse):
         best = _list(names[key] for key in sorted(set.intersection(*worse)))
         return (
-            f"{best}: decidedly less is forgotten than with every form of ProximalLoRA, {where}. Against "
+            f"{best}: significantly less is forgotten than with every form of ProximalLoRA, {where}. Against "
             "forgetting, ProximalLoRA is not the best choice here."
         )
     return (
-        f"No form of ProximalLoRA is decidedly better than every baseline {where}, and no baseline decidedly better "
+        f"No form of ProximalLoRA is significantly better than every baseline {where}, and no baseline significantly better "
         "than every form of it."
     )
 
