@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from ...capture.batches import Batch, evaluate
 from ...capture.layers import layer_kind, layer_of
@@ -55,7 +54,7 @@ class ModelStatistics:
                 )
                 for name, gradient in zip(weights, gradients, strict=True):
                     totals[name] += gradient.cpu().double()
-        return {name: as_matrix(total, self.modules[name]) for name, total in totals.items()}
+        return {name: layer_of(name, self.modules[name]).as_matrix(total) for name, total in totals.items()}
 
     def squared_gradients(self, batch: Batch) -> dict[str, float]:
         """`Σ g²` of each module's weights over the examples of a batch, from one backward pass."""
@@ -84,7 +83,7 @@ class ModelStatistics:
                 recorder.clear()
                 self.model(**batch.to(device).inputs)
                 for name, calls in recorder.calls.items():
-                    found[name] += [call.inputs.reshape(-1, call.inputs.shape[-1]) for call in calls]
+                    found[name] += [layers[name].inputs(call.inputs, 1).flatten(0, 1) for call in calls]
         return found
 
 
@@ -94,8 +93,9 @@ def weight_parameter(name: str, module: nn.Module) -> nn.Parameter:
     Raises:
         TargetError: it has none that is a matrix of floating-point numbers, as quantised ones.
     """
-    weight = getattr(module, "weight", None)
-    if layer_kind(module) is None or not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
+    kind = layer_kind(module)
+    weight = None if kind is None else kind(name, module).weight
+    if weight is None:
         raise TargetError(
             f"{name} ({type(module).__name__}) has no weight matrix of floating-point numbers, which this selector "
             "needs; leave it out of `targets`, or load the model without quantisation"
@@ -105,12 +105,7 @@ def weight_parameter(name: str, module: nn.Module) -> nn.Parameter:
 
 def weight_matrix(module: nn.Module) -> Tensor:
     """W (d_out, d_in), float64 on the CPU."""
-    return as_matrix(module.weight.detach().cpu().double(), module)  # type: ignore[operator, union-attr]
-
-
-def as_matrix(weight: Tensor, module: nn.Module) -> Tensor:
-    """(d_out, d_in), also of a Conv1D, which stores its transpose."""
-    return weight.T if isinstance(module, Conv1D) else weight
+    return layer_of("", module).as_matrix(module.weight.detach().cpu().double())  # type: ignore[operator, union-attr]
 
 
 def _example(batch: Batch, i: int) -> Batch:
