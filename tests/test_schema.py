@@ -76,7 +76,7 @@ def test_what_does_not_fit_is_an_error_that_says_where(record, message):
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False) | st.text(),
+    st.none() | st.booleans() | st.integers(1 - 2**63, 2**63 - 1) | st.floats(allow_nan=False) | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=12,
 )
@@ -94,9 +94,8 @@ def test_any_value_is_read_or_refused_and_nothing_else(value, kind):
 def test_json_that_is_written_is_parsed_again(value):
     stored = as_json(value, HERE)
     text = json.dumps(stored, allow_nan=False)
-    if "-9223372036854775808" not in text:
-        assert parse_json(text, HERE) == stored == parse_json(text.encode(), HERE)
-        assert json_digest(parse_json(text, HERE)) == json_digest(stored)
+    assert parse_json(text, HERE) == stored == parse_json(text.encode(), HERE)
+    assert json_digest(parse_json(text, HERE)) == json_digest(stored)
 
 
 @given(st.text() | st.binary())
