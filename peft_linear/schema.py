@@ -213,8 +213,10 @@ def _read_union(kind: Any, value: Any, place: Place) -> Any:
 
 
 def _may_be(kind: Any, value: Any) -> bool:
+    """Whether a type is that of a JSON value, whatever is in it."""
     if isinstance(value, (dict, list)):
-        return kind is Any or not (isinstance(kind, type) and _is_scalar_type(kind))
+        is_list = typing.get_origin(kind) is tuple
+        return kind is Any or (not _is_scalar_type(kind) and is_list == isinstance(value, list))
     return kind is Any or _is_scalar(kind, value)
 
 
