@@ -16,6 +16,7 @@ PACKAGE = ROOT / "peft_linear"
 LAYERS = {  # a layer may import from itself and from lower numbers
     "errors": 0,
     "files": 1,
+    "schema": 1,
     "functional": 1,
     "kernels": 2,
     "capture": 3,

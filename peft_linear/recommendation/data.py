@@ -4,8 +4,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -14,22 +12,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
-
 from ..errors import FileError, PeftLinearError
-from ..files import atomic_file, write_text
 from ..functional.spectrum import Spectrum
 from ..tuners.proximal_lora import ProximalLoraConfig
 from .ranks import distribute_ranks, parse_rank_budget, plain_number, rank_patterns
+from .saving import FORMAT, JSON_NAME, read_recommendation, write_recommendation
 from .values import ModuleScore, Settings
 
-
-FORMAT = "peft_linear.Recommendation/2"
-READABLE = (FORMAT, "peft_linear.Recommendation/1")
-JSON_NAME = "recommendation.json"
-SPECTRA_NAME = "spectra.safetensors"
 
 Self = TypeVar("Self", bound="RecommendationData")
 
@@ -161,62 +150,34 @@ class RecommendationData:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the spectra, as JSON-able values."""
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "spectra"}
-        values["scores"] = [asdict(row) for row in self.scores]
-        values["settings"] = self.settings.to_dict()
-        return {"format": FORMAT, **{k: dict(v) if isinstance(v, Mapping) else v for k, v in values.items()}}
+        return {"format": FORMAT, **self._values()}
 
     def save(self, directory: str | os.PathLike) -> None:
         """Writes recommendation.json and spectra.safetensors into `directory` (made if it does not exist).
 
-        The JSON is written last and holds the other file's checksum, so a pair that does not belong together is seen.
+        The JSON is written last and holds checksums of both, so what was changed since is not loaded.
+
+        Raises:
+            FileError: the folder cannot be written, or a value could not be read again.
         """
-        folder = Path(directory)
-        if folder.exists() and not folder.is_dir():
-            raise FileError(f"{folder} exists and is not a folder; choose another output path")
-        tensors = {name: spectrum.eigenvalues.contiguous() for name, spectrum in self.spectra.items()}
-        content = save_tensors(tensors, metadata={"format": FORMAT})
-        record = self.to_dict()
-        record["spectra"] = {
-            "file": SPECTRA_NAME,
-            "sha256": hashlib.sha256(content).hexdigest(),
-            "eps": {name: spectrum.eps for name, spectrum in self.spectra.items()},
-        }
-        text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False)
-        with atomic_file(folder / SPECTRA_NAME) as temporary:
-            temporary.write_bytes(content)
-        write_text(folder / JSON_NAME, text + "\n")
+        write_recommendation(directory, self._values(), self.spectra)
 
     @classmethod
     def load(cls: type[Self], directory: str | os.PathLike) -> Self:
         """Reads what `save` wrote; the result equals what was saved.
 
         Raises:
-            FileError: the folder holds no recommendation, or its two files do not belong together.
+            FileError: the folder holds no recommendation, or one that is damaged or was changed since, or its two
+                files do not belong together.
         """
-        path = Path(directory) / JSON_NAME
-        if not path.is_file():
-            raise FileError(f"there is no {JSON_NAME} in {os.fspath(directory)!r}; pass the folder given to save")
+        values = read_recommendation(directory)
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise FileError(f"{path} is not valid JSON: {error}") from error
-        found = record.pop("format", None) if isinstance(record, dict) else None
-        if found not in READABLE:
-            raise FileError(f"{path} holds {found!r}, expected {FORMAT!r}")
-        about = record.pop("spectra")
-        spectra_path = path.with_name(about["file"])
-        content = spectra_path.read_bytes() if spectra_path.is_file() else b""
-        if hashlib.sha256(content).hexdigest() != about["sha256"]:
-            raise FileError(
-                f"{spectra_path} is missing or not the one saved with {path.name}; save the recommendation again"
-            )
-        try:
-            tensors = load_tensors(content)
-        except SafetensorError as error:  # pragma: no cover (the checksum fails first)
-            raise FileError(f"{spectra_path} is not a whole safetensors file: {error}") from error
-        record["spectra"] = {name: Spectrum(tensors[name], eps=eps) for name, eps in about["eps"].items()}
-        record["scores"] = tuple(ModuleScore(**row) for row in record["scores"])
-        record["settings"] = Settings.from_dict(record["settings"])
-        record["modules"], record["notes"] = tuple(record["modules"]), tuple(record["notes"])
-        return cls(**record)
+            return cls(**values)
+        except PeftLinearError as error:
+            raise FileError(f"{Path(directory) / JSON_NAME}: {error}; save the recommendation again") from error
+
+    def _values(self) -> dict[str, Any]:
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "spectra"}
+        values["scores"] = [asdict(row) for row in self.scores]
+        values["settings"] = self.settings.to_dict()
+        return {k: dict(v) if isinstance(v, Mapping) else v for k, v in values.items()}

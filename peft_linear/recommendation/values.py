@@ -6,8 +6,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, TypedDict
+
+from ..schema import Place, read_as
 
 
 ONE_SIDED = 1.645  # standard deviations of a normal distribution that 5 % lie above
@@ -82,10 +84,22 @@ class Reliability:
         }
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Reliability:
-        """The inverse of `to_dict`."""
-        intervals = {name: (int(low), int(high)) for name, (low, high) in values["rank_intervals"].items()}
-        return cls(float(values["halves"]), int(values["splits"]), intervals)
+    def from_json(cls, value: Any, place: Place) -> Reliability:
+        """The inverse of `to_dict`; what follows from the fields is computed anew.
+
+        Raises:
+            FileError: a value is missing or of another type.
+        """
+        known = _ReliabilityRecord.__annotations__
+        stored = {key: entry for key, entry in value.items() if key in known} if isinstance(value, dict) else value
+        found = read_as(_ReliabilityRecord, stored, place)
+        return cls(found["halves"], found["splits"], found["rank_intervals"])
+
+
+class _ReliabilityRecord(TypedDict):
+    halves: float
+    splits: int
+    rank_intervals: Mapping[str, tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -157,14 +171,20 @@ class Settings:
         return values
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Settings:
-        """The inverse of `to_dict`; also reads what earlier versions wrote, under the names of today."""
+    def from_json(cls, values: Mapping[str, Any], place: Place) -> Settings:
+        """The inverse of `to_dict`; also reads what earlier versions wrote, under the names of today.
+
+        Raises:
+            FileError: a value is of another type.
+        """
         known = {f.name for f in fields(cls)}
         values = {_RENAMED.get(name, name): value for name, value in values.items()}
         values = {name: value for name, value in values.items() if name in known and value is not None}
-        if "reliability" in values:
-            values["reliability"] = Reliability.from_dict(values["reliability"])
-        return cls(**values)
+        reliability = values.pop("reliability", None)
+        settings: Settings = read_as(cls, values, place)
+        if reliability is None:
+            return settings
+        return replace(settings, reliability=Reliability.from_json(reliability, place.at("reliability")))
 
 
 _RENAMED = {"avoided": "excluded"}

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..recommendation.data import RecommendationData
 from ..recommendation.values import ModuleScore
+from .escaping import cell, code, plain
 from .formatting import criterion_label, direction, known
 
 
@@ -66,7 +67,7 @@ def recommendation_markdown(recommendation: RecommendationData) -> str:
     rec = recommendation
     sections = [
         "# Recommended modules",
-        f"{_headline(rec)}\n\n{_how(rec)}",
+        f"{plain(_headline(rec))}\n\n{plain(_how(rec))}",
         "## The choice",
         choice_table(rec),
         "## What the linear theory predicts",
@@ -75,10 +76,10 @@ def recommendation_markdown(recommendation: RecommendationData) -> str:
         prediction_table(rec.predicted),
     ]
     if rec.notes:
-        sections += ["## Before you trust it", "\n".join(f"- {note}" for note in rec.notes)]
+        sections += ["## Before you trust it", "\n".join(f"- {plain(note)}" for note in rec.notes)]
     sections += [
         "## Every candidate",
-        f"Score: {criterion_label(rec)} of the module alone, with the always-trained "
+        f"Score: {plain(criterion_label(rec))} of the module alone, with the always-trained "
         f"parameters ({direction(rec)}), with the interval that 90 % of samples of as many examples give. The "
         "condition number is (λ1 + ridge)/(λn + ridge) of the same kernel.",
         _candidates_table(rec.scores),
@@ -94,7 +95,7 @@ def choice_table(recommendation: RecommendationData) -> str:
     return markdown_table(
         ("#", "module", "parameters", "why"),
         [
-            (str(place), f"`{name}`", f"{by_name[name].parameters:,}", by_name[name].reason)
+            (str(place), code(name), f"{by_name[name].parameters:,}", plain(by_name[name].reason))
             for place, name in enumerate(recommendation.modules, start=1)
         ],
         right=(0, 2),
@@ -124,10 +125,13 @@ def prediction_columns(predicted: Mapping[str, Any]) -> list[tuple[str, Mapping[
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
-    """A GitHub-flavoured table; `right` are the columns aligned to the right. Pipes in cells are escaped."""
-    line = "| " + " | ".join(header) + " |"
+    """A GitHub-flavoured table of Markdown cells; `right` are the columns aligned to the right.
+
+    Pipes and line ends in cells are escaped; texts that are not Markdown go through `escaping.plain` before.
+    """
+    line = "| " + " | ".join(map(cell, header)) + " |"
     rule = "|" + "|".join("---:" if column in right else "---" for column in range(len(header))) + "|"
-    body = ["| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in rows]
+    body = ["| " + " | ".join(map(cell, row)) + " |" for row in rows]
     return "\n".join([line, rule, *body])
 
 
@@ -160,12 +164,12 @@ def _candidates_table(scores: Sequence[ModuleScore]) -> str:
         [
             (
                 str(row.rank),
-                f"`{row.name}`",
+                code(row.name),
                 f"{row.score:.4g}{interval_words(row)}",
                 f"{row.parameters:,}",
                 format_number(row.condition_number),
                 "yes" if row.chosen else "",
-                row.reason,
+                plain(row.reason),
             )
             for row in scores
         ],
@@ -198,4 +202,4 @@ def _flat(prefix: str, values: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _settings_table(rec: RecommendationData) -> str:
-    return markdown_table(("setting", "value"), setting_rows(rec))
+    return markdown_table(("setting", "value"), [(plain(name), plain(value)) for name, value in setting_rows(rec)])

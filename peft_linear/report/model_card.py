@@ -9,8 +9,9 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 
-from ..files import write_text
+from ..files import write_bytes
 from ..recommendation.data import RecommendationData
+from .escaping import plain
 from .formatting import criterion_label
 from .markdown import choice_table, prediction_table
 
@@ -29,8 +30,8 @@ def model_card_section(recommendation: RecommendationData, adapted: Collection[s
             default: those.
     """
     rec = recommendation
-    label = criterion_label(rec)
-    notes = "".join(f"\n- {note}" for note in rec.notes)
+    label = plain(criterion_label(rec))
+    notes = "".join(f"\n- {plain(note)}" for note in rec.notes)
     followed = adapted is None or set(adapted) == set(rec.modules)
     chosen = f"{len(rec.modules)} of {len(rec.scores)} candidate modules were"
     opening = (
@@ -39,7 +40,7 @@ def model_card_section(recommendation: RecommendationData, adapted: Collection[s
     return (
         f"{BEGIN}\n## Which modules are adapted\n\n"
         f"{opening} before training by their neural "
-        f"tangent kernels ({label}, budget {rec.budget!r}), with peft-linear; "
+        f"tangent kernels ({label}, budget {plain(repr(rec.budget))}), with peft-linear; "
         "method: [Linearization Explains Fine-Tuning in Large Language Models](https://arxiv.org/abs/2602.08239).\n\n"
         f"{choice_table(rec)}\n\n{prediction_table(rec.predicted)}\n{notes}{chr(10) if notes else ''}{END}"
     )
@@ -50,20 +51,30 @@ def with_model_card_section(
 ) -> str:
     """`card` with the section appended, or in the place of the one that is there: doing it twice changes nothing.
 
-    A section is what lies between the two comments with neither of them inside; nothing else of the card is touched.
+    A section is what lies between the two comments with neither of them inside; all else stays as it is, character by
+    character. The section's line ends are as the card's first.
     """
     section = model_card_section(recommendation, adapted)
     found = _SECTION.search(card)
-    if found is None:
-        head = card.rstrip("\r\n")
-        return f"{head}\n\n{section}\n" if head else f"{section}\n"
-    return card[: found.start()] + section + (card[found.end() :] or "\n")
+    before, after = (card, "") if found is None else (card[: found.start()], card[found.end() :])
+    first = re.search(r"\r?\n", before + after)
+    end = first[0] if first else "\n"
+    section = section.replace("\n", end)
+    if found is not None:
+        return before + section + (after or end)  # peft and transformers cut the last line's end
+    blank = len(card[len(card.rstrip("\r\n")) :].splitlines())  # line ends that are there
+    return card + end * max(0, 2 - blank if card else 0) + section + end
 
 
 def update_model_card(
     path: str | os.PathLike, recommendation: RecommendationData, adapted: Collection[str] | None = None
 ) -> None:
-    """Writes the section into the model card at `path` (a README.md), which is made if it does not exist."""
+    """Writes the section into the model card at `path` (a README.md), which is made if it does not exist.
+
+    Raises:
+        FileError: the card cannot be written.
+    """
     file = Path(path)
-    card = file.read_bytes().decode("utf-8") if file.is_file() else ""  # line ends stay as they are
-    write_text(file, with_model_card_section(card, recommendation, adapted))
+    content = file.read_bytes() if file.is_file() else b""
+    card = content.decode("utf-8", "surrogateescape")  # bytes that are no UTF-8 stay as they are, and all line ends
+    write_bytes(file, with_model_card_section(card, recommendation, adapted).encode("utf-8", "surrogateescape"))

@@ -6,14 +6,16 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from functools import partial
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, VeraConfig, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from peft_linear.errors import FileError
@@ -211,22 +213,247 @@ def occupied(tmp_path):
     return tmp_path
 
 
-def test_a_folder_that_is_not_empty_is_replaced_only_with_overwrite(occupied):
-    with pytest.raises(FileError, match="not empty"):
-        export_lora(occupied / "in", occupied / "out")
-    assert os.listdir(occupied / "out") == ["mine"]
-    export_lora(occupied / "in", occupied / "out", overwrite=True)
-    assert "mine" not in os.listdir(occupied / "out")
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
-def test_an_export_that_fails_leaves_the_output_folder_as_it_was(occupied, monkeypatch):
+def test_a_folder_that_holds_anything_else_is_never_touched(occupied):
+    for overwrite, message in (
+        (False, "is not empty; choose another one or pass overwrite"),
+        (True, "holds 'mine', wh"),
+    ):
+        with pytest.raises(FileError, match=message):
+            export_lora(occupied / "in", occupied / "out", overwrite=overwrite)
+    (occupied / "out" / "README.md").mkdir()
+    with pytest.raises(FileError, match="holds 'README.md' and more, which is no part of a plain adapter"):
+        export_lora(occupied / "in", occupied / "out", overwrite=True)
+    assert contents(occupied / "out") == {"mine": b"keep"} and sorted(os.listdir(occupied)) == ["in", "out"]
+
+
+def test_an_earlier_export_is_replaced_only_with_overwrite(tmp_path):
+    save(tmp_path / "in")
+    save(tmp_path / "new", r=3)
+    export_lora(tmp_path / "in", tmp_path / "out")
+    before = contents(tmp_path / "out")
+    with pytest.raises(FileError, match="is not empty; choose another one or pass overwrite=True"):
+        export_lora(tmp_path / "new", tmp_path / "out")
+    assert contents(tmp_path / "out") == before
+    export_lora(tmp_path / "new", tmp_path / "out", overwrite=True)
+    export_lora(tmp_path / "new", tmp_path / "expected")
+    assert contents(tmp_path / "out") == contents(tmp_path / "expected") != before
+    assert sorted(os.listdir(tmp_path)) == ["expected", "in", "new", "out"]
+
+
+def test_a_card_in_the_output_folder_stays_if_the_adapter_has_none(tmp_path):
+    save(tmp_path / "in")
+    (tmp_path / "in" / "README.md").unlink()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "README.md").write_text("mine")
+    export_lora(tmp_path / "in", tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out" / "README.md").read_text() == "mine"
+    assert (tmp_path / "out" / "adapter_config.json").is_file()
+
+
+@pytest.mark.parametrize("lam", [0.0, 1.0])
+def test_an_adapter_that_was_trained_is_no_export_and_stays(tmp_path, lam):
+    save(tmp_path / "in")
+    save(tmp_path / "other", proximal_lambda=lam)
+    before = contents(tmp_path / "other")
+    with pytest.raises(FileError, match="holds a ProximalLoRA adapter, no export|holds 'proximal_anchor.safetensors'"):
+        export_lora(tmp_path / "in", tmp_path / "other", overwrite=True)
+    assert contents(tmp_path / "other") == before
+
+
+def by_link(run):
+    (run.parent / "link").symlink_to(run)
+    return run.parent / "link"
+
+
+@pytest.mark.parametrize("there", [lambda run: run, lambda run: run.parent, by_link, lambda run: run / "x" / ".."])
+def test_a_folder_that_contains_the_adapter_is_refused(tmp_path, there):
+    """With `overwrite` it once deleted the adapter and everything beside it."""
+    save(tmp_path / "run" / "adapter")
+    (tmp_path / "run" / "x").mkdir()
+    before = contents(tmp_path / "run" / "adapter")
+    for overwrite in (True, False):
+        with pytest.raises(FileError, match="contains the adapter .*; choose another one"):
+            export_lora(tmp_path / "run" / "adapter", there(tmp_path / "run"), overwrite=overwrite)
+        (tmp_path / "link").unlink(missing_ok=True)
+    assert contents(tmp_path / "run" / "adapter") == before and (tmp_path / "run" / "x").is_dir()
+
+
+def test_the_adapters_own_folder_is_found_through_links(tmp_path):
+    save(tmp_path / "in")
+    (tmp_path / "link").symlink_to(tmp_path / "in")
+    for source, target in (("in", "link"), ("link", "in"), ("in", "in/../link")):
+        with pytest.raises(FileError, match="is the adapter's own"):
+            export_lora(tmp_path / source, tmp_path / target, overwrite=True)
+
+
+def test_an_adapter_whose_files_are_links_into_the_output_folder_is_not_destroyed(tmp_path):
+    save(tmp_path / "in")
+    (tmp_path / "out").mkdir()
+    path = tmp_path / "in" / "adapter_model.safetensors"
+    path.rename(tmp_path / "out" / path.name)
+    path.symlink_to(tmp_path / "out" / path.name)
+    before = contents(tmp_path / "out")
+    with pytest.raises(FileError, match="adapter_model.safetensors of the adapter .* is a link into"):
+        export_lora(tmp_path / "in", tmp_path / "out", overwrite=True)
+    assert contents(tmp_path / "out") == before and path.is_file()
+
+
+def test_a_subfolder_of_the_adapters_folder_is_written_and_the_adapter_stays(tmp_path):
+    save(tmp_path / "in")
+    before = contents(tmp_path / "in")
+    for overwrite in (False, True):
+        export_lora(tmp_path / "in", tmp_path / "in" / "plain", overwrite=overwrite)
+        assert contents(tmp_path / "in") == before
+        assert "adapter_config.json" in os.listdir(tmp_path / "in" / "plain")
+
+
+class Killed(BaseException):
+    """What a process that is killed would not live to see."""
+
+
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_killed_at_any_step_the_old_or_the_new_export_is_whole(tmp_path, monkeypatch, exchanges):
+    save(tmp_path / "in")
+    save(tmp_path / "new", r=3)
+    export_lora(tmp_path / "in", tmp_path / "old")
+    export_lora(tmp_path / "new", tmp_path / "expected")
+    old, new, sources = contents(tmp_path / "old"), contents(tmp_path / "expected"), contents(tmp_path / "new")
+    if not exchanges:
+        monkeypatch.setattr("peft_linear.files.exchange", lambda one, other: False)
+
+    def export(folder, kill_at):
+        count = 0
+
+        def counted(original):
+            def call(*args, **kwargs):
+                nonlocal count
+                count += 1
+                if count >= kill_at:
+                    raise Killed
+                return original(*args, **kwargs)
+
+            return call
+
+        with monkeypatch.context() as patch:
+            for name in ("replace", "rename", "unlink", "rmdir", "mkdir", "chmod"):
+                patch.setattr(os, name, counted(getattr(os, name)))
+            for name in ("rmtree", "copyfile"):
+                patch.setattr(shutil, name, counted(getattr(shutil, name)))
+            for name in ("peft_linear.files.exchange", "peft_linear.tuners.proximal_lora.export.save_file"):
+                owner, _, attribute = name.rpartition(".")
+                patch.setattr(name, counted(getattr(sys.modules[owner], attribute)))
+            export_lora(tmp_path / "new", folder, overwrite=True)
+        return count
+
+    steps = export(tmp_path / "new-folder", kill_at=10**9)
+    assert steps >= 4
+    for step in range(1, steps + 4):
+        folder = tmp_path / f"at{step}"
+        shutil.copytree(tmp_path / "old", folder)
+        with suppress(Killed):
+            export(folder, kill_at=step)
+        if not folder.exists():
+            assert not exchanges
+            (folder,) = tmp_path.glob(f".at{step}.*.old/replaced")
+        assert contents(folder) in (old, new)
+        assert contents(tmp_path / "new") == sources
+    assert contents(folder) == new
+
+
+def test_an_export_that_fails_leaves_the_output_folder_as_it_was(tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError("disk full")
 
+    save(tmp_path / "in")
+    export_lora(tmp_path / "in", tmp_path / "out")
+    before = contents(tmp_path / "out")
     with monkeypatch.context() as patch:
         patch.setattr("peft_linear.tuners.proximal_lora.export.save_file", fail)
         with pytest.raises(OSError, match="disk full"):
-            export_lora(occupied / "in", occupied / "out", overwrite=True)
-    assert os.listdir(occupied / "out") == ["mine"] and sorted(os.listdir(occupied)) == ["in", "out"]
-    export_lora(occupied / "in", occupied / "out", overwrite=True)
-    assert "mine" not in os.listdir(occupied / "out")
+            export_lora(tmp_path / "in", tmp_path / "out", overwrite=True)
+        with pytest.raises(OSError, match="disk full"):
+            export_lora(tmp_path / "in", tmp_path / "far" / "away")
+    assert contents(tmp_path / "out") == before and sorted(os.listdir(tmp_path)) == ["in", "out"]
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("file", "exists and is not a folder; choose another output path"),
+        ("file/out", "a parent in the path is a file"),
+        ("x" * 300, "too long"),
+        ("a/" + "x" * 300, "too long"),
+    ],
+)
+def test_an_output_folder_that_cannot_be(tmp_path, path, message):
+    save(tmp_path / "in")
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(FileError, match=message):
+        export_lora(tmp_path / "in", tmp_path / path)
+    assert sorted(os.listdir(tmp_path)) == ["file", "in"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"r": None}, r"adapter_config.json: r must be an integer, got null; save the adapter again"),
+        ({"r": 0}, "r must be a rank of 1 or more, got 0"),
+        ({"r": "8"}, 'r must be an integer, got "8"'),
+        ({"lora_alpha": [16]}, "lora_alpha must be a number, got a list of 1"),
+        ({"lora_alpha": "Infinity"}, "lora_alpha must be a finite number, got inf"),
+        ({"rank_pattern": ["query"]}, "rank_pattern must be an object or null, got a list of 1"),
+        ({"rank_pattern": {"query": 0}}, "query must be a rank of 1 or more, got 0"),
+        ({"rank_pattern": {"query": 2.5}}, "rank_pattern.query must be an integer, got 2.5"),
+        ({"alpha_pattern": {"(": 2}}, r"\( must be a name or regular expression, got one that does not compile"),
+        ({"use_rslora": "yes"}, 'use_rslora must be true or false or null, got "yes"'),
+        ({"peft_type": ["PROXIMAL_LORA"]}, "contains an adapter of type None"),
+    ],
+)
+def test_a_configuration_with_wrong_types_is_refused(tmp_path, changed, message):
+    save(tmp_path / "in", alpha_pattern={"value": 32})
+    path = tmp_path / "in" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+    with pytest.raises(FileError, match=message):
+        export_lora(tmp_path / "in", tmp_path / "out")
+    assert os.listdir(tmp_path) == ["in"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"[" * 100_000 + b"]" * 100_000, "is not valid JSON: it is nested too deeply; save the adapter again"),
+        (b"\xff", "is not valid JSON: 'utf-8' codec"),
+        (b'{"r": NaN}', "NaN is not a number in JSON"),
+        (b'{"r": 1, "r": 2}', "the key 'r' is there twice"),
+    ],
+)
+def test_a_configuration_that_is_no_json_is_refused(tmp_path, content, message):
+    save(tmp_path / "in")
+    (tmp_path / "in" / "adapter_config.json").write_bytes(content)
+    with pytest.raises(FileError, match=message):
+        export_lora(tmp_path / "in", tmp_path / "out")
+
+
+def test_null_patterns_and_missing_ones_are_none(tmp_path):
+    save(tmp_path / "in", alpha_pattern={"value": 32})
+    path = tmp_path / "in" / "adapter_config.json"
+    config = json.loads(path.read_text()) | {"rank_pattern": None}
+    del config["use_rslora"]
+    path.write_text(json.dumps(config))
+    export_lora(tmp_path / "in", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["alpha_pattern"] == {}
+
+
+@pytest.mark.parametrize("change", [lambda tensors, key: tensors.pop(key), lambda t, key: t.update({key: t[key][0]})])
+def test_factors_without_their_pair_are_refused(tmp_path, change):
+    save(tmp_path / "in", rank_pattern={"query": 3})
+    path = tmp_path / "in" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    change(tensors, next(key for key in tensors if "lora_B" in key))
+    save_file(tensors, path)
+    with pytest.raises(FileError, match="has no matrices .*lora_A.weight' and .*lora_B.weight', which are a pair"):
+        export_lora(tmp_path / "in", tmp_path / "out")

@@ -18,11 +18,11 @@ from typing import Any
 
 from huggingface_hub import hf_hub_download
 from peft import PeftModel, PeftType
-from peft.utils import save_and_load
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, save_and_load
 from torch import nn
 from transformers.integrations import PeftAdapterMixin
 
-from .anchors import ANCHOR_NAME, AnchorSource, write_anchors
+from .anchors import ANCHOR_NAME, AnchorSource, save_anchors
 from .config import ProximalLoraConfig
 from .peft_type import PROXIMAL_LORA
 from .state import find_records, track_adapter
@@ -126,21 +126,30 @@ def _tag_our_adapters_as_lora() -> None:
 
 
 def _save_anchor_with_adapter() -> None:
-    """`save_pretrained` writes the weights and the configuration, and now the anchor beside them."""
+    """`save_pretrained` writes the weights and the configuration, and now the anchor beside them.
+
+    An anchor that is there is removed before: killed in between, no anchor is left that looks like the new weights'.
+    """
 
     def save_pretrained(original: Callable, self: PeftModel, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        result = original(self, save_directory, *args, **kwargs)
         call = inspect.signature(original).bind(self, save_directory, *args, **kwargs)
         call.apply_defaults()
-        if call.arguments["is_main_process"]:
-            converted = call.arguments["path_initial_model_for_weight_conversion"] is not None
-            for name in call.arguments["selected_adapters"] or list(self.peft_config):
-                folder = Path(save_directory) if name == "default" else Path(save_directory) / name
-                adapter = _tracked(self, name)
-                if adapter is not None and not converted and adapter.worth_saving:
-                    write_anchors(folder / ANCHOR_NAME, adapter.anchors())
-                elif adapter is not None:
-                    (folder / ANCHOR_NAME).unlink(missing_ok=True)  # of an adapter that was saved here before
+        given = call.arguments
+        names = given["selected_adapters"] or list(self.peft_config)
+        tracked = {name: adapter for name in names if (adapter := _tracked(self, name)) is not None}
+        refused = Path(save_directory).is_file() or not set(names) <= set(self.peft_config)
+        if refused or not tracked or not given["is_main_process"]:
+            return original(self, save_directory, *args, **kwargs)
+        converted = given["path_initial_model_for_weight_conversion"] is not None
+        # read now, since the file that they are read from may be the one that is removed
+        anchors = {n: t.anchors() for n, t in tracked.items() if t.worth_saving and not converted}
+        folders = {n: Path(save_directory) if n == "default" else Path(save_directory) / n for n in tracked}
+        for folder in folders.values():
+            (folder / ANCHOR_NAME).unlink(missing_ok=True)
+        result = original(self, save_directory, *args, **kwargs)
+        weights_name = SAFETENSORS_WEIGHTS_NAME if given["safe_serialization"] else WEIGHTS_NAME
+        for name, values in anchors.items():
+            save_anchors(folders[name], values, weights_name)
         return result
 
     wrap(PeftModel, "save_pretrained", save_pretrained)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from ...errors import FileError, PeftLinearError
+from ...errors import PeftLinearError
 from .anchors import ANCHOR_NAME, AnchorSource, FactorAnchor
 from .config import ProximalLoraConfig
 from .counts import Statistics
@@ -122,13 +122,14 @@ class TrackedAdapter:
     def loaded_from(self, source: AnchorSource, trainable: bool) -> None:
         """To be called after weights were loaded: their anchor is the one saved with them, read when first needed."""
         self.provisional = self._made_here = False
-        if self.stepped and source.read() is None:
+        if self.stepped and not source.exists():
             return  # weights of this same run (λ = 0 saves no anchor): the anchor stays
         self._source = source
         if trainable or not self.config.inference_mode:
             self._ensure_anchors()
             self.arm()
             return
+        self._source = source.seen_now()
         for name, _, a, b in self.layers():  # for inference: keep which anchor is zero, and no copy of the other
             anchor = self._anchors.get(name)
             if anchor is not None and (anchor.a is None or anchor.b is None):
@@ -174,7 +175,7 @@ class TrackedAdapter:
                 self.capture()
             return
         source = self._source
-        stored = source.read()
+        stored = source.read({name: (a.shape, b.shape) for name, _, a, b in self.layers()})
         if stored is None:
             self.capture_continuing()
             if self.strengths.active() and (self.config.proximal_space == "factors" or self.config.proximal_selective):
@@ -183,15 +184,6 @@ class TrackedAdapter:
                     "that starts at zero (usually B), and toward its loaded value in the other"
                 )
             return
-        for name, _, a, b in self.layers():
-            anchor = stored.get(name)
-            if anchor is None or any(
-                start is not None and start.shape != value.shape for start, value in ((anchor.a, a), (anchor.b, b))
-            ):
-                raise FileError(
-                    f"{ANCHOR_NAME} at {source.path} does not belong to the adapter beside it: module {name!r} is "
-                    "missing or has another shape; restore the file, or delete it to train without it"
-                )
         self._anchors, self._source, self._guessed = stored, None, False
 
     def __getstate__(self) -> dict[str, Any]:
