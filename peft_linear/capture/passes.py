@@ -22,7 +22,7 @@ from .targets import base_model
 
 @contextmanager
 def capturing(job: Job) -> Iterator[Callable[[int], tuple[Jacobians, Tensor]]]:
-    """Hooks the layers; yields the function that takes a batch's number to its Jacobians by key, and its outputs."""
+    """Hooks the layers; yields a function that returns the Jacobians (by key) and the outputs of a batch."""
     layers = job.layers
     shared = SharedInputs(layers, job.matrices)
     accumulators = {

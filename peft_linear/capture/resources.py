@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-"""`Resources`: what a computation of kernels may use, which its result does not depend on but for rounding."""
+"""`Resources`: what a computation of kernels may use; it affects the result by rounding only."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-"""What spaces make of the inputs of layers, once for layers with the same input, as queries, keys and values."""
+"""Features of layer inputs, computed once for layers that share an input, as queries, keys and values."""
 
 from __future__ import annotations
 

@@ -101,7 +101,9 @@ def _add_choice_arguments(choice: argparse._ArgumentGroup) -> None:
         help="λ in the unit of the kernel's eigenvalues; default: the one with the least leave-one-out error",
     )
     choice.add_argument(
-        "--optimizer", choices=("adamw", "sgd"), help="of the training; default: adamw for the default criterion"
+        "--optimizer",
+        choices=("adamw", "sgd"),
+        help="of the planned training; default: adamw for the default criterion",
     )
     choice.add_argument(
         "--head-steps",
@@ -109,24 +111,31 @@ def _add_choice_arguments(choice: argparse._ArgumentGroup) -> None:
         help="training steps of the task head before kernels are computed through it; default: 20 for gradient "
         "energy, else 0",
     )
-    choice.add_argument("--train-batch-size", type=int, default=8, help="of the training; used with adamw")
+    choice.add_argument(
+        "--train-batch-size", type=int, default=8, help="batch size of the planned training; used with adamw"
+    )
     choice.add_argument("--targets", nargs="+", default=["all-linear"], help="candidates: names or suffixes")
     choice.add_argument(
         "--exclude", nargs="*", help="name components of candidates that are not to be chosen; default: pooler"
     )
     choice.add_argument("--rank", type=int, default=8, help="rank of the adapter")
     choice.add_argument("--alpha", type=float, default=16.0, help="lora_alpha of the adapter")
-    choice.add_argument("--space", choices=SPACES, default="lora", help="parameters that the kernels are of")
+    choice.add_argument(
+        "--space", choices=SPACES, default="lora", help="parameters of each module that the kernel covers"
+    )
     choice.add_argument(
         "--draws",
         type=int,
-        help="draws of LoRA's random A to average over; default: 32 for causal-lm, else 1, and 8 through heads",
+        help="draws of LoRA's random A to average over; default: 32 for causal-lm, else 1, and 8 for the loss kernels "
+        "of the head",
     )
-    choice.add_argument("--proximal-lambda", type=float, default=0.0, help="proximal_lambda of the adapter config")
+    choice.add_argument("--proximal-lambda", type=float, default=1.0, help="proximal_lambda of the adapter config")
 
 
 def _add_run_arguments(run: argparse._ArgumentGroup) -> None:
-    run.add_argument("--seed", type=int, default=0, help="of the sample, the head, LoRA's A and the folds")
+    run.add_argument(
+        "--seed", type=int, default=0, help="seed of the sampled examples, a new head, LoRA's A and the folds"
+    )
     run.add_argument("--device", help="cpu, cuda, …; default: cuda where there is one")
     run.add_argument("--output", default="recommendation", metavar="FOLDER", help="where the files go")
     run.add_argument("--quiet", action="store_true", help="no progress bars and no table")

@@ -104,6 +104,10 @@ class Output:
         """
         raise OutputError(f"{self.what(labels)} do not determine a loss; compute kernels of labelled logits instead")
 
+    def mean_loss(self, outputs: Tensor, labels: Tensor | None) -> float | None:  # both (N, C) float64
+        """The mean loss of the examples, where f determines it."""
+        return None
+
 
 Kind = TypeVar("Kind", bound=type[Output])
 OUTPUTS: dict[str, type[Output]] = {}

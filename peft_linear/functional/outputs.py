@@ -176,6 +176,9 @@ class LogLikelihood(Output):
     def error(self, outputs: Tensor, labels: Tensor | None) -> Tensor:
         return torch.full_like(outputs, -1.0)
 
+    def mean_loss(self, outputs: Tensor, labels: Tensor | None) -> float | None:
+        return -float(outputs.mean())
+
 
 @register_output
 @dataclass(frozen=True)
@@ -243,6 +246,9 @@ class Loss(Output):
 
     def error(self, outputs: Tensor, labels: Tensor | None) -> Tensor:
         return torch.full_like(outputs, 1.0)
+
+    def mean_loss(self, outputs: Tensor, labels: Tensor | None) -> float | None:
+        return float(outputs.mean())
 
 
 def _token_log_likelihood(logits: Tensor, labels: Tensor, counted: Tensor) -> Tensor:  # (B, 1)

@@ -40,7 +40,7 @@ def log_to_all(
 
 
 def know_handler(kind: type[TrainerCallback]) -> None:
-    """From now on callbacks of this class are known by the handler of the Trainer that they are added to."""
+    """Wraps `CallbackHandler.add_callback` to remember the handler of each callback of this class."""
 
     def add_callback(original: Callable, self: CallbackHandler, callback: Any) -> None:
         original(self, callback)

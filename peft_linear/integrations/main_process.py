@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-"""Decisions that the main process takes for all."""
+"""Runs a function on the main process and broadcasts its result."""
 
 from __future__ import annotations
 

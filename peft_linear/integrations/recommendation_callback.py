@@ -239,7 +239,7 @@ class NtkRecommendationCallback(TrainerCallback):
         if last is not None and wanted is None:
             logger.warning(
                 f"{output} holds {os.path.basename(last)}: the modules of its adapter are kept, so that it can be "
-                "resumed. To choose anew pass resume_from_checkpoint=False to NtkRecommendationCallback."
+                "resumed. To choose again, pass resume_from_checkpoint=False to NtkRecommendationCallback."
             )
         return last
 

@@ -41,7 +41,7 @@ def adapter_name_of(model: nn.Module, adapter_name: str | None = None) -> str:
 
 
 def adapted_modules(model: PeftModel, adapter_name: str) -> dict[str, LoraLayer]:
-    """The linear maps that carry a LoRA adapter of this name, by their name in the base model, in model order."""
+    """The layers with a LoRA adapter of this name, by their name in the base model, in model order."""
     return {
         name: module
         for name, module in base_model(model).named_modules()
@@ -50,7 +50,7 @@ def adapted_modules(model: PeftModel, adapter_name: str) -> dict[str, LoraLayer]
 
 
 def restrict_adapter(model: PeftModel, keep: Collection[str], adapter_name: str | None = None) -> tuple[str, ...]:
-    """Removes an adapter from every linear map that is not in `keep`, as if it had never been targeted.
+    """Removes an adapter from every layer that is not in `keep`, as if it had never been targeted.
 
     The base layer takes the place of an adapted layer that carries no other adapter, and `target_modules` of the
     adapter's config becomes the full names of what is left, so that trainable parameters, an optimizer built later,
@@ -92,7 +92,7 @@ def restrict_adapter(model: PeftModel, keep: Collection[str], adapter_name: str 
     tuner.targeted_module_names = [name for name in tuner.targeted_module_names if name not in removed]
     for record in find_records(model):
         for tracked in record.adapters.values():
-            tracked.arm()  # what it watched may be gone
+            tracked.arm()  # removed layers must be dropped from its tracking
     return removed
 
 
@@ -109,7 +109,7 @@ def checkpoint_modules(
     folders = [os.fspath(checkpoint), os.path.join(checkpoint, adapter_name)]
     folder = next((f for f in folders if os.path.isfile(os.path.join(f, "adapter_config.json"))), None)
     if folder is None:
-        raise FileError(f"there is no adapter_config.json in {folders[0]!r}, so it is no checkpoint of an adapter")
+        raise FileError(f"there is no adapter_config.json in {folders[0]!r}, so it is not an adapter checkpoint")
     config: Any = PeftConfig.from_pretrained(folder)
     adapted = adapted_modules(model, adapter_name)
     modules = base_model(model).named_modules()

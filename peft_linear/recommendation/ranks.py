@@ -73,8 +73,8 @@ def distribute_ranks(
     Every module starts with rank 1. Then the next rank goes to the module with the smallest coverage
     `r_m(r_m + 1)/(2·d_m)` among those that are below full rank and for which it fits, until there is none: what is
     left of the budget is less than the cheapest further rank. No ranks within the budget have a larger smallest
-    coverage over the modules below full rank: they would need every rank given before one first did not fit, and that
-    one.
+    coverage over the modules below full rank: A larger minimum would need all ranks assigned so far and the first one
+    that did not fit.
     Equal modules differ by at most one rank; of modules of one shape none with a larger d_m has a smaller rank; a
     common factor of the d_m changes nothing. O(R·log M) for R ranks together.
 

@@ -42,9 +42,9 @@ class Reliability:
         splits: Number of random splits that it is the mean of.
         rank_intervals: {module: (low, high)}, between which 90 % of its ranks in single halves lie; 1 is the best.
         score_intervals: {module: (low, high)}, of its score: the score of all examples, and around it 90 % of how far
-            scores of single halves lie from their mean. The mean over half of the examples, drawn without replacement,
-            varies around that over all as the latter does around the mean of their distribution (half-sampling,
-            McCarthy 1969): it is the interval that a bootstrap gives, without repeated examples, which would make
+            scores of single halves lie from their mean. A mean over half of the examples, sampled without
+            replacement, deviates from the full mean about as much as the full mean deviates from the population mean
+            (half-sampling, McCarthy 1969). A bootstrap gives the same interval, but repeats examples, which makes
             leave-one-out errors vanish. Files have them with the scores (`ModuleScore.interval`).
     """
 

@@ -14,7 +14,7 @@ _DECADES = 3.0  # wider than this, numbers are printed with exponents
 
 
 def improvements(recommendation: RecommendationData) -> tuple[dict[str, float], str]:
-    """{module: what its adapter improves the score by}, more is better, and what these numbers are.
+    """Improvement of the score by each module (higher is better), and a label.
 
     Where the score without any adapter is not known, the scores themselves.
     """
@@ -36,6 +36,15 @@ def criterion_label(recommendation: RecommendationData) -> str:
 def direction(recommendation: RecommendationData) -> str:
     """Whether higher or lower scores are better."""
     return "higher is better" if recommendation.settings.higher_is_better else "lower is better"
+
+
+def budget_words(budget: int | float | str) -> str:
+    """The budget as a reader says it."""
+    if isinstance(budget, str):
+        return f"{budget} parameters"
+    if isinstance(budget, float):
+        return f"{budget:.0%} of the candidates' adapter parameters"
+    return f"{budget} module{'s' * (budget != 1)}"
 
 
 def known(value: object) -> object:

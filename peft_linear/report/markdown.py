@@ -11,7 +11,7 @@ from typing import Any
 from ..recommendation.data import RecommendationData
 from ..recommendation.values import ModuleScore
 from .escaping import cell, code, plain
-from .formatting import criterion_label, direction, known
+from .formatting import budget_words, criterion_label, direction, known
 
 
 # Key in `Recommendation.predicted`, words, format.
@@ -25,14 +25,14 @@ PREDICTIONS = (
     ("leave_one_out_accuracy", "leave-one-out accuracy", "{:.1%}"),
     ("training_squared_loss", "training squared loss", "{:.4f}"),
     ("distance", "distance from the pretrained weights ‖θ̄*−θ0‖", "{:.4g}"),
-    ("adapter_distance", "the same, adapters alone", "{:.4g}"),
+    ("adapter_distance", "distance, adapters only", "{:.4g}"),
 )
 _SHOWN_REJECTED = 12
 _SHORT = 12  # entries of a nested setting that are still listed
 
 
 def score_table(recommendation: RecommendationData) -> str:
-    """The choice and the runners-up in fixed-width columns, what the theory predicts, and the notes."""
+    """The choice and the best rejected candidates in fixed-width columns, what the theory predicts, and the notes."""
     rec = recommendation
     by_name = {row.name: row for row in rec.scores}
     rejected = [row for row in rec.scores if not row.chosen]
@@ -70,17 +70,17 @@ def recommendation_markdown(recommendation: RecommendationData) -> str:
         f"{plain(_headline(rec))}\n\n{plain(_how(rec))}",
         "## The choice",
         choice_table(rec),
-        "## What the linear theory predicts",
+        "## Predictions",
         "Predictions are of the linearised model on the calibration examples; they rank choices better than they "
         "forecast the numbers of a real run.",
         prediction_table(rec.predicted),
     ]
     if rec.notes:
-        sections += ["## Before you trust it", "\n".join(f"- {plain(note)}" for note in rec.notes)]
+        sections += ["## Warnings", "\n".join(f"- {plain(note)}" for note in rec.notes)]
     sections += [
         "## Every candidate",
         f"Score: {plain(criterion_label(rec))} of the module alone, with the always-trained "
-        f"parameters ({direction(rec)}), with the interval that 90 % of samples of as many examples give. The "
+        f"parameters ({direction(rec)}), with a 90 % resampling interval. The "
         "condition number is (λ1 + ridge)/(λn + ridge) of the same kernel.",
         _candidates_table(rec.scores),
         "## Settings",
@@ -144,14 +144,14 @@ def _headline(rec: RecommendationData) -> str:
     total = sum(row.parameters for row in rec.scores)
     return (
         f"{len(rec.modules)} of {len(rec.scores)} modules, {rec.parameters:,} of {total:,} adapter parameters "
-        f"({rec.parameters / total:.0%}) at rank {rec.settings.rank}; budget {rec.budget!r}."
+        f"({rec.parameters / total:.0%}) at rank {rec.settings.rank}; budget: {budget_words(rec.budget)}."
     )
 
 
 def _how(rec: RecommendationData) -> str:
     s = rec.settings
     return (
-        f"Criterion {rec.criterion}: {s.formula or ''} ({direction(rec)}), {known(s.strategy)} search, "
+        f"Criterion {rec.criterion}: {criterion_label(rec)} ({direction(rec)}), {known(s.strategy)} search, "
         f"ridge {rec.ridge:.4g}, {known(s.examples)} examples "
         f"× {known(s.outputs)} {s.output_kind or ''}, "
         f'space "{known(s.space)}".'

@@ -12,7 +12,7 @@ from pathlib import Path
 from ..files import write_bytes
 from ..recommendation.data import RecommendationData
 from .escaping import plain
-from .formatting import criterion_label
+from .formatting import budget_words, criterion_label
 from .markdown import choice_table, prediction_table
 
 
@@ -40,7 +40,7 @@ def model_card_section(recommendation: RecommendationData, adapted: Collection[s
     return (
         f"{BEGIN}\n## Which modules are adapted\n\n"
         f"{opening} before training by their neural "
-        f"tangent kernels ({label}, budget {plain(repr(rec.budget))}), with peft-linear; "
+        f"tangent kernels ({label}, budget: {plain(budget_words(rec.budget))}), with peft-linear; "
         "method: [Linearization Explains Fine-Tuning in Large Language Models](https://arxiv.org/abs/2602.08239).\n\n"
         f"{choice_table(rec)}\n\n{prediction_table(rec.predicted)}\n{notes}{chr(10) if notes else ''}{END}"
     )
@@ -49,7 +49,7 @@ def model_card_section(recommendation: RecommendationData, adapted: Collection[s
 def with_model_card_section(
     card: str, recommendation: RecommendationData, adapted: Collection[str] | None = None
 ) -> str:
-    """`card` with the section appended, or in the place of the one that is there: doing it twice changes nothing.
+    """`card` with the section appended, or in place of an existing one: doing it twice changes nothing.
 
     A section is what lies between the two comments with neither of them inside; all else stays as it is, character by
     character. The section's line ends are as the card's first.

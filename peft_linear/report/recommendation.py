@@ -27,7 +27,7 @@ class Recommendation(RecommendationData):
         return score_table(self)
 
     def to_markdown(self) -> str:
-        """A report with every candidate, for people."""
+        """A Markdown report with every candidate."""
         return recommendation_markdown(self)
 
     def to_html(

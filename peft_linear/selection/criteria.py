@@ -36,7 +36,7 @@ CriterionFunction = Callable[[Tensor, Problem], float]
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """Kernels, and the problem by which they are scored."""
+    """Kernels and the learning problem used to score them."""
 
     kernels: ModuleKernels
     problem: Problem
@@ -50,12 +50,12 @@ class Criterion:
         name: In the registry.
         function: (K_S (n, n) float64, Problem) -> float.
         label: What the number is, in words.
-        formula: For people.
+        formula: As shown in reports.
         higher_is_better: Direction.
         needs: What the outputs must provide ("kernel" is always there); see `Problem.provides`.
-        additive: The number of a union is the number of K_0 plus what each module adds, so the best set is the best
-            modules.
-        extensive: A sum over rows, twice as large for twice the examples, and not a mean.
+        additive: The score of a set is the score of K_0 plus one term per module, so the best set consists of the
+            best modules.
+        extensive: The value grows with the number of examples (a sum, not a mean).
     """
 
     name: str

@@ -16,7 +16,7 @@ from .problem import Problem
 
 @dataclass(frozen=True)
 class CrossValidation:
-    """Means over all examples, each scored by the fold that did not see it."""
+    """Means over all examples, each scored by the model that was not trained on it."""
 
     loss: float  # cross-entropy, nats
     accuracy: float

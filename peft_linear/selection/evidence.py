@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-"""What speaks for and against a choice: stability of the ranking, spectra, condition numbers, predictions."""
+"""Diagnostics of a choice: stability of the ranking, spectra, condition numbers, predictions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .views import Views
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """Everything that notes, reasons and reports say about a choice.
+    """The data behind notes, reasons and reports.
 
     Args:
         scores: Of every candidate alone.

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-"""Candidates that are scored, but not chosen while others can use the budget."""
+"""Candidates that are scored but not chosen, unless the others cannot use the budget."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def excluded_candidates(
         exclude: A component of module names, or several: "pooler" is one of "bert.pooler.dense".
 
     Returns:
-        Those with such a component. None where the others cannot use the budget: where it has room for all candidates,
-        for more modules than there are others, or for none of the others.
+        Those with such a component. Empty if all candidates fit, if the budget is for more modules than there are
+        others, or if none of the others fits.
 
     Raises:
         PeftLinearError: as `check_exclude`.

@@ -47,7 +47,7 @@ def _of_losses(gram: Tensor, errors: Tensor) -> Tensor:
 
 
 def over_heads(heads: Sequence[ModuleKernels]) -> ModuleKernels:
-    """For every module, of its kernels through several heads the one in which its share is least.
+    """Selects, for each module, the kernel of the head state in which its share of the gradient energy is smallest.
 
     Each becomes the kernels of its losses, divided by the gradient energy of all its candidates together, so that
     the gradient energy of a module is its share and no head outweighs another. A module's block is that of the head in

@@ -35,7 +35,7 @@ def no_signal(evidence: Evidence) -> str | None:
     without = f"; with few examples leave out {', '.join(choice.excluded)}" if choice.excluded else ""
     return (
         f"No signal: between two halves of the examples the ranking of the candidates has a rank correlation of "
-        f"{reliability.halves:.2f}, which chance gives too (up to {reliability.threshold:.2f}). Pass more "
+        f"{reliability.halves:.2f}, not above the 95 % level of chance ({reliability.threshold:.2f}). Pass more "
         f"examples, or adapt all {len(evidence.scores)} candidates at rank {rank}, which has about as many parameters"
         f"{without}."
     )
@@ -123,7 +123,7 @@ def excluded_ahead_of_chosen(evidence: Evidence) -> str | None:
         f"{', '.join(ahead)}: excluded by `exclude`, though its score is better than that of some that are chosen. "
         "A pooler lies right below the head and learns nearly what the head learns; in our measurements it helped in "
         "short runs at small learning rates, and did harm at large ones and where few examples are repeated many "
-        "times. Pass exclude=() to have it chosen by its score."
+        "times. Pass exclude=() to rank it like any other module."
     )
 
 

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-"""What the linear theory predicts, before training, for a set of modules."""
+"""Predictions of the linear theory, before training, for a set of modules."""
 
 from __future__ import annotations
 
@@ -68,12 +68,10 @@ def predict(plain: View, names: Iterable[str], optimizer: View | None = None) ->
 def before_training(problem: Problem) -> dict[str, float]:
     """Loss and accuracy of the model as it is, where the outputs determine them."""
     if "logits" in problem.provides:
-        loss = float(F.cross_entropy(problem.outputs, problem.targets))
-        return {"loss": loss, "accuracy": _accuracy(problem.outputs, problem)}
-    if problem.output_kind in ("log_likelihood", "loss"):
-        sign = -1.0 if problem.output_kind == "log_likelihood" else 1.0
-        return {"loss": sign * float(problem.outputs.mean())}
-    return {}
+        cross_entropy = float(F.cross_entropy(problem.outputs, problem.targets))
+        return {"loss": cross_entropy, "accuracy": _accuracy(problem.outputs, problem)}
+    loss = problem.output.mean_loss(problem.outputs, problem.labels)
+    return {} if loss is None else {"loss": loss}
 
 
 def _accuracy(outputs: torch.Tensor, problem: Problem) -> float:

@@ -10,7 +10,8 @@ from .choice import Choice
 from .criteria import Criterion, rank_by_score
 
 
-FORCED = ", which is worse, but the best that fits the budget"
+TIE = 1e-9  # relative difference of scores that is rounding
+FORCED = " (worse; the best module that still fits)"
 
 
 def explain(
@@ -36,7 +37,7 @@ def _picked(choice: Choice, name: str, criterion: Criterion) -> str:
 
 
 def _rejected(choice: Choice, name: str, criterion: Criterion, num_parameters: Mapping[str, int]) -> str:
-    """Why a candidate is not in the choice, up to what its score alone is."""
+    """The reason for a rejection; the score of the module alone follows it."""
     result, budget = choice.result, choice.budget
     if name in choice.excluded:
         return "excluded by `exclude`; "
@@ -59,8 +60,10 @@ def _change(criterion: Criterion, before: float, after: float) -> str:
 
 def _instead(criterion: Criterion, score: float, taken: float) -> str:
     difference = f"{abs(score - taken):.2g}"
-    if criterion.utility(score) > criterion.utility(taken):
-        judgement = f"{difference} better than the pick, but at more parameters for what it gives"
+    if abs(score - taken) <= TIE * max(abs(score), abs(taken)):
+        judgement = "tied with the pick, which is earlier in the model"
+    elif criterion.utility(score) > criterion.utility(taken):
+        judgement = f"{difference} better than the pick, but worse per parameter"
     else:
-        judgement = f"{difference} worse than the pick" if score != taken else "as good as the pick, which comes first"
+        judgement = f"{difference} worse than the pick"
     return f"in place of the last pick it would give {criterion.label} {score:.4g}, {judgement}"

@@ -66,8 +66,8 @@ def recommend(
             that was trained for a few steps (`recommend_modules` computes them). The score of a module is then the
             least of its shares of the gradient energy (`selection.heads`); predictions and spectra stay those of
             `kernels`.
-        exclude: Components of the names of candidates that are scored, but not chosen while others can use the budget:
-            by default BERT's pooler (docs/decisions/0012). (): none.
+        exclude: Components of the names of candidates that are scored but not chosen, unless the others cannot use the
+            budget: by default BERT's pooler (docs/decisions/0012). (): none.
         training: The planned training; default: `Training()`.
 
     Raises:
@@ -75,7 +75,7 @@ def recommend(
         CriterionError: an unknown criterion, strategy or optimizer.
         OutputError: the outputs do not provide what the criterion or the optimizer needs.
         KernelError: ridge ≤ 0, a kernel that is zero or not finite, or `heads` of other modules or examples.
-        PeftLinearError: `heads` with another criterion than gradient energy; `exclude` that is no names.
+        PeftLinearError: `heads` with another criterion than gradient energy; `exclude` is no list of components.
     """
     limit = parse_budget(budget, kernels.num_parameters)
     problem = Problem.of(kernels, ridge=1.0)

@@ -31,8 +31,8 @@ def split_half_reliability(
     """Scores every candidate on both halves of `splits` random splits (by `problem.seed`) of the examples.
 
     By default 10 splits for additive criteria (50 for at most 256 rows) and 3 for others. Cost: 2·splits evaluations
-    of the criterion a candidate, on n/2 rows each. None for kernels of fewer than 8 examples or 3 candidates, where
-    halves say nothing, and for lazy kernels, which would be read from their files as often.
+    of the criterion a candidate, on n/2 rows each. None for kernels of fewer than 8 examples or 3 candidates,
+    and for lazy kernels, which every split would read from disk.
 
     Args:
         scores: Of all examples, which the intervals of scores lie around; default: computed.
@@ -74,7 +74,7 @@ def _around(
     scores: Mapping[str, float], utilities: Tensor, names: Sequence[str], criterion: Criterion
 ) -> dict[str, tuple[float, float]]:
     """{module: 90 % interval of its score}, from its utilities in the halves (halves, M)."""
-    factor = criterion.utility(2.0 if criterion.extensive else 1.0)  # half the rows have half of a sum over rows
+    factor = criterion.utility(2.0 if criterion.extensive else 1.0)  # a sum over half of the rows is half as large
     apart = factor * (utilities - utilities.mean(dim=0))
     low, high = torch.quantile(apart, torch.tensor([0.05, 0.95], dtype=torch.float64), dim=0)
     return {

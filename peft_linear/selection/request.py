@@ -32,7 +32,7 @@ from .views import check_ridge
 
 
 HEAD_DRAWS = 8  # of LoRA's A where an example has one output, for which a draw costs little
-LANGUAGE_DRAWS = 32  # of a language model, whose default inverts the kernel, and with it the draws' noise
+LANGUAGE_DRAWS = 32  # their default criterion inverts the kernel, which amplifies the noise of the draws
 Heads = tuple[ModuleKernels, ...]
 
 
@@ -77,7 +77,7 @@ class ModuleRequest:
             raise PeftLinearError(f"head_steps must be at least 0, got {self.head_steps}")
 
     def candidates(self, model: nn.Module) -> dict[str, int]:
-        """Adapter parameters of every candidate; refuses what cannot be recommended, before any pass.
+        """Adapter parameters of every candidate; checks the request without running the model.
 
         Raises:
             TargetError, BudgetError, CriterionError: as `recommend_modules`.
@@ -140,7 +140,9 @@ class ModuleRequest:
         """The kernels that are asked for, with the defaults that depend on the model."""
         options = {"seed": self.seed, "outputs": default_outputs(model), **self.kernels}
         request = KernelRequest(**options)
-        if "draws" not in options and request.space == "lora" and options["outputs"] == "log_likelihood":
+        has_loss = "error" in resolve_output(request.outputs).with_labels
+        language = default_outputs(model) == "log_likelihood"
+        if "draws" not in options and request.space == "lora" and language and has_loss:
             return replace(request, draws=LANGUAGE_DRAWS)
         return request
 
@@ -186,7 +188,7 @@ def recommend_modules(
     training: Training | None = None,
     **kernels: Any,
 ) -> Recommendation:
-    """`recommend(compute_ntk(model, batches), budget)`, with what can be refused refused before the first pass.
+    """`recommend(compute_ntk(model, batches), budget)`, after the arguments are checked without running the model.
 
     Args:
         model, batches: As for `compute_ntk`; the model is left as it was found.

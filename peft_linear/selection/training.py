@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-"""How the run that a recommendation is for is planned."""
+"""The planned training run."""
 
 from __future__ import annotations
 

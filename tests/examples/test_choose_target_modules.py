@@ -39,7 +39,7 @@ def test_every_cell_runs_and_the_report_has_what_was_measured(tmp_path):
     assert set(measured) == {
         "held-out cross-entropy of simulated training",
         "held-out accuracy of simulated training",
-        "the same, adapters alone",
+        "distance, adapters only",
     }
     assert len(Recommendation.load(tmp_path / "choose_target_modules").modules) == 5
 

@@ -40,7 +40,7 @@ def together(tmp_path_factory):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(TESTS.parent)}
     processes = [
         subprocess.Popen(
-            [sys.executable, str(TESTS / "helpers" / "fsdp_worker.py"), str(folder)],
+            [sys.executable, "-m", "tests.helpers.fsdp_worker", str(folder)],
             env={**environment, "RANK": str(rank), "WORLD_SIZE": "2"},
             stderr=subprocess.PIPE,
             text=True,

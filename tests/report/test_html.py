@@ -198,7 +198,7 @@ def test_a_history_is_drawn_and_its_last_evaluation_is_what_was_measured(rec):
 
 def test_what_cannot_be_shown_is_refused(rec, monkeypatch):
     curve = simulate_training(torch.eye(2), torch.zeros(1, 2), torch.tensor([0]), learning_rate=0.1, steps=1)
-    with pytest.raises(PeftLinearError, match=r"measured has eval_runtime, of which nothing was predicted; pass some"):
+    with pytest.raises(PeftLinearError, match=r"measured has eval_runtime, none of which was predicted; pass some"):
         rec.to_html(measured={"eval_runtime": 1.0})
     with pytest.raises(PeftLinearError, match=r"a predicted curve is drawn against what was measured: pass history="):
         rec.to_html(curve=curve)
@@ -227,7 +227,7 @@ def test_without_labels_there_is_no_prediction_and_the_page_says_so():
     rec = recommend(planted_kernels(names=MODELS["gpt2"][:6], output_kind="random_projection", examples=6), 2, "trace")
     page = rec.to_html()
     check_page(page)
-    assert "no labels, so only the size is predicted" in page and "Predicted loss" not in page
+    assert "no labels, so only the parameter count is known" in page and "Predicted loss" not in page
 
 
 def test_language_models_and_budgets_in_parameters():
@@ -235,7 +235,7 @@ def test_language_models_and_budgets_in_parameters():
     page = rec.to_html()
     check_page(page)
     assert "budget: 3k parameters" in page
-    assert "budget: 25% of the parameters" in replace(rec, budget=0.25).to_html()
+    assert "budget: 25% of the candidates&#x27; adapter parameters" in replace(rec, budget=0.25).to_html()
     assert "budget: 1 module<" in replace(rec, budget=1).to_html()
 
 
@@ -248,6 +248,6 @@ def test_a_bare_recommendation_has_a_page():
     rec = made(["h.0.q", "h.0.k"])
     page = rec.to_html()
     check_page(page)
-    assert "Spectra of the kernels" not in page and "90% of its ranks" not in page
+    assert "Spectra of the kernels" not in page and "rank, 90 % interval" not in page
     flat = replace(rec, scores=tuple(replace(row, score=0.0, condition_number=float("inf")) for row in rec.scores))
     assert 'data-sort="Infinity"' in flat.to_html() and "∞" in flat.to_html()

@@ -61,9 +61,9 @@ def test_markdown_has_every_candidate_and_well_formed_tables(rec):
 
 
 def test_notes_are_there_only_if_there_are_any(rec):
-    assert "Before you trust it" not in recommendation_markdown(replace(rec, notes=()))
+    assert "Warnings" not in recommendation_markdown(replace(rec, notes=()))
     text = recommendation_markdown(replace(rec, notes=("too few examples",)))
-    assert "## Before you trust it\n\n- too few examples" in text
+    assert "## Warnings\n\n- too few examples" in text
 
 
 def test_the_terminal_table_is_aligned(rec):

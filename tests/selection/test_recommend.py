@@ -90,17 +90,19 @@ def test_every_reason_is_a_sentence_with_the_numbers(kernels):
 def test_reasons_tell_when_a_pick_harms_and_when_a_tie_or_the_price_decides():
     kernels = planted_kernels()
     harm = recommend(kernels, 6, "leave_one_out", ridge=0.05)
-    assert any("which is worse, but the best that fits the budget" in row.reason for row in harm.scores if row.chosen)
+    assert any("(worse; the best module that still fits)" in row.reason for row in harm.scores if row.chosen)
     same = replace(kernels, blocks=dict.fromkeys(kernels.names, kernels[kernels.names[2]]))
     tie = recommend(same, 1, "trace")
-    assert all("as good as the pick, which comes first" in row.reason for row in tie.scores if not row.chosen)
+    assert all(
+        "tied with the pick, which is earlier in the model" in row.reason for row in tie.scores if not row.chosen
+    )
     eye = torch.eye(108, dtype=torch.float64)
     priced = planted_kernels(names=BERT_NAMES[:5], informative=(), sizes=[100, 100, 100, 150, 150], head=0.0)
     gains = zip(priced.names, (2.0, 2.0, 2.0, 2.1, 2.1), strict=True)
     dear = replace(priced, blocks={name: gain * eye for name, gain in gains})
     rec = recommend(dear, "350", "risk_reduction", ridge=1.0)
     assert rec.modules == BERT_NAMES[:3]
-    assert sum("better than the pick, but at more parameters for what it gives" in r.reason for r in rec.scores) == 2
+    assert sum("better than the pick, but worse per parameter" in r.reason for r in rec.scores) == 2
     blind = replace(
         kernels,
         base=torch.zeros_like(kernels.base),

@@ -35,7 +35,8 @@ def verdict(summary: Mapping) -> list[str]:
         outcome = f"{names[baseline]} forgets significantly less than every form of ProximalLoRA"
     else:
         outcome = (
-            "neither is a form of ProximalLoRA significantly better than every baseline, nor a baseline than every form"
+            "neither is a form of ProximalLoRA significantly better than every baseline, "
+            "nor a baseline than every form"
         )
     lines = [
         f"At {float(level):.0%} of what LoRA gains, {outcome}. The best of ours, {names[best]}, forgets "
@@ -101,8 +102,8 @@ def overall(settings: Mapping[str, Mapping]) -> str:
             "forgetting, ProximalLoRA is not the best choice here."
         )
     return (
-        f"No form of ProximalLoRA is significantly better than every baseline {where}, and no baseline significantly better "
-        "than every form of it."
+        f"No form of ProximalLoRA is significantly better than every baseline {where}, and no baseline significantly "
+        "better than every form of it."
     )
 
 

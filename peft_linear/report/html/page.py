@@ -11,7 +11,7 @@ from typing import Any
 from ...errors import PeftLinearError
 from ...functional.simulation import TrainingCurve
 from ...recommendation.data import RecommendationData
-from ..formatting import criterion_label, direction, known
+from ..formatting import budget_words, criterion_label, direction, known
 from ..markdown import PREDICTIONS
 from ..training_plots import History
 from .charts import spectra_figure, training_figure
@@ -89,7 +89,7 @@ def measured_values(measured: Mapping[str, Any] | None, history: History | None)
     given = {key: value for key, value in _named(measured or {}).items() if key in known}
     if measured and not given:
         raise PeftLinearError(
-            f"measured has {', '.join(map(str, measured))}, of which nothing was predicted; pass some of "
+            f"measured has {', '.join(map(str, measured))}, none of which was predicted; pass some of "
             f"{', '.join(sorted(known))}, or what Trainer.evaluate() returns"
         )
     return {key: float(value) for key, value in (found | given).items()}
@@ -108,7 +108,7 @@ def _headline(rec: RecommendationData, measured: Mapping[str, float]) -> str:
     halves, chance = _agreement(rec)
     signal = f"rank correlation {halves}, chance {chance or '?'}" if halves else ""
     facts = [
-        ("Modules", f"{len(rec.modules)} of {len(rec.scores)}", f"budget: {_budget(rec.budget)}"),
+        ("Modules", f"{len(rec.modules)} of {len(rec.scores)}", f"budget: {budget_words(rec.budget)}"),
         ("Adapter parameters", f"{rec.parameters:,}", f"{share} at rank {rec.settings.rank}"),
         ("Is the ranking better than chance?", {True: "yes", False: "no", None: "not known"}[rec.signal], signal),
     ]
@@ -161,7 +161,7 @@ def _signal(rec: RecommendationData) -> str:
         against = f"; chance gives up to {chance}" if chance else ""
         words = f"Two halves of the examples rank the candidates with a correlation of {halves}{against}. {words}"
     notes = "".join(f"<li>{text(note)}</li>" for note in rec.notes)
-    before = f"<p><strong>Before you trust it</strong></p><ul>{notes}</ul>" if notes else ""
+    before = f"<p><strong>Warnings</strong></p><ul>{notes}</ul>" if notes else ""
     return f'<section class="box {css}"><h2>{text(title)}</h2><p>{text(words)}</p>{before}</section>'
 
 
@@ -182,7 +182,8 @@ def _code(rec: RecommendationData) -> str:
         f"    r={config.r},\n    lora_alpha={config.lora_alpha},\n    target_modules={targets},\n)\n"
     )
     return (
-        "<h2>Use it</h2>\n<p>In the order of the picks. <code>peft.LoraConfig</code> takes the same arguments; add "
+        "<h2>Use it</h2>\n<p>Modules are listed in the order they were chosen. <code>peft.LoraConfig</code> "
+        "takes the same arguments; add "
         "<code>task_type</code> and other fields that your task needs.</p>\n"
         f'<div class="code"><pre tabindex="0"><code>{text(code)}</code></pre></div>'
     )
@@ -194,11 +195,11 @@ def _predicted(rec: RecommendationData, measured: Mapping[str, float]) -> str:
         "Predictions are of the linearised model on the calibration examples: they rank choices better than they "
         "forecast the numbers of a real run."
         if predicted
-        else "These outputs have no labels, so only the size is predicted."
+        else "These outputs have no labels, so only the parameter count is known."
     )
     if predicted and "loss" in measured and rec.settings.examples:
         said += f" This one trained on {rec.settings.examples} examples; a run on more examples ends lower."
-    title = "Predicted and measured" if measured else "What is predicted"
+    title = "Predicted and measured" if measured else "Predictions"
     return f"<h2>{title}</h2>\n<p>{text(said)}</p>\n{predictions_table(rec, measured)}"
 
 
@@ -216,14 +217,6 @@ def _model_name(rec: RecommendationData) -> str:
 def _formula(rec: RecommendationData) -> Markup:
     formula = rec.settings.formula
     return Markup(f" ({text(formula)})") if formula else Markup("")
-
-
-def _budget(budget: int | float | str) -> str:
-    if isinstance(budget, str):
-        return f"{budget} parameters"
-    if isinstance(budget, float):
-        return f"{budget:.0%} of the parameters"
-    return f"{budget} module{'s' * (budget != 1)}"
 
 
 def _cost(rec: RecommendationData) -> str:

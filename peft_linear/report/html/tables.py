@@ -56,7 +56,7 @@ def spectra_table(recommendation: RecommendationData) -> Markup:
     rows = [
         Row([cell(title), *(cell(number, "right line") for number in numbers)]) for title, numbers in columns.items()
     ]
-    caption = text(f"The last two with the ridge λ = {rec.ridge:.4g}")
+    caption = text(f"Effective dimension and condition number at ridge λ = {rec.ridge:.4g}")
     return table(caption, [cell("kernel of"), *(cell(_SPECTRA[key], "right") for key in shown)], rows)
 
 
@@ -83,11 +83,12 @@ def candidates_table(recommendation: RecommendationData) -> Markup:
         rows.append(Row(cells, "hit" if row.chosen else "", header=1))
     titles = ["rank", "module", "chosen", "score", "parameters", "condition number", "why"]
     if intervals:
-        titles.insert(4, "90% of its ranks")
+        titles.insert(4, "rank, 90 % interval")
     right = {"rank", "score", "parameters", "condition number"}
     said = "Score of the module alone, together with what is always trained."
     if intervals:
-        said += " The interval of ranks is that in random halves of the examples; that of a score has 90% of samples."
+        said += " Rank intervals: 90 % of the ranks in random halves of the examples. Score intervals: 90 % under "
+        said += "resampling."
     header = [cell(title, "right" if title in right else "") for title in titles]
     return table(text(said), header, rows, "sortable wide")
 

@@ -13,9 +13,9 @@ import torch
 def best_set(gains: Mapping[str, float], sizes: Mapping[str, int], room: int) -> tuple[str, ...]:
     """The names of the largest sum of gains whose sizes sum to `room` at most, in the order of `gains`.
 
-    Dynamic programming over the classes of equal size: in each the best come first, so only how many are taken is
-    open. O(M·room/g) time and O(K·room/g) memory for K classes and g the greatest common divisor of the sizes. The set
-    cannot be added to: what gains nothing fills the room that is left, best first.
+    Dynamic programming over the classes of equal size: within a class modules are taken best first, so only the count
+    per class is decided. O(M·room/g) time and O(K·room/g) memory for K classes and g the greatest common divisor of
+    the sizes. Remaining capacity is filled with the modules of no positive gain, best first.
     """
     unit = math.gcd(*(sizes[name] for name in gains))
     capacity = room // unit

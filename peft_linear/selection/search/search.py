@@ -123,7 +123,7 @@ def _in_order(scorer: _Scorer, order: Sequence[str]) -> SearchResult:
 
 
 def _greedy(scorer: _Scorer, budget: Budget, per_parameter: bool) -> SearchResult:
-    """Adds the best module to the set, by what the score gains (for each of its parameters), until none fits."""
+    """Repeatedly adds the module with the largest gain (or gain per parameter) until none fits."""
     kernels, utility = scorer.kernels, scorer.criterion.utility
     sizes = kernels.num_parameters
     gram, used, current = kernels.base, 0, scorer.start
