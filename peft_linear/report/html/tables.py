@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ...recommendation.data import RecommendationData
@@ -63,34 +63,43 @@ def spectra_table(recommendation: RecommendationData) -> Markup:
 def candidates_table(recommendation: RecommendationData) -> Markup:
     """A row for every candidate, best score first; the page's script makes it sortable."""
     rec = recommendation
-    intervals = rec.settings.reliability.rank_intervals if rec.settings.reliability else {}
-    picks = {name: place for place, name in enumerate(rec.modules, start=1)}
-    rows = []
-    for row in rec.scores:
-        cells = [
-            cell(row.rank, "right", row.rank),
-            Cell(breakable(row.name), "module"),
-            cell(f"pick {picks[row.name]}" if row.name in picks else "", "line", picks.get(row.name, math.inf)),
-            cell(f"{row.score:.4g}{interval_words(row)}", "right", row.score),
-        ]
-        if intervals:
-            cells.append(_interval(row, intervals.get(row.name), len(rec.scores)))
-        cells += [
-            cell(f"{row.parameters:,}", "right", row.parameters),
-            cell(format_number(row.condition_number), "right", row.condition_number),
-            cell(_ALONE.sub("", row.reason), "why"),
-        ]
-        rows.append(Row(cells, "hit" if row.chosen else "", header=1))
-    titles = ["rank", "module", "chosen", "score", "parameters", "condition number", "why"]
-    if intervals:
-        titles.insert(4, "rank, 90 % interval")
-    right = {"rank", "score", "parameters", "condition number"}
+    columns = _candidate_columns(rec)
+    rows = [Row([make(row) for _, _, make in columns], "hit" if row.chosen else "", header=1) for row in rec.scores]
     said = "Score of the module alone, together with what is always trained."
-    if intervals:
+    if rec.settings.reliability:
         said += " Rank intervals: 90 % of the ranks in random halves of the examples. Score intervals: 90 % under "
         said += "resampling."
-    header = [cell(title, "right" if title in right else "") for title in titles]
+    header = [cell(title, css) for title, css, _ in columns]
     return table(text(said), header, rows, "sortable wide")
+
+
+def _candidate_columns(rec: RecommendationData) -> list[tuple[str, str, Callable[[ModuleScore], Cell]]]:
+    """(title, CSS class of the title, cell of a candidate) of every column, from left to right."""
+    picks = {name: place for place, name in enumerate(rec.modules, start=1)}
+
+    def pick(row: ModuleScore) -> Cell:
+        place = picks.get(row.name)
+        return cell("" if place is None else f"pick {place}", "line", math.inf if place is None else place)
+
+    columns: list[tuple[str, str, Callable[[ModuleScore], Cell]]] = [
+        ("rank", "right", lambda row: cell(row.rank, "right", row.rank)),
+        ("module", "", lambda row: Cell(breakable(row.name), "module")),
+        ("chosen", "", pick),
+        ("score", "right", lambda row: cell(f"{row.score:.4g}{interval_words(row)}", "right", row.score)),
+    ]
+    if rec.settings.reliability:
+        ranks = rec.settings.reliability.rank_intervals
+        columns.append(("rank, 90 % interval", "", lambda row: _interval(ranks.get(row.name), len(rec.scores))))
+    return [
+        *columns,
+        ("parameters", "right", lambda row: cell(f"{row.parameters:,}", "right", row.parameters)),
+        (
+            "condition number",
+            "right",
+            lambda row: cell(format_number(row.condition_number), "right", row.condition_number),
+        ),
+        ("why", "", lambda row: cell(_ALONE.sub("", row.reason), "why")),
+    ]
 
 
 def settings_table(recommendation: RecommendationData) -> Markup:
@@ -99,7 +108,7 @@ def settings_table(recommendation: RecommendationData) -> Markup:
     return table(_hidden("Settings and provenance"), [cell("setting"), cell("value")], rows)
 
 
-def _interval(row: ModuleScore, interval: Any, candidates: int) -> Cell:
+def _interval(interval: Any, candidates: int) -> Cell:
     if interval is None:
         return cell("", sort=math.inf)
     low, high = interval
