@@ -56,6 +56,7 @@ class ModuleStack:
         for factors in ([m.a for m in self._modules], [m.b for m in self._modules]):
             rates = [0.0 if factor is None else factor.learning_rate for factor in factors]
             column = self._column(rates) * self.squared_scalings * self.strengths
+            column = column.clamp(max=torch.finfo(column.dtype).max ** 0.25)  # λ → ∞ without infinity times zero
             columns.append(column if gate is None else column * gate.to(column))
         return columns[0], columns[1]
 
@@ -68,7 +69,7 @@ class ModuleStack:
             ):
                 if factor is not None:
                     view.copy_(new[index])
-                    if full is not factor.parameter:  # gathered, or in more bits
+                    if full is not factor.parameter or factor.place is not None:  # gathered, in more bits, or copied
                         changed.append((factor, part_of(full, factor.parameter)))
         if changed:
             write_weights([factor for factor, _ in changed], [part for _, part in changed])

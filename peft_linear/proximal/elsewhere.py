@@ -45,27 +45,37 @@ class _Copied(NamedTuple):
 _known: weakref.WeakKeyDictionary[Any, dict[int, _Copied]] = weakref.WeakKeyDictionary()  # by id of the factor
 
 
-def refuse_averages(optimizer: Any, update: AdapterUpdate) -> None:
+def refuse_other_weights(optimizer: Any, update: AdapterUpdate) -> None:
     """Raises `PeftLinearError` if the optimizer averages weights and the term acts on weights after the step.
 
     To be called before and after a step: some make their copies in the first one.
     """
-    if update.mode == "coupled" or not update.factors():
+    if not update.factors():
         return
     factor = update.factors()[0]
-    names = [base.__name__ for base in type(optimizer).__mro__ if "lookahead" in base.__name__.lower()]
-    average = next(iter(names), None) or next(_averages(optimizer, factor), None)
+    name = type(optimizer).__name__
+    if _is_schedule_free(factor.group):
+        if factor.is_low:
+            raise PeftLinearError(
+                f"{name} is schedule-free: it moves averages of the weights by small parts of them, which are rounded "
+                f"away in {factor.parameter.dtype}, the dtype of adapter {update.adapter.name!r}, and the pull with "
+                "them: keep the adapter in float32 (autocast_adapter_dtype=True), or use another optimizer"
+            )
+        if update.mode == "projection":
+            raise PeftLinearError(
+                f"{name} is schedule-free: its step is one of another point than the factors, for which "
+                "proximal_mode='projection' is not defined; use proximal_mode='decoupled' or 'coupled'"
+            )
+    if update.mode == "coupled":
+        return
+    classes = [base.__name__ for base in type(optimizer).__mro__ if "lookahead" in base.__name__.lower()]
+    average = next(iter(classes), None) or next(_averages(optimizer, factor), None)
     if average is not None:
         raise PeftLinearError(
-            f"{type(optimizer).__name__} averages weights ({average}), so that a part of what proximal_mode="
-            f"{update.mode!r} does to the factors of adapter {update.adapter.name!r} after a step would be undone: "
-            "use proximal_mode='coupled', whose term is part of the gradient, or average outside of the optimizer "
+            f"{name} averages weights ({average}), so that a part of what proximal_mode={update.mode!r} does to the "
+            f"factors of adapter {update.adapter.name!r} after a step would be undone: use proximal_mode='coupled', "
+            "whose term is part of the gradient, or average outside of the optimizer "
             "(torch.optim.swa_utils.AveragedModel)"
-        )
-    if update.mode == "projection" and _is_schedule_free(factor.group):
-        raise PeftLinearError(
-            f"{type(optimizer).__name__} is schedule-free: its step is one of another point than the factors, for "
-            "which proximal_mode='projection' is not defined; use proximal_mode='decoupled' or 'coupled'"
         )
 
 
@@ -102,14 +112,14 @@ class _Copies:
         if self._first.element_size() > self._factor.local.element_size():
             return self._first.detach()
         value = self._factor.local
-        return value.float() + self._factor.remainder() if self._factor.is_low else value
+        return value.float() + self._factor.remainder if self._factor.is_low else value
 
     def write(self, value: Tensor) -> None:
         local = self._factor.local
         if value.data_ptr() != local.data_ptr():
             local.copy_(value)
         if self._factor.is_low and self._first.dtype in LOW_PRECISION:
-            self._factor.remainder().copy_(value - local.float())
+            self._factor.remainder.copy_(value - local.float())
         for copy in self._copies:
             if copy.data_ptr() != value.data_ptr():
                 copy.copy_(value if copy.dtype == value.dtype else local)
@@ -124,36 +134,25 @@ class _ScheduleFree:
 
     def __init__(self, factor: FactorUpdate, state: Mapping[str, Any]) -> None:
         group = factor.group
-        self._factor, self._z = factor, state["z"]
+        self._z: Tensor = state["z"]
         weight_sum = group["weight_sum"]
         weight = group["k"] ** group.get("r", 0) * group["lr_max"] ** group["weight_lr_power"]
         newest = weight / weight_sum if weight_sum else 0.0
         momentum = group["momentum"] if "momentum" in group else group["betas"][0]
         of_y = 1 - momentum + momentum * newest
-        self._shares = [("", factor.local, of_y if "train_mode" in group else newest)]
+        self._shares = [(factor.local, of_y if "train_mode" in group else newest)]
         for key, share in (("x", newest), ("y", of_y)):  # kept by the package's reference implementations
             if isinstance(state.get(key), Tensor):
-                self._shares.append((f".{key}", state[key], share))
-        self._before: Tensor | None = None
+                self._shares.append((state[key], share))
 
     def read(self) -> Tensor:
-        self._before = self._exact(self._z, ".z").clone()
-        return self._before.clone()
+        return self._z.clone()
 
     def write(self, value: Tensor) -> None:
-        assert self._before is not None
-        change = value - self._before
-        self._replace(self._z, ".z", value)
-        for name, tensor, share in self._shares:
-            self._replace(tensor, name, self._exact(tensor, name) + share * change)
-
-    def _exact(self, tensor: Tensor, name: str) -> Tensor:
-        return tensor.float() + self._factor.remainder(name) if tensor.dtype in LOW_PRECISION else tensor
-
-    def _replace(self, tensor: Tensor, name: str, value: Tensor) -> None:
-        tensor.copy_(value)
-        if tensor.dtype in LOW_PRECISION:
-            self._factor.remainder(name).copy_(value - tensor.float())
+        change = value - self._z
+        self._z.copy_(value)
+        for tensor, share in self._shares:
+            tensor.add_(share * change)
 
 
 def _is_schedule_free(group: Mapping[str, Any]) -> bool:

@@ -31,7 +31,7 @@ def read_weights(factors: list[FactorUpdate]) -> list[Tensor]:
     low = _low(factors)
     if low:
         wide = _float32([values[i] for i in low])
-        torch._foreach_add_(wide, [factors[i].remainder() for i in low])
+        torch._foreach_add_(wide, [factors[i].remainder for i in low])
         for i, value in zip(low, wide, strict=True):
             values[i] = value
     return values
@@ -52,7 +52,7 @@ def write_weights(factors: list[FactorUpdate], values: list[Tensor]) -> None:
     if low:
         parameters, new = [factors[i].local for i in low], [values[i] for i in low]
         torch._foreach_copy_(parameters, new)  # rounds to nearest
-        remainders = [factors[i].remainder() for i in low]
+        remainders = [factors[i].remainder for i in low]
         torch._foreach_copy_(remainders, new)
         torch._foreach_sub_(remainders, _float32(parameters))
     for factor, value in zip(factors, values, strict=True):
@@ -79,7 +79,7 @@ def limit_remainders(factors: list[FactorUpdate]) -> None:
         chosen = [limits[i] for i in members]
         torch._foreach_mul_(chosen, info.eps)
         torch._foreach_add_(chosen, info.smallest_normal * info.eps)
-    remainders = [factor.remainder() for factor in low]
+    remainders = [factor.remainder for factor in low]
     torch._foreach_minimum_(remainders, limits)
     torch._foreach_neg_(limits)
     torch._foreach_maximum_(remainders, limits)

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import PeftLinearError
-from .elsewhere import find_places, refuse_averages
+from .elsewhere import find_places, refuse_other_weights
 from .operators import (
     apply_projection,
     apply_proximal_operator,
@@ -83,7 +83,7 @@ class OptimizerStep:
         self._adapters = find_updates(optimizer)
         taken = {factor for outer in self._enclosing for update in outer._adapters for factor in _ids(update.modules)}
         for update in self._adapters:
-            refuse_averages(optimizer, update)
+            refuse_other_weights(optimizer, update)
             limit_remainders(update.factors())
             self._decide(update)
             if update.mode == "coupled":  # the outer optimizer has added the gradient already
@@ -101,7 +101,7 @@ class OptimizerStep:
         taken = _step_taken(optimizer)
         for update in self._adapters:
             if update.modules:
-                refuse_averages(optimizer, update)
+                refuse_other_weights(optimizer, update)
                 find_places(optimizer, update)
                 _finish(update, taken)
                 update.adapter.step_ended(update.parameters())

@@ -57,9 +57,10 @@ class FactorUpdate:
         """Whether the factor's dtype has too few bits for small steps."""
         return self.parameter.dtype in LOW_PRECISION
 
-    def remainder(self, of: str = "") -> Tensor:
-        """What a low-precision factor cannot hold of the weights (or another tensor of its shape), local."""
-        return local_part(self.counter.remainder(self.name + of, self.parameter))
+    @property
+    def remainder(self) -> Tensor:
+        """What a low-precision factor cannot hold of the weights, local."""
+        return local_part(self.counter.remainder(self.name, self.parameter))
 
     @property
     def local_anchor(self) -> Tensor | None:
@@ -222,7 +223,7 @@ def _check_rate(rate: Any, index: int, adapter: TrackedAdapter) -> None:
         good = rate.numel() == 1
     else:
         try:
-            good = 0 <= float(rate) < math.inf
+            good = not isinstance(rate, str) and 0 <= float(rate) < math.inf
         except (TypeError, ValueError, OverflowError):
             good = False
     if not good:

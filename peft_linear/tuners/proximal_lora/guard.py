@@ -121,7 +121,8 @@ class MovementGuard:
         self._seen.add(index)
         factor = self._factors[index]
         if not factor.stepped and factor.view is not None:
-            sample = _sampled(_local(gradient)).float()
+            local = _local(gradient)
+            sample = _sampled(local.to_dense() if local.is_sparse else local).float()
             factor.gradient = sample.clone() if factor.gradient is None else factor.gradient + sample
 
     def _pass_begins(self) -> None:
@@ -133,7 +134,7 @@ class MovementGuard:
         now = self._last
         if before is None or now is None or before.shape != now.shape:
             return
-        if now.device.type != "cpu" and all(factor.stepped for factor in self._factors):
+        if not _waits(now) and all(factor.stepped for factor in self._factors):
             pending, flag = self._pending, torch.empty((), dtype=torch.bool, pin_memory=now.is_cuda)
             flag.copy_((before.to(now) != now).any(), non_blocking=True)
             self._pending = (flag, before, now)
@@ -230,10 +231,15 @@ class _Hook:
     def __init__(self, guard: weakref.ref[MovementGuard], index: int) -> None:
         self._guard, self._index = guard, index
 
-    def __call__(self, gradient: Tensor) -> None:
+    def __call__(self, gradient: Tensor | None) -> None:
         guard = self._guard()
-        if guard is not None:
+        if guard is not None and gradient is not None:
             guard.gradient_computed(self._index, gradient)
+
+
+def _waits(tensor: Tensor) -> bool:
+    """Whether a value of it may be read at once: on a GPU that makes the host wait for all that is queued."""
+    return tensor.device.type == "cpu"
 
 
 def _local(tensor: Tensor) -> Tensor:
