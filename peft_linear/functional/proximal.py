@@ -212,4 +212,8 @@ def wide_dtype(device: torch.device) -> torch.dtype:
 
 
 def _on(value: float | Tensor, like: Tensor) -> float | Tensor:
-    return value.to(device=like.device, dtype=like.dtype) if isinstance(value, Tensor) else value
+    """The value in the dtype of `like`; numbers are limited to what it can hold, as infinity times zero is NaN."""
+    limit = torch.finfo(like.dtype).max
+    if isinstance(value, Tensor):
+        return value.clamp(max=limit).to(device=like.device, dtype=like.dtype)
+    return min(value, limit)

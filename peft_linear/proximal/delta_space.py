@@ -15,6 +15,7 @@ from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import Tensor
 
 from ..tuners.proximal_lora.tracked import Factors
+from .precision import whole_weights, write_weights
 from .shards import part_of, whole
 from .updates import FactorUpdate, ModuleUpdate
 
@@ -24,7 +25,7 @@ class ModuleStack:
 
     def __init__(self, modules: list[ModuleUpdate], adapter_name: str) -> None:
         self._modules = modules
-        self._whole = [(whole(m.lora.a), whole(m.lora.b)) for m in modules]
+        self._whole = [(whole_weights(m.lora.a, m.a), whole_weights(m.lora.b, m.b)) for m in modules]
         self._views = [matrices(m.lora.layer, *pair) for m, pair in zip(modules, self._whole, strict=True)]
         self.a = torch.stack([a for a, _ in self._views])
         self.b = torch.stack([b for _, b in self._views])
@@ -55,19 +56,23 @@ class ModuleStack:
         for factors in ([m.a for m in self._modules], [m.b for m in self._modules]):
             rates = [0.0 if factor is None else factor.learning_rate for factor in factors]
             column = self._column(rates) * self.squared_scalings * self.strengths
+            column = column.clamp(max=torch.finfo(column.dtype).max ** 0.25)  # λ → ∞ without infinity times zero
             columns.append(column if gate is None else column * gate.to(column))
         return columns[0], columns[1]
 
     def store(self, new_a: Tensor, new_b: Tensor) -> None:
         """Writes new values, stacked, into the parameters that the optimizer updates."""
+        changed = []
         for index, module in enumerate(self._modules):
             for factor, view, new, full in zip(
                 (module.a, module.b), self._views[index], (new_a, new_b), self._whole[index], strict=True
             ):
                 if factor is not None:
                     view.copy_(new[index])
-                    if full is not factor.parameter:  # a gathered copy
-                        factor.local.copy_(part_of(full, factor.parameter))
+                    if full is not factor.parameter or factor.place is not None:  # gathered, in more bits, or copied
+                        changed.append((factor, part_of(full, factor.parameter)))
+        if changed:
+            write_weights([factor for factor, _ in changed], [part for _, part in changed])
 
     def unstack(self, like_a: Tensor, like_b: Tensor) -> Iterator[tuple[FactorUpdate, Tensor]]:
         """The updated factors, each with its slice of a stacked quantity, shaped as the factor's local shard."""

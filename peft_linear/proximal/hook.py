@@ -5,11 +5,14 @@
 Importing this module registers one pre and one post hook with `torch.optim.Optimizer`; every subclass is covered,
 accelerate's wrapper too. Other optimizers are covered by `attach_proximal`, which replaces their `step`. Both call
 `OptimizerStep.before` when the gradient is complete and `OptimizerStep.after` when the parameters have moved; what
-happens there is in `step`. The hooks return at once while no ProximalLoRA adapter exists.
+happens there is in `step`. The hooks return at once while no ProximalLoRA adapter exists. Each thread has its own
+steps: what other threads step, and steps that raised, are not taken for enclosing ones.
 """
 
 from __future__ import annotations
 
+import sys
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +26,14 @@ from ..tuners.proximal_lora.state import find_adapters, live_records
 from .step import OptimizerStep
 
 
-_open_steps: weakref.WeakKeyDictionary[Any, OptimizerStep] = weakref.WeakKeyDictionary()  # outermost first
+class _OpenSteps(threading.local):
+    """The steps that have begun in this thread and not ended, by optimizer (or handle), outermost first."""
+
+    def __init__(self) -> None:
+        self.steps: weakref.WeakKeyDictionary[Any, OptimizerStep] = weakref.WeakKeyDictionary()
+
+
+_open = _OpenSteps()
 
 
 class ProximalHandle:
@@ -71,8 +81,12 @@ def attach_proximal(model: nn.Module, optimizer: Any) -> ProximalHandle:
     own = "step" in vars(optimizer)
 
     def step(*args: Any, **kwargs: Any) -> Any:
-        args, kwargs = _begin(key, optimizer, args, kwargs, closure_position=0)
-        result = original(*args, **kwargs)
+        try:
+            args, kwargs = _begin(key, optimizer, args, kwargs, closure_position=0)
+            result = original(*args, **kwargs)
+        except BaseException:
+            _abandon(key)
+            raise
         _end(key, optimizer)
         return result
 
@@ -89,11 +103,11 @@ def attach_proximal(model: nn.Module, optimizer: Any) -> ProximalHandle:
 
 def _begin(key: Any, optimizer: Any, args: tuple, kwargs: dict, closure_position: int) -> tuple[tuple, dict]:
     """Opens a step. The gradient is complete only after the closure, if there is one, so the closure is wrapped."""
-    abandoned = _open_steps.pop(key, None)
-    if abandoned is not None:  # the last step raised, or this is super().step() of a subclass: start again
-        abandoned.restore_gradients()
-    step = OptimizerStep(enclosing=_open_steps.values())
-    _open_steps[key] = step
+    for other in list(_open.steps.keys()):
+        if other is key or not _is_running(other):  # it raised, or this is super().step() of a subclass: start again
+            _abandon(other)
+    step = OptimizerStep(enclosing=_open.steps.values())
+    _open.steps[key] = step
     closure = kwargs.get("closure")
     if closure is None and len(args) > closure_position and callable(args[closure_position]):
         closure = args[closure_position]
@@ -111,8 +125,27 @@ def _begin(key: Any, optimizer: Any, args: tuple, kwargs: dict, closure_position
     return (*args[:closure_position], closure_then_before, *args[closure_position + 1 :]), kwargs
 
 
+def _abandon(key: Any) -> None:
+    step = _open.steps.pop(key, None)
+    if step is not None:
+        step.abandon()
+
+
+def _is_running(key: Any) -> bool:
+    """Whether an open step is still on this thread's stack: torch calls no hook after a step that raises."""
+    if isinstance(key, ProximalHandle):
+        return True  # its step ends in any case
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        where = (frame.f_code.co_filename, frame.f_code.co_name)
+        if where == (_TORCH_STEP.co_filename, _TORCH_STEP.co_name) and frame.f_locals.get("self") is key:
+            return True
+        frame = frame.f_back
+    return False
+
+
 def _end(key: Any, optimizer: Any) -> None:
-    step = _open_steps.pop(key, None)
+    step = _open.steps.pop(key, None)
     if step is None:
         return
     if not step.prepared:
@@ -123,12 +156,15 @@ def _end(key: Any, optimizer: Any) -> None:
     step.after(optimizer)
 
 
+_TORCH_STEP = Optimizer.profile_hook_step(lambda self: None).__code__  # the function around every step()
+
+
 def _pre_hook(optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
     return _begin(optimizer, optimizer, args, kwargs, closure_position=1) if live_records else None
 
 
 def _post_hook(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-    if _open_steps:
+    if _open.steps:
         _end(optimizer, optimizer)
 
 

@@ -19,6 +19,7 @@ from ..functional.proximal import (
     inner_product,
 )
 from .delta_space import stack_modules
+from .precision import read_anchors, read_weights, write_weights
 from .shards import local_part, total, totals
 from .updates import AdapterUpdate, FactorUpdate
 
@@ -30,8 +31,9 @@ def penalty_gradients(update: AdapterUpdate, weight: float | Tensor) -> Iterator
     """Each updated factor with the gradient of its penalty times `weight`. For `proximal_mode="coupled"`."""
     if update.adapter.config.proximal_space == "factors":
         for strength, factors in _grouped(update.factors(), lambda factor: factor.strength):
-            values, anchors = _local(factors)
-            yield from zip(factors, factor_gradient(values, anchors, weight * strength), strict=True)
+            values = read_weights(factors)
+            gradients = factor_gradient(values, read_anchors(factors, values), weight * strength)
+            yield from zip(factors, gradients, strict=True)
         return
     for stack in stack_modules(update.active_modules, update.adapter.name):
         weights = stack.squared_scalings * stack.strengths * weight
@@ -42,7 +44,9 @@ def apply_proximal_operator(update: AdapterUpdate, gate: Tensor | None) -> None:
     """The proximal operator, with each factor's learning rate; a `gate` of 0 leaves the factors unchanged."""
     if update.adapter.config.proximal_space == "factors":
         for _, factors in _grouped(update.factors(), _rate_and_strength):
-            factor_proximal_step_(*_local(factors), factors[0].learning_rate * factors[0].strength, gate)
+            values, step = read_weights(factors), factors[0].learning_rate * factors[0].strength
+            factor_proximal_step_(values, read_anchors(factors, values), step, gate)
+            write_weights(factors, values)
         return
     for stack in stack_modules(update.active_modules, update.adapter.name):
         rates_a, rates_b = stack.rates(gate)
@@ -60,7 +64,8 @@ def risk_inner_product(factors: list[FactorUpdate], gradients: list[Tensor]) -> 
     def local_sum(members: list[int]) -> Tensor:
         products = []
         for strength, chosen in _grouped(members, lambda i: factors[i].strength):
-            values, anchors = _local([factors[i] for i in chosen])
+            values = read_weights([factors[i] for i in chosen])
+            anchors = read_anchors([factors[i] for i in chosen], values)
             product = inner_product([local_part(gradients[i]) for i in chosen], values, anchors)
             products.append(strength * product if weighted else product)
         return products[0] if len(products) == 1 else torch.stack([p.to(products[0].device) for p in products]).sum()
@@ -70,7 +75,9 @@ def risk_inner_product(factors: list[FactorUpdate], gradients: list[Tensor]) -> 
 
 def prepare_projection(factors: list[FactorUpdate], gradients: list[Tensor]) -> None:
     """Selective Projection Decay before the step: records which tensors fire, and their distance from the anchor."""
-    squares, products = projection_sums(*_local(factors), [local_part(gradient) for gradient in gradients])
+    values = read_weights(factors)
+    local_gradients = [local_part(gradient) for gradient in gradients]
+    squares, products = projection_sums(values, read_anchors(factors, values), local_gradients)
     parameters = [factor.parameter for factor in factors]
     squares, products = totals(squares, parameters), totals(products, parameters)
     for factor, square, product in zip(factors, squares, products, strict=True):
@@ -84,15 +91,12 @@ def apply_projection(factors: list[FactorUpdate], gate: Tensor | None) -> Tensor
         assert factor.fires is not None and factor.squared_distance is not None
         fires.append(factor.fires if gate is None else factor.fires * gate.to(factor.fires))
         before.append(factor.squared_distance)
-    values, anchors = _local(factors)
+    values = read_weights(factors)
+    anchors = read_anchors(factors, values)
     after = totals(projection_sums(values, anchors)[0], [factor.parameter for factor in factors])
     projection_step_(values, anchors, fires, before, after, [factor.strength for factor in factors])
+    write_weights(factors, values)
     return torch.stack([fired.to(fires[0]) for fired in fires]).mean()
-
-
-def _local(factors: list[FactorUpdate]) -> tuple[list[Tensor], list[Tensor | None]]:
-    """The factors' local shards, and the anchors of these."""
-    return [factor.local for factor in factors], [factor.local_anchor for factor in factors]
 
 
 def _rate_and_strength(factor: FactorUpdate) -> tuple:

@@ -39,6 +39,17 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
+def gathered(part: Tensor, like: Tensor) -> Tensor:
+    """The whole of the tensor of which `part` is this process's shard, sharded as `like` is."""
+    if not is_sharded(like):
+        return part
+    from torch.distributed.tensor import DTensor  # not in builds without distributed
+
+    mesh: Any = like.device_mesh  # type: ignore[attr-defined]
+    shards = DTensor.from_local(part, mesh, _placements(like), shape=like.shape, stride=like.stride())
+    return shards.full_tensor()
+
+
 def part_of(full: Tensor, like: Tensor) -> Tensor:
     """The part of `full` that corresponds to the local shard of `like`: a view."""
     if not is_sharded(like) or is_sharded(full):

@@ -11,8 +11,10 @@ it), `after` when the parameters have moved. `before` finds the factors that the
 - `"projection"`: `before` records each tensor's distance and whether it fires, `after` projects.
 
 So nothing depends on the optimizer's rule: it needs `param_groups` with `"params"` and `"lr"`, and must update the
-model's own parameters from `.grad`. The selective rule's inner product is over all factors of an adapter that the
-optimizer holds, in all its groups; where several optimizers share an adapter, each decides for its own factors.
+model's own parameters from `.grad`. Weights that it keeps elsewhere are pulled too, or refused (`elsewhere`);
+low-precision factors are pulled in float32 (`precision`). The selective rule's inner product is over all factors of
+an adapter that the optimizer holds, in all its groups; where several optimizers share an adapter, each decides for its
+own factors.
 
 - An optimizer that calls another one's `step` (Lookahead and other wrappers): the term acts once, in the inner step.
 - An optimizer that evaluates the gradient several times in one step (L-BFGS): the first one decides; `"coupled"` is
@@ -30,6 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import PeftLinearError
+from .elsewhere import find_places, refuse_other_weights
 from .operators import (
     apply_projection,
     apply_proximal_operator,
@@ -37,8 +40,28 @@ from .operators import (
     prepare_projection,
     risk_inner_product,
 )
-from .shards import added
-from .updates import AdapterUpdate, ModuleUpdate, find_updates
+from .precision import Float32Step, limit_remainders
+from .shards import added, is_sharded
+from .updates import AdapterUpdate, FactorUpdate, ModuleUpdate, find_updates
+
+
+class AddedGradient:
+    """The penalty's gradient, added to a parameter's `.grad` until `restore`."""
+
+    def __init__(self, parameter: nn.Parameter, penalty: Tensor) -> None:
+        assert parameter.grad is not None
+        self.parameter, self.original, self._penalty = parameter, parameter.grad, penalty
+        parameter.grad = self._sum = added(self.original, penalty)
+        self._version = self._sum._version
+
+    def restore(self, after_error: bool = False) -> None:
+        """Puts the loss gradient back, unless the optimizer has replaced or deleted the gradient.
+
+        After a step that raised, backward passes may have added to the sum: then the penalty's gradient is subtracted.
+        """
+        if self.parameter.grad is self._sum:
+            grown = after_error and self._sum._version != self._version
+            self.parameter.grad = added(self._sum, -self._penalty) if grown else self.original
 
 
 class OptimizerStep:
@@ -48,7 +71,7 @@ class OptimizerStep:
         self.prepared = False
         self._enclosing = list(enclosing)  # open steps of optimizers whose `step` has called this optimizer's
         self._adapters: list[AdapterUpdate] = []
-        self._substitutes: list[tuple[nn.Parameter, Tensor, Tensor]] = []  # parameter, gradient with penalty, without
+        self._substitutes: list[AddedGradient | Float32Step] = []
 
     @torch.no_grad()
     def before(self, optimizer: Any) -> None:
@@ -60,13 +83,16 @@ class OptimizerStep:
         self._adapters = find_updates(optimizer)
         taken = {factor for outer in self._enclosing for update in outer._adapters for factor in _ids(update.modules)}
         for update in self._adapters:
+            refuse_other_weights(optimizer, update)
+            limit_remainders(update.factors())
             self._decide(update)
             if update.mode == "coupled":  # the outer optimizer has added the gradient already
                 update.modules = _without(update.modules, taken)
-                self._add_gradient(update, getattr(optimizer, "grad_scale", None))
+                self._add_gradient(update, optimizer)
             else:  # an outer optimizer leaves the term to this one, which uses the gradient itself
                 for outer in self._enclosing:
                     outer._release(update)
+            update.adapter.step_begins(update.parameters())
 
     @torch.no_grad()
     def after(self, optimizer: Any) -> None:
@@ -75,13 +101,22 @@ class OptimizerStep:
         taken = _step_taken(optimizer)
         for update in self._adapters:
             if update.modules:
+                refuse_other_weights(optimizer, update)
+                find_places(optimizer, update)
                 _finish(update, taken)
+                update.adapter.step_ended(update.parameters())
 
-    def restore_gradients(self) -> None:
+    def abandon(self) -> None:
+        """To be called in place of `after` when the step has raised."""
+        self.restore_gradients(after_error=True)
+        for update in self._adapters:
+            update.adapter.step_begins(update.parameters(), begins=False)
+
+    @torch.no_grad()
+    def restore_gradients(self, after_error: bool = False) -> None:
         """Puts back the loss gradients, so that one that is kept for the next step does not contain the penalty's."""
-        for parameter, substitute, original in self._substitutes:
-            if parameter.grad is substitute:
-                parameter.grad = original
+        for substitute in self._substitutes:
+            substitute.restore(after_error)
         self._substitutes = []
 
     def _refuse_coupled(self, optimizer: Any) -> None:
@@ -105,27 +140,39 @@ class OptimizerStep:
     def _risk_gradient(self, parameter: nn.Parameter) -> Tensor:
         """The gradient of the training loss alone, also where an enclosing step has added the penalty's."""
         for outer in self._enclosing:
-            for substituted, _, original in outer._substitutes:
-                if substituted is parameter:
-                    return original
+            for substitute in outer._substitutes:
+                if substitute.parameter is parameter:
+                    return substitute.original
         assert parameter.grad is not None
         return parameter.grad
 
-    def _add_gradient(self, update: AdapterUpdate, scale: Tensor | None) -> None:
+    def _add_gradient(self, update: AdapterUpdate, optimizer: Any) -> None:
         weight: float | Tensor = 1.0 if update.gate is None else update.gate
+        scale = getattr(optimizer, "grad_scale", None)
         if scale is not None:  # a fused optimizer under GradScaler unscales the gradient by itself
             weight = scale.to(torch.float64).reshape(()) * weight
-        for factor, gradient in penalty_gradients(update, weight):
-            original = factor.parameter.grad
-            assert original is not None
-            factor.parameter.grad = substitute = added(original, gradient)
-            self._substitutes.append((factor.parameter, substitute, original))
+        for factor, penalty in list(penalty_gradients(update, weight)):
+            if factor.is_low:
+                self._substitutes.append(_stepped_in_float32(optimizer, factor, penalty))
+            else:
+                self._substitutes.append(AddedGradient(factor.parameter, penalty))
 
     def _release(self, inner: AdapterUpdate) -> None:
         """Leaves the modules of an inner optimizer's update to it."""
         for update in self._adapters:
             if update.adapter is inner.adapter:
                 update.modules = _without(update.modules, set(_ids(inner.modules)))
+
+
+def _stepped_in_float32(optimizer: Any, factor: FactorUpdate, penalty: Tensor) -> Float32Step:
+    assert factor.parameter.grad is not None
+    if is_sharded(factor.parameter):
+        raise PeftLinearError(
+            f"{factor.name} is sharded (FSDP2) and in {factor.parameter.dtype}, in which the steps of "
+            "proximal_mode='coupled' would be rounded away: keep the adapter in float32 (autocast_adapter_dtype=True, "
+            "and MixedPrecisionPolicy for the forward pass), or use proximal_mode='decoupled'"
+        )
+    return Float32Step(optimizer, factor, penalty)
 
 
 def _finish(update: AdapterUpdate, taken: Tensor | None) -> None:

@@ -4,10 +4,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, cast
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import PeftLinearError
@@ -17,14 +19,31 @@ from ..tuners.proximal_lora.tracked import Factors, TrackedAdapter
 from .shards import is_supported, local_part, part_of
 
 
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+
+
+class Place(Protocol):
+    """Where an optimizer keeps the weights that it steps, if not in the factor itself."""
+
+    def read(self) -> Tensor:
+        """The weights, of the factor's local shape, in float32 or more."""
+
+    def write(self, value: Tensor) -> None:
+        """Replaces them, and the factor by what follows from them."""
+
+
 @dataclass
 class FactorUpdate:
     """The update of one factor (A or B of a module) by the optimizer."""
 
+    name: str  # "<module>.A" or "<module>.B"
     parameter: nn.Parameter
     anchor: Tensor | None  # θ0 of the whole factor; None: zeros
     learning_rate: float | Tensor
     strength: float  # λ at this step
+    group: dict[str, Any]  # the factor's parameter group
+    counter: StepCounter
+    place: Place | None = None
     fires: Tensor | None = None  # projection only: 0 or 1
     squared_distance: Tensor | None = None  # projection only: ‖θ−θ0‖² before the step
 
@@ -32,6 +51,16 @@ class FactorUpdate:
     def local(self) -> Tensor:
         """The factor, or the shard of it on this process."""
         return local_part(self.parameter)
+
+    @property
+    def is_low(self) -> bool:
+        """Whether the factor's dtype has too few bits for small steps."""
+        return self.parameter.dtype in LOW_PRECISION
+
+    @property
+    def remainder(self) -> Tensor:
+        """What a low-precision factor cannot hold of the weights, local."""
+        return local_part(self.counter.remainder(self.name, self.parameter))
 
     @property
     def local_anchor(self) -> Tensor | None:
@@ -76,6 +105,10 @@ class AdapterUpdate:
         """The modules with λ > 0 at this step."""
         return [module for module in self.modules if module.strength > 0]
 
+    def parameters(self) -> list[nn.Parameter]:
+        """All factors that the optimizer updates."""
+        return [factor.parameter for module in self.modules for factor in module.factors()]
+
     def factors(self) -> list[FactorUpdate]:
         """The factors with λ > 0 that the optimizer updates, A before B, in module order."""
         return [factor for module in self.active_modules for factor in module.factors()]
@@ -85,8 +118,8 @@ def find_updates(optimizer: Any) -> list[AdapterUpdate]:
     """The adapters with some λ > 0 of which `optimizer` is about to update a factor: trainable, with a gradient.
 
     Raises:
-        PeftLinearError: the factors are sharded or flattened in an unsupported way, or their parameter group has no
-            learning rate.
+        PeftLinearError: the factors are sharded or flattened in an unsupported way, their gradient is not in `.grad`,
+            or their parameter group has no learning rate, or one that is negative or not finite.
     """
     groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
     held = []
@@ -95,14 +128,23 @@ def find_updates(optimizer: Any) -> list[AdapterUpdate]:
             active = adapter.strengths.active()
             if not active and adapter.stepped:
                 continue
-            if any(p.requires_grad and id(p) in groups for _, _, *pair in adapter.layers() for p in pair):
+            factors = [p for _, _, *pair in adapter.layers() for p in pair if p.requires_grad and id(p) in groups]
+            if any(p.grad is not None for p in factors):
                 adapter.before_step()
                 if active:
                     held.append(adapter)
+            elif active and factors:
+                _refuse_other_gradients(adapter, factors)
             elif active:
                 _refuse_flattened(adapter)
     updates = (_adapter_update(adapter, counter, groups) for adapter, counter in _with_counters(held, groups))
-    return [update for update in updates if update.modules]
+    found = [update for update in updates if update.modules]
+    for update in found:
+        used = {id(factor.group) for factor in update.factors()}
+        for index, group in enumerate(optimizer.param_groups):
+            if id(group) in used:
+                _check_rate(group.get("lr"), index, update.adapter)
+    return found
 
 
 def _with_counters(
@@ -133,23 +175,28 @@ def _adapter_update(adapter: TrackedAdapter, counter: StepCounter, groups: dict[
     memory: set[int] = set()  # tied adapters are two parameters of one memory: only the first is updated
     for lora in adapter.factors():
         strength = strengths.base(lora.name) * schedule
-        a = _factor_update(lora.a, lora.anchor.a, strength, groups, adapter, memory)
-        b = _factor_update(lora.b, lora.anchor.b, strength, groups, adapter, memory)
-        if a is not None or b is not None:
-            update.modules.append(ModuleUpdate(lora, a, b))
+        pair: list[FactorUpdate | None] = []
+        for letter, value, anchor in (("A", lora.a, lora.anchor.a), ("B", lora.b, lora.anchor.b)):
+            group = _group_of(value, groups, adapter, memory)
+            if group is None:
+                pair.append(None)
+                continue
+            rate, name = group.get("lr"), f"{lora.name}.{letter}"  # None is refused later
+            pair.append(FactorUpdate(name, value, anchor, cast(float, rate), strength, group, counter))
+        if pair != [None, None]:
+            update.modules.append(ModuleUpdate(lora, *pair))
     return update
 
 
-def _factor_update(
-    parameter: nn.Parameter,
-    anchor: Tensor | None,
-    strength: float,
-    groups: dict[int, dict],
-    adapter: TrackedAdapter,
-    memory: set[int],
-) -> FactorUpdate | None:
+def _group_of(
+    parameter: nn.Parameter, groups: dict[int, dict], adapter: TrackedAdapter, memory: set[int]
+) -> dict[str, Any] | None:
+    """The group of a factor that the optimizer is about to update; None if it is not."""
     group = groups.get(id(parameter))
-    if group is None or parameter.grad is None or not parameter.requires_grad:
+    if group is None or not parameter.requires_grad:
+        return None
+    if parameter.grad is None:
+        _refuse_other_gradients(adapter, [parameter])
         return None
     if not is_supported(parameter) or parameter.dim() < 2:
         raise _unsupported_layout(adapter)
@@ -157,13 +204,45 @@ def _factor_update(
     if local.numel() and local.data_ptr() in memory:
         return None
     memory.add(local.data_ptr())
-    rate = group.get("lr")
+    return group
+
+
+def _check_rate(rate: Any, index: int, adapter: TrackedAdapter) -> None:
+    """Refuses a learning rate that is no finite number >= 0. The value of a tensor on a device is not looked at.
+
+    To read it would make every step wait for the device. Nothing there depends on its value but the result: a NaN
+    gives NaN, as in the optimizer itself.
+    """
+    where = f"parameter group {index} of the optimizer, which holds factors of adapter {adapter.name!r},"
     if rate is None:
         raise PeftLinearError(
-            f"the parameter group of adapter {adapter.name!r} has no learning rate ('lr' is None or missing), which "
-            "the proximal term needs: give it one (Adafactor: relative_step=False), or set proximal_lambda=0"
+            f"{where} has no learning rate ('lr' is None or missing), which the proximal term needs: give it one "
+            "(Adafactor: relative_step=False), or set proximal_lambda=0"
         )
-    return FactorUpdate(parameter, anchor, rate, strength)
+    if isinstance(rate, Tensor) and (rate.device.type != "cpu" or rate.numel() != 1):
+        good = rate.numel() == 1
+    else:
+        try:
+            good = not isinstance(rate, str) and 0 <= float(rate) < math.inf
+        except (TypeError, ValueError, OverflowError):
+            good = False
+    if not good:
+        raise PeftLinearError(
+            f"{where} has the learning rate {rate!r}; the proximal term needs one finite number >= 0: correct the "
+            "group's 'lr' or the scheduler that sets it"
+        )
+
+
+def _refuse_other_gradients(adapter: TrackedAdapter, parameters: list[nn.Parameter]) -> None:
+    """Factors without `.grad` are not pulled: refuse those whose gradient is known to be in another attribute."""
+    for parameter in parameters:
+        for name in ("main_grad", "decoupled_grad"):
+            if isinstance(getattr(parameter, name, None), Tensor):
+                raise PeftLinearError(
+                    f"factors of adapter {adapter.name!r} have their gradients in .{name} (Megatron, Transformer "
+                    "Engine), not in .grad, where the proximal term reads them: accumulate gradients in .grad, or "
+                    "train with proximal_lambda=0, which is plain LoRA"
+                )
 
 
 def _refuse_flattened(adapter: TrackedAdapter) -> None:

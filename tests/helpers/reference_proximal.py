@@ -118,3 +118,28 @@ class ReferenceProximal:
     def rates(self, optimizer):
         by_id = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
         return {name: by_id[id(p)] for name, p in self.parameters.items()}
+
+
+def schedule_free_step(model, batches, risk, *, lam, lr, momentum=0.9, warmup=0):
+    """Schedule-free gradient descent (Defazio et al., 2024) with a proximal step of z, keeping x, y and z apart.
+
+    Returns the average x by parameter name. Weights of the average are squares of the largest learning rate so far.
+    """
+    parameters = lora_parameters(model)
+    start = {name: p.detach().clone() for name, p in parameters.items()}
+    x, z, weight_sum = ({n: s.clone() for n, s in start.items()}, {n: s.clone() for n, s in start.items()}, 0.0)
+    largest = 0.0
+    for step, batch in enumerate(batches):
+        eta = lr * (step + 1) / warmup if step < warmup else lr
+        largest = max(largest, eta)
+        with torch.no_grad():
+            for name, p in parameters.items():
+                p.copy_((1 - momentum) * z[name] + momentum * x[name])
+        model.zero_grad()
+        risk(model, batch).backward()
+        weight_sum += largest**2
+        for name, p in parameters.items():
+            moved = z[name] - eta * p.grad
+            z[name] = start[name] + (moved - start[name]) / (1 + eta * lam)
+            x[name] = x[name] + largest**2 / weight_sum * (z[name] - x[name])
+    return x

@@ -1,20 +1,23 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-"""What the term refuses, and that training which bypasses it is detected."""
+"""What the term refuses, and steps that raise. Training that bypasses it: test_proximal_guard.py."""
 
 from __future__ import annotations
 
-import copy
+import contextlib
+import sys
 from functools import partial
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from peft_linear.errors import PeftLinearError
 from peft_linear.proximal import attach_proximal, proximal_distance, proximal_summary
-from tests.helpers.proximal_at_rest import SGD, backward, displaced, mlp, proximal
+from peft_linear.proximal.hook import _open
+from peft_linear.proximal.updates import _check_rate
+from peft_linear.tuners.proximal_lora.state import find_adapters
+from tests.helpers.proximal_at_rest import SGD, backward, displaced, mlp, proximal, step_at_rest
 from tests.helpers.reference_proximal import lora_parameters
 
 
@@ -58,45 +61,127 @@ def test_shards_in_the_optimizer_are_refused():
         SGD([parameter], lr=0.1).step()
 
 
-def train_by_hand(model, steps):
-    for _ in range(steps):
-        backward(model)
-        with torch.no_grad():
-            for p in lora_parameters(model).values():
-                p.data.sub_(0.01 * p.grad)
-                p.grad = None
-
-
-def test_updates_that_bypass_the_hooks_are_refused():
-    with pytest.raises(PeftLinearError, match="plain LoRA is being trained"):
-        train_by_hand(proximal(), 8)
-
-
-def test_plain_lora_and_lambda_zero_may_bypass_the_hooks():
-    train_by_hand(get_peft_model(mlp(), LoraConfig(target_modules=["0", "2"])), 8)
-    train_by_hand(proximal(lam=0.0), 8)
-
-
-def test_the_guard_is_removed_at_the_first_optimizer_step():
-    model = proximal()
+@pytest.mark.parametrize("rate", [-0.1, float("inf"), float("nan"), 10**400, "0.1", torch.tensor(-1.0), torch.ones(2)])
+@pytest.mark.parametrize("mode", ["decoupled", "coupled", "projection"])
+def test_a_learning_rate_that_is_no_finite_number_is_refused_with_its_group_and_value(rate, mode):
+    model = displaced(proximal(proximal_mode=mode))
+    before = [p.detach().clone() for p in lora_parameters(model).values()]
+    first, *rest = lora_parameters(model).values()
+    optimizer = SGD([{"params": [first]}, {"params": rest}], lr=0.1)
     backward(model)
-    SGD(lora_parameters(model).values(), lr=0.01).step()
-    train_by_hand(model, 8)  # changes of the weights after training has begun are deliberate
+    optimizer.param_groups[1]["lr"] = rate
+    with pytest.raises(PeftLinearError, match=r"parameter group 1 of .*adapter 'default'.* the learning rate .*one"):
+        optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(lora_parameters(model).values(), before, strict=True))
 
 
-def test_the_guard_allows_perturbations_and_loaded_weights():
-    model = proximal()
-    for change in (0.1, -0.1):  # two backward passes at two points before each step: sharpness-aware methods
-        backward(model)
-        displaced(model, change)
+@pytest.mark.parametrize("rate", [0.0, 1, torch.tensor(0.5)])
+def test_other_learning_rates_are_accepted(rate):
+    model = displaced(proximal())
+    before = proximal_distance(model)
+    step_at_rest(model, rate)
+    assert proximal_distance(model) == pytest.approx(before / (1 + 2 * float(rate)))
+
+
+def test_the_value_of_a_learning_rate_on_a_device_is_not_read():
+    """It would make the host wait for the device; the meta device refuses to be read."""
+    _check_rate(torch.ones((), device="meta"), 0, find_adapters(proximal())[0])
+    with pytest.raises(PeftLinearError, match="has the learning rate tensor"):
+        _check_rate(torch.ones(2, device="meta"), 0, find_adapters(proximal())[0])
+
+
+@pytest.mark.parametrize("mode", ["decoupled", "coupled"])
+@pytest.mark.parametrize("space", ["factors", "delta"])
+def test_the_largest_lambda_gives_no_nan(mode, space):
+    model = displaced(proximal(lam=sys.float_info.max, proximal_mode=mode, proximal_space=space))
+    with torch.no_grad():
+        next(iter(lora_parameters(model).values()))[0].zero_()
+    step_at_rest(model, 1e-3 if mode == "coupled" else 10.0)
+    assert not any(p.isnan().any() for p in lora_parameters(model).values())
+    if mode == "decoupled":
+        assert proximal_distance(model, space="delta") == 0
+
+
+class Failing(SGD):
+    """Raises in its step, after the hooks before it."""
+
+    def step(self, closure=None):
+        raise RuntimeError("out of memory")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mode", ["coupled", "decoupled", "projection"])
+def test_a_step_that_raised_leaves_the_next_optimizer_its_term(mode, dtype):
+    ends = []
+    for fails in (False, True):
+        model = displaced(proximal(proximal_mode=mode)).to(dtype)
+        failing = Failing(lora_parameters(model).values(), lr=0.1)
+        for p in lora_parameters(model).values():
+            p.grad = torch.full_like(p, 0.25)
+        if fails:
+            with pytest.raises(RuntimeError, match="out of memory"):
+                failing.step()
+        SGD(lora_parameters(model).values(), lr=0.1).step()
+        assert all(p.dtype == p.grad.dtype == dtype for p in lora_parameters(model).values())
+        assert all(torch.equal(p.grad, torch.full_like(p, 0.25)) for p in lora_parameters(model).values())
+        ends.append([p.detach().clone() for p in lora_parameters(model).values()])
+    assert all(torch.equal(p, q) for p, q in zip(*ends, strict=True))
+
+
+def test_gradients_accumulated_after_a_step_that_raised_are_kept():
+    model = displaced(proximal(proximal_mode="coupled"))
+    failing = Failing(lora_parameters(model).values(), lr=0.1)
     backward(model)
-    assert lora_parameters(model)
+    expected = [2 * p.grad for p in lora_parameters(model).values()]
+    with pytest.raises(RuntimeError):
+        failing.step()
+    backward(model)
+    seen = []
+    optimizer = SGD(lora_parameters(model).values(), lr=0.0)
+    optimizer.step()
+    seen = [p.grad for p in lora_parameters(model).values()]
+    for gradient, right in zip(seen, expected, strict=True):
+        torch.testing.assert_close(gradient, right)
 
 
-def test_copies_are_guarded_too():
-    model = copy.deepcopy(proximal())
-    with pytest.raises(PeftLinearError, match="plain LoRA is being trained"):
-        train_by_hand(model, 8)
+def test_an_attached_optimizer_that_raised_leaves_the_next_optimizer_its_term():
+    class Own:
+        def __init__(self, params):
+            self.param_groups = [{"params": list(params), "lr": 0.1}]
+
+        def step(self):
+            raise RuntimeError("out of memory")
+
+    model = displaced(proximal(proximal_mode="coupled"))
+    own = Own(lora_parameters(model).values())
+    attach_proximal(model, own)
+    backward(model)
+    gradients = [p.grad for p in lora_parameters(model).values()]
+    with pytest.raises(RuntimeError, match="out of memory"):
+        own.step()
+    assert all(p.grad is g for p, g in zip(lora_parameters(model).values(), gradients, strict=True))
+    assert not _open.steps
+
+
+def test_a_step_that_is_running_is_told_from_one_that_raised():
+    """An inner optimizer of one that runs leaves it the coupled term; of one that raised, it takes it."""
+
+    class Outer(SGD):
+        def step(self, closure=None):
+            with contextlib.suppress(RuntimeError):
+                Failing([first], lr=0.1).step()
+            SGD([first], lr=0.1).step()
+
+    model = displaced(proximal(proximal_mode="coupled"))
+    first = next(iter(lora_parameters(model).values()))
+    first.grad = torch.zeros_like(first)
+    start, before = model_start(model), first.detach().clone()
+    Outer([first], lr=0.1).step()
+    torch.testing.assert_close(first, before - 0.1 * 2.0 * (before - start))
+
+
+def model_start(model):
+    return next(iter(find_adapters(model)[0].factors())).anchor.a
 
 
 @pytest.mark.parametrize(

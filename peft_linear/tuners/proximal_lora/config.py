@@ -138,10 +138,27 @@ def variants_without_product(config: LoraConfig) -> list[str]:
 def check_strength(value: Any, name: str = "proximal_lambda") -> None:
     """Raises `PeftLinearError` unless `value` is a finite number >= 0; `name` is its name in the message."""
     number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value < 0:
+    if not number or not _is_finite(value) or value < 0:
         raise PeftLinearError(
-            f"{name} must be a finite number >= 0 (0 is plain LoRA), got {value!r} of type {type(value).__name__}"
+            f"{name} must be a finite number >= 0 (0 is plain LoRA), got {_shown(value)} of type "
+            f"{type(value).__name__}"
         )
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether a float can hold it: integers and fractions may be larger."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def _shown(value: Any) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # Python prints no integers of more than 4300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 60 else f"{text[:40]}... ({len(text)} characters)"
 
 
 def _checked_pattern(pattern: Any) -> dict[str, float]:

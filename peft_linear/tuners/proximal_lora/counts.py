@@ -1,11 +1,14 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-"""How many optimizer steps an adapter has had, stored in the optimizer's state so that a resumed run continues.
+"""What the term keeps in the optimizer's state so that a resumed run continues: step counts, remainders.
 
 The counts of an adapter are in the parameter group of the first of its factors that the optimizer holds, as a dict
 under the key `"proximal_lora"`. Parameter groups are part of every optimizer's `state_dict()`: a run that is resumed
 with its optimizer keeps its position in the schedule of λ and its firing rate, in any training loop, and a loaded
 adapter that is trained by a new optimizer starts from zero.
+
+The remainders are there too, under `"proximal_lora_remainders"`: of each bfloat16 or float16 factor, what its dtype
+cannot hold, in float32. The state of the parameters would not do: `load_state_dict` rounds it to their dtype.
 """
 
 from __future__ import annotations
@@ -13,10 +16,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 
 GROUP_KEY = "proximal_lora"
+REMAINDERS_KEY = "proximal_lora_remainders"
 
 
 class Counts(NamedTuple):
@@ -70,6 +75,16 @@ class StepCounter:
         )
         self.group[GROUP_KEY] = {**self.group.get(GROUP_KEY, {}), self.label: after._asdict()}
         self.statistics.by_optimizer[self.factor] = after
+
+    def remainder(self, name: str, like: Tensor) -> Tensor:
+        """The float32 remainder of the low-precision tensor `like`: what was kept, or zeros. Changed in place."""
+        kept = self.group.setdefault(REMAINDERS_KEY, {}).setdefault(self.label, {})
+        found = kept.get(name)
+        kind = Tensor if type(like) is torch.nn.Parameter else type(like)  # DTensor where factors are sharded
+        if type(found) is not kind or found.shape != like.shape:
+            found = torch.zeros_like(like, dtype=torch.float32, requires_grad=False)
+        kept[name] = found = found.to(like.device)
+        return found
 
 
 def _sum(total: float | Tensor, addend: float | Tensor) -> float | Tensor:

@@ -9,7 +9,9 @@ and replaced layers need no deregistration. deepcopy and pickle copy the record.
 
 from __future__ import annotations
 
+import threading
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -24,7 +26,42 @@ from .tracked import TrackedAdapter
 
 _ATTRIBUTE = "_proximal_lora"
 
-live_records: weakref.WeakSet[ProximalRecord] = weakref.WeakSet()
+
+class LiveRecords:
+    """The records that are alive, held weakly. Threads may make models while others step optimizers.
+
+    An iteration sees the records there were when it began: a change replaces the tuple of references.
+    """
+
+    def __init__(self) -> None:
+        self._references: tuple[weakref.ref[ProximalRecord], ...] = ()
+        self._lock = threading.Lock()
+
+    def add(self, record: ProximalRecord) -> None:
+        """Adds a record, once."""
+        with self._lock:
+            alive = tuple(reference for reference in self._references if reference() not in (None, record))
+            self._references = (*alive, weakref.ref(record))
+
+    def clear(self) -> None:
+        """Forgets all records."""
+        with self._lock:
+            self._references = ()
+
+    def __iter__(self) -> Iterator[ProximalRecord]:
+        for reference in self._references:
+            record = reference()
+            if record is not None:
+                yield record
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __bool__(self) -> bool:
+        return any(True for _ in self)
+
+
+live_records = LiveRecords()
 
 
 class ProximalRecord:

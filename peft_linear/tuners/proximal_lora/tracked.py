@@ -16,7 +16,7 @@ from ...errors import PeftLinearError
 from .anchors import ANCHOR_NAME, AnchorSource, FactorAnchor
 from .config import ProximalLoraConfig
 from .counts import Statistics
-from .guard import UnhookedUpdateGuard
+from .guard import MovementGuard
 from .strength import Strengths
 
 
@@ -46,7 +46,7 @@ class TrackedAdapter:
         self._layers = {key: weakref.ref(layer) for key, layer in layers.items()}
         self._anchors: dict[str, FactorAnchor] = {}
         self._source: AnchorSource | None = None
-        self._guards: list[UnhookedUpdateGuard] = []
+        self._guard = MovementGuard(name, self.strengths)
         self.capture()
         self.arm()
 
@@ -104,7 +104,17 @@ class TrackedAdapter:
         if self._made_here:
             self._start_here_if_untrained()
         self.stepped = True
-        self.disarm()
+
+    def step_begins(self, parameters: list[nn.Parameter], begins: bool = True) -> None:
+        """To be called before every optimizer step of these factors, and with `begins=False` if it raised."""
+        self._guard.step_begins(parameters, begins)
+
+    def step_ended(self, parameters: list[nn.Parameter]) -> None:
+        """To be called after every optimizer step that included these factors."""
+        if not self._guard.watches(parameters):  # replaced since: loaded with assign=True, sharded
+            self.arm()
+        if self._guard.watches(parameters):
+            self._guard.stepped(parameters)
 
     def capture(self) -> None:
         """Makes the factors as they are now the anchor."""
@@ -155,19 +165,13 @@ class TrackedAdapter:
         return FactorAnchor(None, b) if self.name in layer.lora_embedding_A else FactorAnchor(a, None)
 
     def arm(self) -> None:
-        """Guards the first module's factors against updates that bypass the optimizer hooks, until the first step."""
-        self.disarm()
-        if not self.stepped:
-            for _, _, a, b in self.layers():
-                guarded = [p for p in (a, b) if not (p.is_meta or p.is_inference())]
-                self._guards = [UnhookedUpdateGuard(p, self.name, self.strengths) for p in guarded]
-                break
+        """Guards the factors against updates that bypass the optimizer hooks."""
+        pairs = [(f"lora_{x} of {n}", p) for n, _, a, b in self.layers() for x, p in (("A", a), ("B", b))]
+        self._guard.watch([(n, p) for n, p in pairs if p.is_leaf and not (p.is_meta or p.is_inference())])
 
     def disarm(self) -> None:
-        """Removes the guards."""
-        for guard in self._guards:
-            guard.remove()
-        self._guards = []
+        """Removes the guard."""
+        self._guard.remove()
 
     def _ensure_anchors(self) -> None:
         if self._source is None:
@@ -188,9 +192,10 @@ class TrackedAdapter:
 
     def __getstate__(self) -> dict[str, Any]:
         layers = {key: layer for key, reference in self._layers.items() if (layer := reference()) is not None}
-        return {**self.__dict__, "_layers": layers, "_guards": []}
+        return {**self.__dict__, "_layers": layers, "_guard": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         layers = state.pop("_layers")
         self.__dict__.update(state, _layers={key: weakref.ref(layer) for key, layer in layers.items()})
+        self._guard = MovementGuard(self.name, self.strengths)
         self.arm()
