@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from .baselines.by_kernels import equal_parameter_rank
+from .candidates import untrainable
 from .evidence import Evidence
 
 
@@ -127,6 +128,16 @@ def excluded_ahead_of_chosen(evidence: Evidence) -> str | None:
     )
 
 
+def left_out_of_candidates(evidence: Evidence) -> str | None:
+    kernels = evidence.views.plain.kernels
+    out = {name: reason for name, reason in untrainable(kernels).items() if name not in kernels}
+    if not out:
+        return None
+    by_reason = {reason: [name for name, why in out.items() if why == reason] for reason in out.values()}
+    what = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in by_reason.items())
+    return f"No candidates, since an adapter would not train there: {what}."
+
+
 NOTES: tuple[Note, ...] = (
     few_examples,
     no_signal,
@@ -137,6 +148,7 @@ NOTES: tuple[Note, ...] = (
     condition_number_is_the_ridges,
     draws_differ,
     excluded_ahead_of_chosen,
+    left_out_of_candidates,
 )
 
 
