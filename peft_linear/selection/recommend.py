@@ -94,7 +94,7 @@ def recommend(
     views = Views.of(kernels, heads, training, ridge, seed)
     scores = score_modules(views.scoring, resolved)
     choice = choose(views.scoring, scores, resolved, limit, strategy, exclude)
-    return _recommendation(collect_evidence(views, choice, scores, resolved), budget, criterion)
+    return _recommendation(collect_evidence(views, choice, scores, resolved, criterion), budget, criterion)
 
 
 def _by_heads(criterion: Criterion, kernels: ModuleKernels, heads: Sequence[ModuleKernels]) -> Criterion:
