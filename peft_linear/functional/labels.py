@@ -52,8 +52,8 @@ def labels_of_logits(labels: Tensor, num_outputs: int, problem_type: str | None 
     meaning = _meaning(labels, num_outputs) if problem_type in (None, AUTO) else problem_type
     if problem_type == AUTO and meaning == REGRESSION and num_outputs > 1:
         raise OutputError(
-            f"float labels of shape {shape} are not all 0 or 1, and transformers' models would take them as several labels an "
-            f"example; set model.config.problem_type = {REGRESSION!r} for targets, or round them"
+            f"float labels of shape {shape} are not all 0 or 1, and transformers' models would take them as several "
+            f"labels an example; set model.config.problem_type = {REGRESSION!r} for targets, or round them"
         )
     if meaning == REGRESSION:
         if labels.ndim == 1 and num_outputs > 1:
