@@ -48,8 +48,8 @@ def calibration_batches(
         examples: Default: all batches of an iterable; 64 of a DataLoader or of examples.
         batch_size: For examples.
         seed: Of the sample of examples; of a stream they are the first.
-        trainer: Makes batches of its rows in its own way. Where `data` holds rows that are not prepared (texts, chats),
-            as TRL's trainers get them, its training data are taken, which it has prepared.
+        trainer: Makes batches of its rows in its own way. Where `data` holds rows that are not prepared (texts,
+            chats), as TRL's trainers get them, its own training data are taken.
 
     Raises:
         PeftLinearError: there are no examples, they are not prepared, or `examples` or `batch_size` is below 1.
