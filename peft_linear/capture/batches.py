@@ -18,7 +18,8 @@ from .outputs import OutputFunction
 from .targets import base_model
 
 
-LABEL_KEYS = ("labels", "label")
+LABEL_KEYS = ("labels", "label", "label_ids")
+NOT_LABEL_KEYS = ("target", "targets", "y", "class", "classes")  # called so elsewhere; the Trainer drops them
 
 
 @dataclass(frozen=True)
@@ -67,11 +68,15 @@ def read_batches(batches: Iterable[Any], model: nn.Module, needs_labels: bool, w
                 f"batch {number} is a {type(raw).__name__}, expected a dict of tensors as a DataLoader with a "
                 "data collator gives; tokenise and collate the data first"
             )
-        labels = next((raw[key] for key in LABEL_KEYS if raw.get(key) is not None), None)
-        labels = None if labels is None else torch.as_tensor(labels)
+        labels = _labels_of(raw, number, model)
         inputs = {
             key: value for key, value in raw.items() if key not in LABEL_KEYS and (accepted is None or key in accepted)
         }
+        if labels is None and (wrong := [key for key in NOT_LABEL_KEYS if key in raw and key not in inputs]):
+            raise OutputError(
+                f"batch {number} has {wrong[0]!r}, which {type(base_model(model)).__name__} does not take and which "
+                "is not known as labels; rename it to 'labels', or leave it out"
+            )
         if not any(isinstance(value, Tensor) and value.ndim for value in inputs.values()):
             raise PeftLinearError(
                 f"batch {number} has no tensor that {type(base_model(model)).__name__} takes; its keys are "
@@ -123,22 +128,54 @@ def check_outputs(outputs: Tensor, batch: Batch, number: int) -> Tensor:
 
 
 def gather_labels(batches: list[Batch], outputs: Tensor, function: OutputFunction) -> Tensor | None:
-    """One label an example, (N,), int64 for classes and float64 for regression; None where there is no such thing.
+    """The labels of all examples, as `functional.labels` describes; None where there are none, or one for each token.
 
     Raises:
-        OutputError: a class label lies outside the model's logits.
+        OutputError: a batch has none beside others that have, not one for each example, or ones that do not belong to
+            the model's logits.
     """
-    if any(batch.labels is None or batch.labels.ndim != 1 for batch in batches):
+    labelled = [number for number, batch in enumerate(batches) if batch.labels is not None]
+    if not labelled:
         return None
-    labels = torch.cat([batch.labels.cpu() for batch in batches if batch.labels is not None])
-    if labels.is_floating_point():
-        return labels.double()
-    function.output.check_labels(labels, outputs.shape[1])
-    return labels.long()
+    parts = []
+    for number, batch in enumerate(batches):
+        if batch.labels is None:
+            raise OutputError(
+                f"batch {number} has no labels, and batch {labelled[0]} has; label all examples, or none of them"
+            )
+        if function.output.takes_tokens and batch.labels.ndim > 1:
+            return None
+        if batch.labels.ndim == 0 or len(batch.labels) != batch.size:
+            raise OutputError(
+                f"batch {number} has labels of shape {tuple(batch.labels.shape)} for {batch.size} examples; pass one "
+                "label an example"
+            )
+        parts.append(batch.labels.cpu())
+    if len({(part.shape[1:], part.is_floating_point()) for part in parts}) > 1:
+        kinds = sorted({f"{tuple(part.shape)} of {part.dtype}" for part in parts})
+        raise OutputError(f"labels are not alike in all batches: {'; '.join(kinds)}; label all examples in one way")
+    return function.output.understand(torch.cat(parts), outputs.shape[1], function.problem_type)
 
 
 def progress_bar(batches: list[Batch], progress: bool, description: str) -> Iterable[Batch]:
     return tqdm(batches, desc=description, unit="batch", disable=not progress)
+
+
+def _labels_of(raw: Mapping[str, Any], number: int, model: nn.Module) -> Tensor | None:
+    """The labels of one batch, (B, 1) as (B,) where they cannot be those of tokens."""
+    key = next((key for key in LABEL_KEYS if raw.get(key) is not None), None)
+    if key is None:
+        return None
+    try:
+        labels = torch.as_tensor(raw[key])
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise OutputError(
+            f"the {key} of batch {number} are no numbers ({error}); pass class numbers, such as those of "
+            "model.config.label2id, or targets"
+        ) from error
+    labels = labels.long() if labels.dtype == torch.bool else labels
+    generates = getattr(base_model(model), "get_output_embeddings", lambda: None)() is not None
+    return labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 and not generates else labels
 
 
 def _accepted_keys(model: nn.Module) -> set[str] | None:

@@ -8,22 +8,32 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..errors import OutputError
+from ..functional.labels import AUTO
 from ..functional.outputs import Outputs, resolve_output
 from .targets import base_model
 
 
 class OutputFunction:
-    """Turns what a model returns, and labels, into f (B, C). `shift` is 1 where logits predict the next token."""
+    """Turns what a model returns, and labels, into f (B, C).
 
-    def __init__(self, outputs: Outputs, *, shift: int = 0, seed: int = 0) -> None:
+    `shift` is 1 where logits predict the next token; `problem_type`, of the model's config, says what labels mean.
+    """
+
+    def __init__(self, outputs: Outputs, *, shift: int = 0, seed: int = 0, problem_type: str | None = None) -> None:
         self.output = resolve_output(outputs).seeded(seed)
         self.shift = shift
+        self.problem_type = problem_type
 
     @classmethod
     def of(cls, model: nn.Module, outputs: Outputs, seed: int = 0) -> OutputFunction:
-        return cls(outputs, shift=label_shift(base_model(model)), seed=seed)
+        root = base_model(model)
+        problem_type = getattr(getattr(root, "config", None), "problem_type", None)
+        if problem_type is None and isinstance(root, PreTrainedModel):
+            problem_type = AUTO
+        return cls(outputs, shift=label_shift(root), seed=seed, problem_type=problem_type)
 
     def __call__(self, model_output: Any, labels: Tensor | None) -> Tensor:
         return self.output(logits_of(model_output), labels, self.shift)

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from ..errors import TargetError
 from ..kernels.module_kernels import PEFT_PREFIX
+from .adaptable import refused_by_peft
 from .layers import layer_kind, not_a_layer
 
 
@@ -42,8 +43,9 @@ def resolve_targets(
 
     Args:
         model: the model; names are matched against its base model's `named_modules()`.
-        targets: "all-linear" (every linear layer but the output embeddings and the task head), another string (a
-            regular expression that the full name must match), or a list of names and suffixes.
+        targets: "all-linear" (every linear layer but the output embeddings, the task head, and what peft cannot adapt,
+            see `refused_by_peft`), another string (a regular expression that the full name must match), or a list of
+            names and suffixes.
         reserved: names of modules that are always trained; they and what lies in them cannot be targets.
 
     Raises:
@@ -64,6 +66,11 @@ def resolve_targets(
             and not _inside(name, reserved)
             and not any(modules[name] is other for other in excluded)
         }
+        refused = refused_by_peft(root, chosen)
+        if chosen and len(refused) == len(chosen):
+            name, reason = next(iter(refused.items()))
+            raise TargetError(f"peft can adapt no linear layer of {type(root).__name__} by its name: {name}: {reason}")
+        chosen = {name: module for name, module in chosen.items() if name not in refused}
         if not chosen:
             raise TargetError(
                 f"{type(root).__name__} has no linear layer outside its head; pass `targets` by name if it has others"

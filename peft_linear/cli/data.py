@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +20,9 @@ from .sources import LABEL_COLUMNS, SUFFIXES, Rows, read_file, read_folder, read
 
 
 TASKS = ("classification", "causal-lm")
+MOST_CLASSES = 1000  # more distinct labels are ids or texts
+CHAT_COLUMNS = ("messages", "conversations", "conversation", "chosen", "rejected")
+_CLASS = re.compile(r"[+-]?[0-9]{1,18}")
 
 # What text columns are called, in the order in which they are looked for; pairs first, as their halves are names too.
 TEXT_COLUMNS: tuple[tuple[str, ...], ...] = (
@@ -77,6 +82,8 @@ class TextData:
         if value is None or (isinstance(value, str) and not value.strip()):
             raise FileError(f"{self.source}: a row has no {self.label_column!r}: {_excerpt(row)}")
         if self.label_names is None:
+            if not _is_number(value):
+                raise FileError(f"{self.source}: label {value!r} is no finite number in {_excerpt(row)}; fix the row")
             return float(value)
         if isinstance(value, str) and value in self.label_names:
             return self.label_names.index(value)
@@ -130,7 +137,8 @@ def load_text_data(
     texts = _find_text_columns(rows[0], text_columns, label, os.fspath(source))
     if label is None:
         return TextData(splits, texts, None, None, os.fspath(source))
-    return TextData(splits, texts, label, names or _label_names(splits, label), os.fspath(source))
+    values = _label_values(splits, label, os.fspath(source))
+    return TextData(splits, texts, label, names or _label_names(values, label, os.fspath(source)), os.fspath(source))
 
 
 def sample_rows(data: TextData, count: int, split: str = "train", seed: int = 0) -> list[Mapping[str, Any]]:
@@ -164,7 +172,10 @@ def tokenize(
         texts = [row.get(column) for column in data.text_columns]
         if any(not isinstance(text, str) for text in texts):
             raise FileError(f"{data.source}: {' and '.join(data.text_columns)} must be text in {_excerpt(row)}")
-        encoded = dict(tokenizer(*texts, truncation=True, max_length=max_length))
+        try:
+            encoded = dict(tokenizer(*texts, truncation=True, max_length=max_length))
+        except (TypeError, UnicodeError) as error:  # half of a surrogate pair, for example
+            raise FileError(f"{data.source}: the tokenizer cannot read {_excerpt(row)!r}: {error}") from error
         if data.label_column is not None:
             encoded["labels"] = data.label_of(row)
         features.append(encoded)
@@ -202,6 +213,14 @@ def _find_label_column(columns: Sequence[str], wanted: str | None, source: str) 
 def _find_text_columns(
     row: Mapping[str, Any], wanted: Sequence[str] | None, label: str | None, source: str
 ) -> tuple[str, ...]:
+    chat = [name for name in (wanted or row) if _is_chat(name, row.get(name))]
+    pair = () if wanted else tuple(name for name in ("prompt", "completion") if name in row)
+    if chat or len(pair) == 2:
+        raise FileError(
+            f"{source} holds chats ({', '.join(chat or pair)}), which the command line does not read; write each into "
+            'one column "text" (tokenizer.apply_chat_template(messages, tokenize=False), or prompt + completion), or '
+            "pass the batches of your trainer's DataLoader to peft_linear.recommend_modules"
+        )
     if wanted:
         missing = [name for name in wanted if name not in row]
         if missing or len(wanted) > 2:
@@ -217,16 +236,51 @@ def _find_text_columns(
     return (texts[0],)
 
 
-def _label_names(splits: Mapping[str, Rows], label: str) -> tuple[str, ...] | None:
-    """Names of classes from the values: sorted words, or the numbers 0…max; None for targets with a fraction."""
+def _is_chat(name: str, value: Any) -> bool:
+    messages = isinstance(value, (list, tuple)) and all(isinstance(message, Mapping) for message in value)
+    return messages and (name in CHAT_COLUMNS or bool(value))
+
+
+def _label_values(splits: Mapping[str, Rows], label: str, source: str) -> list[Any]:
+    """The labels of all rows that have one.
+
+    Raises:
+        FileError: a row has several.
+    """
     values = [row.get(label) for rows in splits.values() for row in rows]
-    values = [value for value in values if value is not None and value != ""]
+    for value in values:
+        if value is not None and not isinstance(value, (str, int, float)):
+            raise FileError(
+                f"{source}: the column {label!r} holds {type(value).__name__} values, such as {_short(value)}: "
+                "several labels an example, which the command line does not read; name a column of one label with "
+                "--label-column, or pass batches with float labels (examples, classes) of 0 and 1 to "
+                "peft_linear.recommend_modules"
+            )
+    return [value for value in values if value is not None and value != ""]
+
+
+def _label_names(values: Sequence[Any], label: str, source: str) -> tuple[str, ...] | None:
+    """Names of classes from the values: sorted words, or the numbers 0…max; None for targets with a fraction.
+
+    Raises:
+        FileError: there are too many for classes.
+    """
     numbers = [_as_class(value) for value in values]
-    if all(number is not None for number in numbers):
-        return tuple(str(i) for i in range(max((n for n in numbers if n is not None), default=0) + 1))
-    if all(_is_number(value) for value in values):
+    known = [number for number in numbers if number is not None]
+    distinct = {str(value) for value in values}
+    classes = len(known) == len(numbers)
+    if not classes and all(_is_number(value) for value in values):
         return None
-    return tuple(sorted({str(value) for value in values}))
+    largest = max(known, default=0) + 1 if classes else len(distinct)
+    alone = len(distinct) > 20 and 2 * len(distinct) > len(values)
+    if largest > MOST_CLASSES or alone:
+        raise FileError(
+            f"{source}: the column {label!r} has {len(distinct)} distinct values in {len(values)} rows"
+            f"{f' and numbers up to {largest - 1}' if classes else ''}, such as {_short(values[0])}: ids or texts, "
+            f"not up to {MOST_CLASSES} classes. Name another column with --label-column, number the classes from 0, "
+            "or write targets of a regression with a fraction (3.0)"
+        )
+    return tuple(str(i) for i in range(largest)) if classes else tuple(sorted(distinct))
 
 
 def _as_class(value: Any) -> int | None:
@@ -235,17 +289,20 @@ def _as_class(value: Any) -> int | None:
     if isinstance(value, int):
         return value
     if isinstance(value, str):
-        text = value.strip()
-        return int(text) if text.lstrip("-").isdigit() else None
+        return int(value) if _CLASS.fullmatch(value.strip()) else None
     return int(value) if isinstance(value, float) and value.is_integer() else None
 
 
 def _is_number(value: Any) -> bool:
     try:
-        float(value)
-    except (TypeError, ValueError):
+        return math.isfinite(float(value))
+    except (TypeError, ValueError, OverflowError):
         return False
-    return True
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else text[:37] + "…"
 
 
 def _excerpt(row: Mapping[str, Any]) -> str:

@@ -59,7 +59,7 @@ def load_model(
 
     Raises:
         FileError: there is no such model, or it has no tokenizer.
-        PeftLinearError: the device does not exist.
+        PeftLinearError: the device does not exist, or the model is no causal language model.
     """
     path = model_path(name)
     arguments: dict[str, Any] = {}
@@ -79,6 +79,8 @@ def load_model(
         where = "in this folder" if os.path.isdir(path) else "as a folder or on the Hub"
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise FileError(f"cannot load a {task} model {name!r} {where}: {reason}") from error
+    if task == "causal-lm":
+        _require_causal(model, name)
     if tokenizer.pad_token is None:  # GPT-2, for example; padding is masked, so any token will do
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if model.config.pad_token_id is None:
@@ -89,3 +91,19 @@ def load_model(
     except (RuntimeError, AssertionError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise PeftLinearError(f"cannot use the device {str(device)!r}: {reason}") from error
+
+
+def _require_causal(model: PreTrainedModel, name: str) -> None:
+    """Raises PeftLinearError where the logits of a token depend on later tokens: an encoder such as BERT."""
+    tokens = torch.arange(2, 10)[None] % model.config.vocab_size
+    other = tokens.clone()
+    other[0, 4:] = (other[0, 4:] + 5) % model.config.vocab_size
+    model.eval()
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        one, two = (model(input_ids=ids.to(model.device)).logits[0, :4] for ids in (tokens, other))
+    rounding = 16 * torch.finfo(one.dtype).eps * float(one.abs().max())
+    if float((one - two).abs().max()) > rounding:
+        raise PeftLinearError(
+            f"{type(model).__name__} of {name!r} is no causal language model: its logits of a token depend on later "
+            "tokens, which it is to predict; pass a model such as GPT-2 or Llama, or --task classification"
+        )

@@ -34,17 +34,17 @@ def parse_budget_argument(text: str) -> int | float | str:
         BudgetError: it reads as none of these.
     """
     text = text.strip()
-    if re.fullmatch(r"[+-]?\d+", text):
+    if re.fullmatch(r"[+-]?[0-9]{1,18}", text):
         return int(text)
-    if re.fullmatch(r"[+-]?\d*\.\d+", text):
+    if re.fullmatch(r"[+-]?[0-9]*\.[0-9]+", text):
         return float(text)
-    if re.fullmatch(r"\d+(\.\d+)?\s*%", text):
+    if re.fullmatch(r"[0-9]+(\.[0-9]+)?\s*%", text):
         return float(text.rstrip("% ")) / 100
-    if re.fullmatch(r"\d+(\.\d+)?\s*[kKmMbB]", text):
+    if re.fullmatch(r"[0-9]+(\.[0-9]+)?\s*[kKmMbB]", text):
         return text
     raise BudgetError(
-        f"cannot read the budget {text!r}; pass a number of modules (8), a fraction of the candidates' parameters "
-        "(0.25, 25%) or parameters (1.5M, 200k)"
+        f"cannot read the budget {text[:40]!r}; pass a number of modules (8), a fraction of the candidates' "
+        "parameters (0.25, 25%) or parameters (1.5M, 200k)"
     )
 
 

@@ -40,8 +40,7 @@ def read_folder(folder: Path) -> Source:
     if not splits:
         raise FileError(f"{folder} has no train.jsonl, train.csv or the like; name the files by their split")
     labels = folder / "labels.json"
-    names = json.loads(labels.read_text(encoding="utf-8")).get("labels") if labels.is_file() else None
-    return splits, tuple(map(str, names)) if names else None
+    return splits, _label_names(labels) if labels.is_file() else None
 
 
 def read_file(path: Path) -> list[dict[str, Any]]:
@@ -53,12 +52,9 @@ def read_file(path: Path) -> list[dict[str, Any]]:
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
         raise FileError(f"cannot read {path.name}: datasets are {', '.join(SUFFIXES)} files or folders of them")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise FileError(f"{path} is not UTF-8 text: {error}") from error
+    text = _read_text(path)
     if suffix in (".csv", ".tsv"):
-        return list(csv.DictReader(io.StringIO(text, newline=""), delimiter="," if suffix == ".csv" else "\t"))
+        return _parse_csv(text, path, "," if suffix == ".csv" else "\t")
     if suffix == ".json" and text.lstrip().startswith("["):
         rows = _parse_json(text, path, None)
     else:
@@ -68,12 +64,48 @@ def read_file(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise FileError(f"{path} is not UTF-8 text: {error}") from error
+
+
+def _label_names(path: Path) -> tuple[str, ...] | None:
+    """Of a folder's labels.json."""
+    record = _parse_json(_read_text(path), path, None)
+    names = record.get("labels") if isinstance(record, dict) else None
+    if not isinstance(names, list):
+        raise FileError(f'{path} must hold {{"labels": [names]}}, got {type(record).__name__} without a list of them')
+    return tuple(map(str, names)) or None
+
+
+def _parse_csv(text: str, path: Path, delimiter: str) -> list[dict[str, Any]]:
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
+    rows: list[dict[str, Any]] = []
+    try:
+        for row in reader:
+            if None in row:
+                raise FileError(
+                    f"{path}, line {reader.line_num} has more fields than the header names; quote texts that hold "
+                    f"{delimiter!r}, or save the data as JSONL"
+                )
+            rows.append(row)
+    except csv.Error as error:  # a field above the limit of the csv module, for example
+        raise FileError(
+            f"{path}, line {reader.line_num + 1} cannot be read as {path.suffix[1:].upper()}: {error}; shorten the "
+            "text (tokens beyond --max-length are not used), or save the data as JSONL"
+        ) from error
+    return rows
+
+
 def _parse_json(text: str, path: Path, line: int | None) -> Any:
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         place = f"{path}, line {line}" if line else str(path)
-        raise FileError(f"{place} is not valid JSON: {error}") from error
+        reason = "lists or objects are nested too deeply" if isinstance(error, RecursionError) else error
+        raise FileError(f"{place} is not valid JSON: {reason}; a row is one flat object, its text a string") from error
 
 
 def read_hub(name: str, label_column: str | None) -> Source:

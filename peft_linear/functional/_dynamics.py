@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import KernelError
+from .labels import several_labels
 from .training_settings import Loss, TrainingSettings
 
 
@@ -72,6 +73,11 @@ class Task:
         self.kind = loss
         self.labels = labels
         self.targets = self.classes = None
+        if loss == "cross_entropy" and several_labels(labels):
+            raise KernelError(
+                f"labels of shape {tuple(labels.shape)} say of every output whether it applies, and cross-entropy "
+                "takes one class an example; pass loss='squared', or a loss of your own"
+            )
         if isinstance(loss, str):
             self.targets = one_hot_targets(labels, shape)
             self.classes = self.targets.argmax(dim=1) if shape[1] > 1 else None
@@ -159,12 +165,13 @@ def trace(
 
 
 def one_hot_targets(labels: Tensor, shape: Sequence[int]) -> Tensor:
-    """Float64 targets (N, C): one-hot for integer labels (N,), the labels themselves where they are floats.
+    """Float64 targets (N, C): one-hot for integer labels (N,), the labels themselves where they are floats or (N, C).
 
     Raises:
         KernelError: the labels fit neither (N,) integers in [0, C) nor (N, C) floats.
     """
     count, outputs = shape
+    labels = labels.double() if several_labels(labels) else labels
     if labels.is_floating_point():
         if labels.numel() != count * outputs or (outputs > 1 and labels.ndim != 2):
             raise KernelError(f"float labels must be targets of shape {tuple(shape)}, got {tuple(labels.shape)}")

@@ -84,6 +84,23 @@ class Output:
     def check_labels(self, labels: Tensor, num_outputs: int) -> None:
         """Raises OutputError where class labels (N,) cannot belong to `num_outputs` outputs an example."""
 
+    def understand(self, labels: Tensor, num_outputs: int, problem_type: str | None = None) -> Tensor | None:
+        """The labels of all examples as kernels keep them; None where there is not one an example.
+
+        Args:
+            labels: (N, …), as batches have them.
+            problem_type: Of the model's config.
+
+        Raises:
+            OutputError: they cannot belong to these outputs.
+        """
+        if labels.ndim != 1:
+            return None
+        if labels.is_floating_point():
+            return labels.double()
+        self.check_labels(labels, num_outputs)
+        return labels.long()
+
     def targets(self, outputs: Tensor, labels: Tensor | None) -> Tensor:  # both (N, C) float64
         """What ridge regression aims at.
 

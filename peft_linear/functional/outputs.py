@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ..errors import OutputError, PeftLinearError
 from ._output import IGNORED, LOSS, NOTHING, OUTPUTS, Output, label_columns, register_output, token_kinds
+from .labels import labels_of_logits, several_labels
 from .simulation import one_hot_targets
 
 
@@ -82,7 +83,7 @@ def kinds_providing(need: str) -> list[str]:
 @register_output
 @dataclass(frozen=True)
 class Logits(Output):
-    """All logits of a classifier: `f = z`. Its loss is cross-entropy, or `½‖f − y‖²` with float labels."""
+    """All logits of a classifier: `f = z`. Its loss depends on the labels, see `functional.labels`."""
 
     name = "logits"
     needs_labels = False
@@ -94,10 +95,20 @@ class Logits(Output):
     def provides(self, labels: Tensor | None) -> frozenset[str]:
         if labels is None:
             return NOTHING
-        return LOSS if labels.is_floating_point() else self.with_labels
+        return LOSS if labels.is_floating_point() or several_labels(labels) else self.with_labels
 
     def what(self, labels: Tensor | None) -> str:
-        return "logits without labels" if labels is None else "logits with float labels"
+        if labels is None:
+            return "logits without labels"
+        if several_labels(labels):
+            return "logits with several labels an example"
+        return "logits with float labels" if labels.is_floating_point() else "logits with class labels"
+
+    def understand(self, labels: Tensor, num_outputs: int, problem_type: str | None = None) -> Tensor:
+        kept = labels_of_logits(labels, num_outputs, problem_type)
+        if kept.ndim == 1 and not kept.is_floating_point():
+            self.check_labels(kept, num_outputs)
+        return kept
 
     def check_labels(self, labels: Tensor, num_outputs: int) -> None:
         if num_outputs > 1 and (int(labels.min()) < 0 or int(labels.max()) >= num_outputs):
@@ -108,19 +119,22 @@ class Logits(Output):
             )
 
     def targets(self, outputs: Tensor, labels: Tensor | None) -> Tensor:
-        """One-hot labels; float labels as they are."""
+        """One-hot labels; targets and several labels (0 and 1) as they are."""
         if labels is None:
             return super().targets(outputs, labels)
         return self._one_hot(outputs, labels)
 
     def error(self, outputs: Tensor, labels: Tensor | None) -> Tensor:
-        """`softmax(f) − onehot(y)`; with float labels `f − y`."""
+        """`softmax(f) − onehot(y)`; with float labels `f − y`; with several labels `(σ(f) − y)/C`."""
         if labels is None:
             return super().error(outputs, labels)
+        if several_labels(labels):
+            return (outputs.sigmoid() - self._one_hot(outputs, labels)) / outputs.shape[1]
         predicted = outputs if labels.is_floating_point() else outputs.softmax(dim=1)
         return predicted - self._one_hot(outputs, labels)
 
     def _one_hot(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        labels = labels.double() if several_labels(labels) else labels
         try:
             return one_hot_targets(labels, outputs.shape)
         except ValueError as error:

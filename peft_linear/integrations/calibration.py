@@ -6,17 +6,22 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping
+from itertools import chain, islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import DataCollatorWithPadding, default_data_collator
+from transformers import DataCollatorWithPadding, Trainer, default_data_collator
+from transformers.utils import logging
 
 from ..capture.batches import LABEL_KEYS
 from ..capture.targets import base_model
 from ..errors import PeftLinearError
+from .trainers import columns_of
 
+
+logger = logging.get_logger(__name__)
 
 DEFAULT_EXAMPLES = 64
 
@@ -30,34 +35,111 @@ def calibration_batches(
     examples: int | None = None,
     batch_size: int = 16,
     seed: int = 0,
+    trainer: Trainer | None = None,
 ) -> list[Mapping[str, Any]]:
     """Dict batches of at most `examples` examples (the last batch is not cut).
 
     Args:
-        data: A DataLoader or another iterable of dict batches; or examples: a `datasets.Dataset`, a torch Dataset or
-            a list of feature dicts, as the Trainer takes them.
+        data: A DataLoader or another iterable of dict batches; or examples: a `datasets.Dataset`, a torch Dataset, a
+            list of feature dicts, or a stream of them. None: the training data of `trainer`.
         model: Keys that its `forward` does not take are left out of examples, as the Trainer does.
-        data_collator: For examples. Default: padding by `processing_class` where it is a tokenizer, else
-            `default_data_collator`, as in the Trainer.
+        data_collator: For examples. Default: that of `trainer`; without one, padding by `processing_class` where it is
+            a tokenizer, else `default_data_collator`, as in the Trainer.
         examples: Default: all batches of an iterable; 64 of a DataLoader or of examples.
         batch_size: For examples.
-        seed: Of the sample of examples.
+        seed: Of the sample of examples; of a stream they are the first.
+        trainer: Makes batches of its rows in its own way. Where `data` holds rows that are not prepared (texts,
+            chats), as TRL's trainers get them, its own training data are taken.
 
     Raises:
-        PeftLinearError: there are no examples, or `examples` or `batch_size` is below 1.
+        PeftLinearError: there are no examples, they are not prepared, or `examples` or `batch_size` is below 1.
     """
     if batch_size < 1 or (examples is not None and examples < 1):
         raise PeftLinearError(f"examples and batch_size must be at least 1, got {examples} and {batch_size}")
-    if _are_examples(data, data_collator):
-        count = min(len(data), examples or DEFAULT_EXAMPLES)
-        if not count:
-            raise PeftLinearError("the data to choose modules by is empty; pass at least one example")
+    if data is None:
+        data = _training_data(trainer)
+    data, are_examples = _recognise(data, data_collator)
+    if not are_examples:
+        limit = examples or (DEFAULT_EXAMPLES if isinstance(data, DataLoader) else None)
+        return _first_batches(data, limit)
+    own = data_collator is None and trainer is not None
+    collate = trainer.data_collator if own and trainer is not None else data_collator
+    keys = columns_of(trainer) if own and trainer is not None else _accepted_keys(model)
+    rows = _sample(data, examples or DEFAULT_EXAMPLES, seed)
+    if not _prepared(rows[0], keys):
+        rows = _prepared_by(trainer, data, rows[0], keys, examples or DEFAULT_EXAMPLES, seed)
+    features = [_only(row, keys) for row in rows]
+    collate = collate or _default_collator(processing_class)
+    return [collate(features[start : start + batch_size]) for start in range(0, len(features), batch_size)]
+
+
+def _training_data(trainer: Trainer | None) -> Any:
+    if trainer is None or trainer.train_dataset is None:
+        raise PeftLinearError(
+            "there are no data to choose modules by: no Trainer with a train_dataset calls this; pass batches or a "
+            "dataset as `data`"
+        )
+    return trainer.train_dataset
+
+
+def _sample(data: Any, count: int, seed: int) -> list[Any]:
+    """Random rows; the first of a stream."""
+    if hasattr(data, "__len__") and hasattr(data, "__getitem__"):
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:count].tolist()
-        keys = _accepted_keys(model)
-        features = [_only(data[i], keys) for i in order]
-        collate = data_collator or _default_collator(processing_class)
-        return [collate(features[start : start + batch_size]) for start in range(0, count, batch_size)]
-    limit = examples or (DEFAULT_EXAMPLES if isinstance(data, DataLoader) else None)
+        rows = [data[i] for i in order]
+    else:
+        rows = list(islice(iter(data), count))
+    if not rows:
+        raise PeftLinearError("the data to choose modules by is empty; pass at least one example")
+    return rows
+
+
+def _prepared(row: Any, keys: set[str] | None) -> bool:
+    """Whether a row has something that the model, or the Trainer's collator, takes."""
+    if keys is None or not isinstance(row, Mapping):
+        return True
+    return any(key in keys and key not in LABEL_KEYS for key in row)
+
+
+def _prepared_by(
+    trainer: Trainer | None, data: Any, row: Mapping[str, Any], keys: set[str] | None, count: int, seed: int
+) -> list[Any]:
+    """Rows of the Trainer's own training data, where those passed are not prepared.
+
+    Raises:
+        PeftLinearError: there is no Trainer, or its rows are not prepared either.
+    """
+    if trainer is not None and trainer.train_dataset is not None and trainer.train_dataset is not data:
+        rows = _sample(trainer.train_dataset, count, seed)
+        if _prepared(rows[0], keys):
+            logger.warning(
+                f"The rows to choose modules by have only {', '.join(map(str, row))}, which are not prepared for the "
+                "model: the Trainer's own training data are taken in their place."
+            )
+            return rows
+    raise PeftLinearError(
+        f"the rows to choose modules by have the columns {', '.join(map(str, row))}, none of which the model takes; "
+        "tokenise them as the training data are (tokenizer(row['text'])), or pass batches of the training DataLoader"
+    )
+
+
+def _recognise(data: Any, data_collator: Any) -> tuple[Any, bool]:
+    """The data, and whether they are single examples; an iterator is looked into and put together again."""
+    if isinstance(data, (DataLoader, Mapping)):
+        return data, False
+    if data_collator is not None or isinstance(data, Dataset) or hasattr(data, "column_names"):
+        return data, True
+    if not isinstance(data, Iterable):
+        return data, False
+    iterator = iter(data)
+    first = next(iterator, None)
+    if iterator is data:
+        data = chain([] if first is None else [first], iterator)
+    example = isinstance(first, Mapping) and not any(isinstance(v, Tensor) and v.ndim for v in first.values())
+    return data, example
+
+
+def _first_batches(data: Any, limit: int | None) -> list[Mapping[str, Any]]:
     batches: list[Mapping[str, Any]] = []
     seen = 0
     for batch in _iterate(data):
@@ -66,15 +148,6 @@ def calibration_batches(
         if limit is not None and seen >= limit:
             break
     return batches
-
-
-def _are_examples(data: Any, data_collator: Any) -> bool:
-    if isinstance(data, DataLoader):
-        return False
-    if data_collator is not None or isinstance(data, Dataset) or hasattr(data, "column_names"):
-        return True
-    first = data[0] if isinstance(data, (list, tuple)) and data else None
-    return isinstance(first, Mapping) and not any(isinstance(v, Tensor) and v.ndim for v in first.values())
 
 
 def _iterate(data: Any) -> Iterable[Any]:
@@ -91,11 +164,13 @@ def _size(batch: Any) -> int:
 
 
 def _accepted_keys(model: nn.Module) -> set[str]:
-    return {*inspect.signature(base_model(model).forward).parameters, *LABEL_KEYS, "label_ids"}
+    return {*inspect.signature(base_model(model).forward).parameters, *LABEL_KEYS}
 
 
-def _only(example: Any, keys: set[str]) -> Any:
-    return {key: value for key, value in example.items() if key in keys} if isinstance(example, Mapping) else example
+def _only(example: Any, keys: set[str] | None) -> Any:
+    if keys is None or not isinstance(example, Mapping):
+        return example
+    return {key: value for key, value in example.items() if key in keys}
 
 
 def _default_collator(processing_class: Any) -> Any:

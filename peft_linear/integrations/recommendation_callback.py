@@ -31,6 +31,7 @@ from .logs import know_handler, log_to_all
 from .main_process import on_main_process
 from .model_cards import keep_in_model_cards
 from .restrict import adapted_modules, adapter_name_of, checkpoint_modules, require_modules, restrict_adapter
+from .trainers import trainer_of
 
 
 logger = logging.get_logger(__name__)
@@ -73,8 +74,9 @@ class NtkRecommendationCallback(TrainerCallback):
     `get_peft_model`.
 
     Args:
-        data: Batches (an iterable of dicts, a DataLoader), or examples (a dataset or a list of features) that
-            `data_collator` makes into batches.
+        data: Batches (an iterable of dicts, a DataLoader), or examples (a dataset, a stream or a list of features)
+            that `data_collator`, by default the Trainer's, makes into batches. None, or rows of text as TRL's trainers
+            take them: the Trainer's own training data, as it has prepared them.
         budget: As for `recommend`.
         action: "report" or "restrict".
         criterion, seed: As for `recommend`.
@@ -177,6 +179,7 @@ class NtkRecommendationCallback(TrainerCallback):
     def _choose(self, args: TrainingArguments, state: TrainerState, model: torch.nn.Module, processing: Any) -> None:
         output = Path(args.output_dir or ".")
         candidates: dict[str, Any] = {}
+        trainer = trainer_of(self)
         if isinstance(model, PeftModel):
             candidates |= _candidates(model, adapter_name_of(model, self.adapter_name))
 
@@ -185,7 +188,9 @@ class NtkRecommendationCallback(TrainerCallback):
             earlier = None if checkpoint is None else self._recall(output, model, checkpoint)
             if earlier is not None:
                 return earlier
-            batches = calibration_batches(self.data, model, processing_class=processing, **self._sampling)
+            batches = calibration_batches(
+                self.data, model, processing_class=processing, trainer=trainer, **self._sampling
+            )
             found = self._request(args, candidates).recommend(model, batches)
             write_report(found, output)
             return found, found.modules

@@ -45,7 +45,7 @@ class ModuleKernels:
     blocks: Mapping[str, Tensor]  # {module name: (n, n) float64}, in model order
     base: Tensor  # (n, n) float64, zeros where nothing is always trained
     outputs: Tensor  # (N, C) float64, f at θ0
-    labels: Tensor | None  # (N,) int64
+    labels: Tensor | None  # (N,) int64 classes, (N, C) int64 of 0 and 1, or float64 targets
     num_parameters: Mapping[str, int]  # adapter parameters of each module at this rank
     shapes: Mapping[str, tuple[int, int]]  # (d_in, d_out) of each module
     output_kind: str = "logits"

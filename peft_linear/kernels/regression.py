@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import KernelError, OutputError
+from ..functional.labels import several_labels
 from ..functional.outputs import recorded_output
 from ..functional.regression import (
     dual_distance,
@@ -129,6 +130,8 @@ def fit_kernel_regression(
     """
     chosen = kernels.names if names is None else tuple([names] if isinstance(names, str) else names)
     labels = kernels.labels if labels is None else torch.as_tensor(labels)
+    if labels is not None and several_labels(labels):
+        labels = labels.double()
     if labels is None:
         raise OutputError("the kernels hold no labels; pass labels= (class numbers or targets of the outputs' shape)")
     if not labels.is_floating_point() and "logits" not in recorded_output(kernels.output_kind).provides(labels):

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, TypeVar
 from ..errors import FileError, PeftLinearError
 from ..functional.spectrum import Spectrum
 from ..tuners.proximal_lora import ProximalLoraConfig
+from .configs import check_exact, exact_fields
 from .ranks import distribute_ranks, parse_rank_budget, plain_number, rank_patterns
 from .saving import FORMAT, JSON_NAME, read_recommendation, write_recommendation
 from .values import ModuleScore, Settings
@@ -88,10 +88,11 @@ class RecommendationData:
         budget: float | str | None = None,
         **kwargs: Any,
     ) -> ProximalLoraConfig:
-        """A config that matches exactly these modules.
+        """A config with which peft adapts exactly these modules and trains the head that was counted as trained.
 
         `target_modules` is the list of full names. peft also accepts a suffix as a match, so where a chosen name is
-        the end of another candidate's it is one regular expression instead.
+        the end of another module's it is one regular expression instead. `modules_to_save` names what was always
+        trained (a classifier, which peft leaves frozen where its task types do not know it), unless it is passed.
 
         Args:
             r: Rank; default: the rank the kernels were computed for. "adaptive": those of `adaptive_ranks(budget)`,
@@ -102,8 +103,8 @@ class RecommendationData:
             **kwargs: Other fields of `ProximalLoraConfig` (`proximal_lambda`, `task_type`, …).
 
         Raises:
-            PeftLinearError: a field is passed that the recommendation decides, a budget without "adaptive", or
-                `adaptive_ranks` raises it.
+            PeftLinearError: a field is passed that the recommendation decides, or with which peft would adapt other
+                modules; a module that peft cannot adapt; a budget without "adaptive"; or `adaptive_ranks` raises it.
         """
         decided = {"target_modules"} | ({"rank_pattern", "alpha_pattern"} if r == "adaptive" else set())
         if given := sorted(decided & set(kwargs)):
@@ -113,17 +114,16 @@ class RecommendationData:
         if budget is not None and r != "adaptive":
             raise PeftLinearError(f'budget={budget!r} is distributed by r="adaptive"; got r={r!r}')
         candidates = [row.name for row in self.scores]
-        ambiguous = any(other.endswith(f".{name}") for name in self.modules for other in candidates)
-        targets: list[str] | str = list(self.modules)
-        if ambiguous:
-            targets = "|".join(re.escape(name) for name in self.modules)
+        kwargs |= exact_fields(self.modules, candidates, self.settings.kernels, kwargs)
         alpha: Any = self.settings.lora_alpha if lora_alpha is None else lora_alpha
         uniform: Any = self.settings.rank if r is None or r == "adaptive" else r
         if r == "adaptive":
             ranks = self.adaptive_ranks(budget)
             rslora = bool(kwargs.get("use_rslora"))
             kwargs["rank_pattern"], kwargs["alpha_pattern"] = rank_patterns(ranks, uniform, alpha, rslora)
-        return ProximalLoraConfig(r=uniform, lora_alpha=plain_number(alpha), target_modules=targets, **kwargs)
+        config = ProximalLoraConfig(r=uniform, lora_alpha=plain_number(alpha), **kwargs)
+        check_exact(config, self.modules, candidates, self.settings.kernels)
+        return config
 
     def adaptive_ranks(self, budget: float | str | None = None) -> dict[str, int]:
         """A rank for each chosen module, by its share of the effective dimension; see `selection.ranks`.

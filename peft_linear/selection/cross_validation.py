@@ -22,9 +22,14 @@ class CrossValidation:
     accuracy: float
 
 
-def fold_indices(labels: Tensor, folds: int, seed: int) -> list[Tensor]:
-    """Examples of each fold: random by `seed`, with every class spread over the folds as evenly as counts allow."""
+def fold_indices(labels: Tensor, folds: int, seed: int, order: Tensor | None = None) -> list[Tensor]:
+    """Examples of each fold: random by `seed`, with every class spread over the folds as evenly as counts allow.
+
+    Args:
+        order: (N,) the examples as they are drawn from (`Problem.order`); default: as they are.
+    """
     shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    shuffled = shuffled if order is None else order[shuffled]
     by_class = shuffled[labels[shuffled].argsort(stable=True)]
     return [by_class[start::folds].sort().values for start in range(folds)]
 
@@ -39,7 +44,7 @@ def cross_validate(gram: Tensor, problem: Problem) -> CrossValidation:
 
     Args:
         gram: (n, n) float64, K_S.
-        problem: With class labels; its `steps`, `learning_rate`, `folds` (at most N) and `seed` are used.
+        problem: With class labels; its `steps`, `learning_rate`, `folds` (at most N), `seed` and `key` are used.
 
     Raises:
         OutputError: the outputs are not labelled logits, or there is a single example.
@@ -49,7 +54,7 @@ def cross_validate(gram: Tensor, problem: Problem) -> CrossValidation:
         raise OutputError("simulated training needs logits with class labels; pass batches that have labels")
     if problem.num_examples < 2:
         raise OutputError("cross-validation needs at least 2 examples, got 1; pass more batches")
-    held_out = fold_indices(problem.labels, min(problem.folds, problem.num_examples), problem.seed)
+    held_out = fold_indices(problem.labels, min(problem.folds, problem.num_examples), problem.seed, problem.order)
     examples, classes = problem.outputs.shape
     seen = torch.ones(len(held_out), examples, 1, dtype=torch.float64)
     for fold, held in enumerate(held_out):

@@ -36,9 +36,12 @@ class Evidence:
     condition_numbers: Mapping[str, float]
     spectra: Mapping[str, Spectrum]
     predicted: Mapping[str, Any]
+    asked_for: str = ""  # the criterion as it was passed
 
 
-def collect_evidence(views: Views, choice: Choice, scores: Mapping[str, float], criterion: Criterion) -> Evidence:
+def collect_evidence(
+    views: Views, choice: Choice, scores: Mapping[str, float], criterion: Criterion, asked_for: str = ""
+) -> Evidence:
     """Cost: 2·splits evaluations of the criterion a candidate on n/2 rows, and one eigendecomposition a candidate."""
     plain, scoring = views.plain, views.scoring
     kernels = plain.kernels
@@ -55,6 +58,7 @@ def collect_evidence(views: Views, choice: Choice, scores: Mapping[str, float], 
         condition_numbers=condition_numbers,
         spectra=_spectra(views, choice),
         predicted=_predictions(views, choice),
+        asked_for=asked_for,
     )
 
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from .baselines.by_kernels import equal_parameter_rank
+from .candidates import untrainable
+from .criteria import DEFAULT_CRITERION, DEFAULT_NAME
 from .evidence import Evidence
 
 
@@ -127,6 +129,31 @@ def excluded_ahead_of_chosen(evidence: Evidence) -> str | None:
     )
 
 
+def another_default_criterion(evidence: Evidence) -> str | None:
+    criterion, problem = evidence.criterion, evidence.views.plain.problem
+    if evidence.asked_for != DEFAULT_NAME or criterion.name == DEFAULT_CRITERION:
+        return None
+    if problem.provides and problem.output_kind != "logits":
+        return None  # the documented default of these outputs
+    what = problem.what
+    if problem.provides:
+        return f"Of {what} the default criterion is {criterion.label}, not that of class labels."
+    return (
+        f"{what[0].upper()}{what[1:]} say nothing of a loss, so the criterion is the {criterion.label}, which does "
+        "not know the task. Pass batches with labels and outputs that have a loss, or name the criterion."
+    )
+
+
+def left_out_of_candidates(evidence: Evidence) -> str | None:
+    kernels = evidence.views.plain.kernels
+    out = {name: reason for name, reason in untrainable(kernels).items() if name not in kernels}
+    if not out:
+        return None
+    by_reason = {reason: [name for name, why in out.items() if why == reason] for reason in out.values()}
+    what = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in by_reason.items())
+    return f"No candidates, since an adapter would not train there: {what}."
+
+
 NOTES: tuple[Note, ...] = (
     few_examples,
     no_signal,
@@ -137,6 +164,8 @@ NOTES: tuple[Note, ...] = (
     condition_number_is_the_ridges,
     draws_differ,
     excluded_ahead_of_chosen,
+    another_default_criterion,
+    left_out_of_candidates,
 )
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 import torch
 import torch.nn.functional as F
 
+from ..functional.labels import several_labels
 from ..functional.regression import dual_distance, leave_one_out_residuals, solve_ridge
 from ..functional.simulation import simulate_training
 from .criteria import View
@@ -70,6 +71,8 @@ def before_training(problem: Problem) -> dict[str, float]:
     if "logits" in problem.provides:
         cross_entropy = float(F.cross_entropy(problem.outputs, problem.targets))
         return {"loss": cross_entropy, "accuracy": _accuracy(problem.outputs, problem)}
+    if problem.labels is not None and several_labels(problem.labels):
+        return {"loss": float(F.binary_cross_entropy_with_logits(problem.outputs, problem.targets))}
     loss = problem.output.mean_loss(problem.outputs, problem.labels)
     return {} if loss is None else {"loss": loss}
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..functional.outputs import Output, recorded_output
@@ -32,6 +33,8 @@ class Problem:
         steps: Of that descent.
         folds: Of its cross-validation over examples.
         seed: Of the folds.
+        key: (N,) float64, a number for each example that depends on the example and not on its position: folds and
+            halves are drawn from the examples in its order. None: in the order of positions.
         rounding: `eps` and `entry_error` of the kernels' spectra; see `Spectrum.from_gram`.
     """
 
@@ -44,12 +47,18 @@ class Problem:
     folds: int = 4
     seed: int = 0
     rounding: tuple[float | None, float] = (None, 0.0)
+    key: Tensor | None = None
 
     @classmethod
     def of(cls, kernels: ModuleKernels, ridge: float, **settings: float | int) -> Problem:
         """The problem that `kernels` were computed on."""
-        given: dict[str, Any] = {"rounding": kernels.rounding, **settings}
+        given: dict[str, Any] = {"rounding": kernels.rounding, "key": example_key(kernels), **settings}
         return cls(kernels.outputs, kernels.labels, kernels.output_kind, ridge, **given)
+
+    @property
+    def order(self) -> Tensor:
+        """(N,) int64, the examples by `key`."""
+        return torch.arange(self.num_examples) if self.key is None else self.key.argsort(stable=True)
 
     def spectrum(self, gram: Tensor) -> Spectrum:
         """Eigenvalues of a kernel of this problem; what its precision leaves below 0 counts as rounding. O(n³)."""
@@ -101,3 +110,21 @@ class Problem:
             OutputError: the loss cannot be read from these outputs.
         """
         return self.output.error(self.outputs, self.labels).reshape(-1) / self.num_examples
+
+
+def example_key(kernels: ModuleKernels) -> Tensor:  # (N,) float64
+    """A number for each example, from its outputs, labels and kernel: fixed random multiples of them, added up.
+
+    Each is in units of its largest value, so that rounding, as by other batches, changes the order of examples only
+    where they are all but equal. Lazy kernels are not read for it.
+    """
+    count = kernels.num_examples
+    columns = [kernels.outputs.double().reshape(count, -1)]
+    if kernels.labels is not None:
+        columns.append(kernels.labels.double().reshape(count, -1))
+    if not kernels.lazy:
+        diagonal = kernels.base.diagonal() + sum(block.diagonal() for block in kernels.blocks.values())
+        columns.append(diagonal.reshape(count, -1))
+    scaled = torch.cat([column / column.abs().max().clamp_min(1e-300) for column in columns], dim=1)
+    weights = torch.randn(scaled.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return (scaled * weights).sum(dim=1)

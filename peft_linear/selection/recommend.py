@@ -15,6 +15,7 @@ from ..recommendation.budget import parse_budget
 from ..recommendation.ranks import effective_dimensions
 from ..recommendation.values import ModuleScore, Settings
 from ..report.recommendation import Recommendation
+from .candidates import candidates_of
 from .choice import choose
 from .criteria import DEFAULT_NAME, Criterion, rank_by_score, resolve_criterion, score_modules
 from .evidence import Evidence, collect_evidence
@@ -48,7 +49,8 @@ def recommend(
     The budget is used up: as many modules are taken as fit, also where the criterion no longer improves (a note says
     so). Whether the ranking of the candidates is stable is tested on random halves of the examples
     (`Recommendation.signal`); where it is not, a note says so and names the alternative, all candidates at a lower
-    rank. Cost: one criterion evaluation for each candidate and round of the search (O(n³) for most; additive criteria
+    rank. Modules that no adapter can train (never called, or refused by peft) are no candidates; a note names them.
+    Cost: one criterion evaluation for each candidate and round of the search (O(n³) for most; additive criteria
     need one for each candidate, O(n²)), twenty on n/2 rows and one eigendecomposition for each candidate, whose
     condition number is always shown. 8 of 37 candidates with n = 512 rows take about 2 s on one CPU core by an
     additive criterion, 5 s by leave-one-out error and 11 s by predicted loss; it grows as n³.
@@ -75,8 +77,10 @@ def recommend(
         CriterionError: an unknown criterion, strategy or optimizer.
         OutputError: the outputs do not provide what the criterion or the optimizer needs.
         KernelError: ridge ≤ 0, a kernel that is zero or not finite, or `heads` of other modules or examples.
+        TargetError: an adapter can train none of the modules.
         PeftLinearError: `heads` with another criterion than gradient energy; `exclude` is no list of components.
     """
+    kernels, heads = candidates_of(kernels, heads)
     limit = parse_budget(budget, kernels.num_parameters)
     problem = Problem.of(kernels, ridge=1.0)
     resolved = resolve_criterion(criterion, problem)
@@ -90,7 +94,7 @@ def recommend(
     views = Views.of(kernels, heads, training, ridge, seed)
     scores = score_modules(views.scoring, resolved)
     choice = choose(views.scoring, scores, resolved, limit, strategy, exclude)
-    return _recommendation(collect_evidence(views, choice, scores, resolved), budget, criterion)
+    return _recommendation(collect_evidence(views, choice, scores, resolved, criterion), budget, criterion)
 
 
 def _by_heads(criterion: Criterion, kernels: ModuleKernels, heads: Sequence[ModuleKernels]) -> Criterion:

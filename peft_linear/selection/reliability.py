@@ -47,7 +47,7 @@ def split_half_reliability(
     generator = torch.Generator().manual_seed(problem.seed)
     correlations, ranks, utilities = [], [], []
     for _ in range(splits):
-        order = torch.randperm(count, generator=generator)
+        order = problem.order[torch.randperm(count, generator=generator)]
         one, other = (
             _utilities(view, criterion, half) for half in (order[: count // 2], order[count // 2 : 2 * (count // 2)])
         )
@@ -86,7 +86,8 @@ def _around(
 def _utilities(view: View, criterion: Criterion, examples: Tensor) -> Tensor:
     kernels, problem = view.kernels, view.problem
     labels = None if problem.labels is None else problem.labels[examples]
-    half = replace(problem, outputs=problem.outputs[examples], labels=labels)
+    key = None if problem.key is None else problem.key[examples]
+    half = replace(problem, outputs=problem.outputs[examples], labels=labels, key=key)
     scores = score_modules(View(kernels.select_examples(examples), half), criterion)
     return torch.tensor([criterion.utility(scores[name]) for name in kernels.names], dtype=torch.float64)
 

@@ -17,7 +17,7 @@ from ..capture.resources import DEFAULT_RESOURCES, Resources
 from ..capture.targets import base_model, resolve_always_trained
 from ..capture.warm_head import STEPS as HEAD_STEPS
 from ..capture.warm_head import warmed_head
-from ..errors import PeftLinearError, TargetError
+from ..errors import OutputError, PeftLinearError, TargetError
 from ..functional.outputs import Outputs, resolve_output
 from ..kernels.module_kernels import ModuleKernels
 from ..recommendation.budget import parse_budget
@@ -109,10 +109,16 @@ class ModuleRequest:
             with warmed_head(model, batches, self.head_steps, always_trained=request.always_trained):
                 return _after(self.head_steps, request.compute(model, batches, self.resources)), ()
         kernels = request.compute(model, batches, self.resources)
+        problem = Problem.of(kernels, ridge=1.0)
+        if self.head_steps and "logits" not in problem.provides:
+            raise OutputError(
+                f"head_steps={self.head_steps} trains the head on class labels, and these are {problem.what}; leave "
+                "head_steps out"
+            )
         head_steps = self.head_steps
         if head_steps is None:
             head_steps = HEAD_STEPS if resolve_always_trained(model, request.always_trained) else 0
-        if not by_heads or not head_steps or "logits" not in Problem.of(kernels, ridge=1.0).provides:
+        if not by_heads or not head_steps or "logits" not in problem.provides:
             return kernels, ()
         request = replace(request, draws=self.kernels.get("draws", _head_draws(request.space)))
         return kernels, kernels_through_heads(request, model, batches, head_steps, self.resources)

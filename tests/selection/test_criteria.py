@@ -125,7 +125,7 @@ def test_cross_validation_is_training_without_the_fold(kernels, problem):
     gram = kernels.subset(kernels.names[:3])
     loss = accuracy = 0.0
     everyone = torch.arange(kernels.num_examples)
-    for held in fold_indices(kernels.labels, problem.folds, problem.seed):
+    for held in fold_indices(kernels.labels, problem.folds, problem.seed, problem.order):
         part = kernels.select_examples(torch.tensor([i for i in everyone.tolist() if i not in held.tolist()]))
         both = kernels.select_examples([*held.tolist(), *[i for i in everyone.tolist() if i not in held.tolist()]])
         rows = len(held) * kernels.num_outputs

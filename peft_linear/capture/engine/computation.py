@@ -14,6 +14,7 @@ import torch
 
 from ...functional.gram import DEFAULT_MAX_BYTES
 from ...kernels import ModuleKernels
+from ..adaptable import facts_for_peft
 from ..batches import read_batches
 from ..job import Job, Prepared
 from ..passes import no_gradient
@@ -84,6 +85,7 @@ def _kernels_of_rank(rank: int, result: Result, job: Job, prepared: Prepared) ->
             "kernel": arguments["kernel"],
             "always_trained": arguments["always_trained"],
             "no_gradient": found.zero,
+            "peft": facts_for_peft(base_model(job.model), job.candidates, arguments["always_trained"]),
             "ways": found.methods,
             **result.record,
         },

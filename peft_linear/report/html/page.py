@@ -179,8 +179,13 @@ def _code(rec: RecommendationData) -> str:
         targets = json.dumps(config.target_modules, ensure_ascii=False)
     code = (
         "from peft_linear import ProximalLoraConfig\n\nconfig = ProximalLoraConfig(\n"
-        f"    r={config.r},\n    lora_alpha={config.lora_alpha},\n    target_modules={targets},\n)\n"
+        f"    r={config.r},\n    lora_alpha={config.lora_alpha},\n    target_modules={targets},\n"
     )
+    if config.exclude_modules:
+        code += f"    exclude_modules={json.dumps(config.exclude_modules, ensure_ascii=False)},\n"
+    if config.modules_to_save:
+        code += f"    modules_to_save={json.dumps(config.modules_to_save, ensure_ascii=False)},\n"
+    code += ")\n"
     return (
         "<h2>Use it</h2>\n<p>Modules are listed in the order they were chosen. <code>peft.LoraConfig</code> "
         "takes the same arguments; add "
