@@ -73,7 +73,7 @@ def check_exact(
     in_peft = copy.copy(config)
     in_peft.modules_to_save = [
         *(config.modules_to_save or ()),
-        *TASK_HEADS.get(getattr(config.task_type, "value", config.task_type), ()),
+        *TASK_HEADS.get(str(getattr(config.task_type, "value", config.task_type)), ()),
     ] or None
     adapted = {name for name in known if check_target_module_exists(in_peft, name)}
     differ = sorted(adapted ^ set(modules))
