@@ -116,7 +116,8 @@ def example_key(kernels: ModuleKernels) -> Tensor:  # (N,) float64
     """A number for each example, from its outputs, labels and kernel: fixed random multiples of them, added up.
 
     Each is in units of its largest value, so that rounding, as by other batches, changes the order of examples only
-    where they are all but equal, and kernels preconditioned by an optimizer have the same. Lazy kernels are not read for it.
+    where they are all but equal, and kernels preconditioned by an optimizer have the same. Lazy
+    kernels are not read for it.
     """
     count = kernels.num_examples
     columns = [kernels.outputs.double().reshape(count, -1)]
