@@ -137,7 +137,8 @@ def load_text_data(
     texts = _find_text_columns(rows[0], text_columns, label, os.fspath(source))
     if label is None:
         return TextData(splits, texts, None, None, os.fspath(source))
-    values = _label_values(splits, label, os.fspath(source))
+    looked_at = {"first": [rows[0]]} if names else splits  # with names there is no need to read all rows
+    values = _label_values(looked_at, label, os.fspath(source))
     return TextData(splits, texts, label, names or _label_names(values, label, os.fspath(source)), os.fspath(source))
 
 

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -14,6 +15,11 @@ from ..errors import PeftLinearError
 from ..tuners.proximal_lora import ProximalLoraConfig
 
 
+TASK_HEADS = {  # that peft adds to modules_to_save by task_type
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 MATCHING = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "target_parameters")
 
 
@@ -64,13 +70,19 @@ def check_exact(
         PeftLinearError: they differ.
     """
     known = {*candidates, *modules, *(provenance.get("peft") or {}).get("alike", ())}
-    adapted = {name for name in known if check_target_module_exists(config, name)}
+    in_peft = copy.copy(config)
+    in_peft.modules_to_save = [
+        *(config.modules_to_save or ()),
+        *TASK_HEADS.get(str(getattr(config.task_type, "value", config.task_type)), ()),
+    ] or None
+    adapted = {name for name in known if check_target_module_exists(in_peft, name)}
     differ = sorted(adapted ^ set(modules))
     parameters = getattr(config, "target_parameters", None)
     if not differ and not parameters:
         return
     what = ", ".join(f"{name} ({'not chosen' if name in adapted else 'chosen, left out'})" for name in differ)
     fields = [name for name in MATCHING if getattr(config, name, None)]
+    fields += ["task_type"] if in_peft.modules_to_save != config.modules_to_save else []
     because = f"with {' and '.join(f'{name}={getattr(config, name)!r}' for name in fields)} " if fields else ""
     raise PeftLinearError(
         f"{because}peft would not adapt exactly the recommended modules: {what or f'parameters {parameters}'}; leave "

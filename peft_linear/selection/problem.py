@@ -116,15 +116,17 @@ def example_key(kernels: ModuleKernels) -> Tensor:  # (N,) float64
     """A number for each example, from its outputs, labels and kernel: fixed random multiples of them, added up.
 
     Each is in units of its largest value, so that rounding, as by other batches, changes the order of examples only
-    where they are all but equal. Lazy kernels are not read for it.
+    where they are all but equal, and kernels preconditioned by an optimizer have the same. Lazy
+    kernels are not read for it.
     """
     count = kernels.num_examples
     columns = [kernels.outputs.double().reshape(count, -1)]
     if kernels.labels is not None:
         columns.append(kernels.labels.double().reshape(count, -1))
     if not kernels.lazy:
-        diagonal = kernels.base.diagonal() + sum(block.diagonal() for block in kernels.blocks.values())
-        columns.append(diagonal.reshape(count, -1))
+        diagonals = [block.diagonal().double() for block in (kernels.base, *kernels.blocks.values())]
+        relative = [diagonal / diagonal.abs().max().clamp_min(1e-300) for diagonal in diagonals]
+        columns.append(torch.stack(relative).sum(dim=0).reshape(count, -1))
     scaled = torch.cat([column / column.abs().max().clamp_min(1e-300) for column in columns], dim=1)
     weights = torch.randn(scaled.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     return (scaled * weights).sum(dim=1)

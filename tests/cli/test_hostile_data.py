@@ -156,3 +156,10 @@ def test_models_that_see_only_earlier_tokens_are_taken(place, tmp_path):
 def test_budgets_that_only_look_like_numbers(text):
     with pytest.raises(BudgetError, match="cannot read the budget"):
         parse_budget_argument(text)
+
+
+def test_several_labels_are_refused_also_where_classes_have_names(tmp_path):
+    (tmp_path / "train.jsonl").write_text(jsonl(labelled([[0, 1], [1]])), encoding="utf-8")
+    (tmp_path / "labels.json").write_text('{"labels": ["a", "b"]}', encoding="utf-8")
+    with pytest.raises(FileError, match="several labels an example, which the command line does not read"):
+        load_text_data(tmp_path)

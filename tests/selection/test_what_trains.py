@@ -100,7 +100,7 @@ def test_a_model_of_which_peft_adapts_no_layer_is_refused():
         recommend_modules(model, [batch_for("bert")], 1)
 
 
-class Quantised(nn.Module):
+class OddLinear(nn.Module):
     """A class that peft has no LoRA layer for, though its name says Linear."""
 
     def __init__(self):
@@ -110,10 +110,6 @@ class Quantised(nn.Module):
 
     def forward(self, hidden):
         return hidden @ self.weight.T
-
-
-class OddLinear(Quantised):
-    pass
 
 
 class WithOddLinear(Attending):
@@ -196,6 +192,13 @@ def test_where_peft_rewrites_patterns_the_others_are_excluded_instead():
 def test_fields_with_which_peft_would_adapt_something_else_are_refused(options):
     with pytest.raises(PeftLinearError, match=f"with .*{next(iter(options))}=.* peft would not adapt exactly"):
         heads_recommendation(["heads"], targets=["inner", "proj"], budget=1).to_config(**options)
+
+
+def test_a_task_type_by_which_peft_would_train_a_chosen_module_in_full_is_refused():
+    rec = heads_recommendation(["prescore"], alike=True, targets=["score"])
+    with pytest.raises(PeftLinearError, match=r"task_type='SEQ_CLS' peft would not .*score \(chosen, left out\)"):
+        rec.to_config(task_type="SEQ_CLS", modules_to_save=["embed"])
+    assert rec.to_config(modules_to_save=["embed"]).target_modules == {"score"}
 
 
 def test_a_module_that_peft_cannot_adapt_makes_no_config():
