@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-"""Selective Projection Decay (Tian et al., NeurIPS 2024, arXiv 2411.01713), an alternative to the proximal term.
+"""Selective Projection Decay (Tian et al., NeurIPS 2024, arXiv 2411.01713), a baseline for the proximal term.
 
 Per tensor, with `θ_{t−1}` the tensor before the optimizer's step, `g` the gradient there and `θ̃` the tensor after it:
 if `⟨g, θ_{t−1}−θ0⟩ > 0` (strictly, else the first step of all would be 0/0), then

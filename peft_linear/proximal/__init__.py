@@ -5,6 +5,8 @@
 - `hook`: how an optimizer's `step()` is intercepted, torch's own and others (`attach_proximal`);
 - `step`: what is done before and after one optimizer step;
 - `updates`: which factors of which adapters a step updates, with their anchors, learning rates and λ;
+- `precision`: the weights of bfloat16 and float16 factors in float32;
+- `elsewhere`: weights that an optimizer keeps beside the parameters;
 - `operators`: the penalty's gradient, the proximal operator and the projection, on these factors;
 - `delta_space`: the same in delta space, modules of equal shapes together;
 - `shards`: factors that are sharded over processes (FSDP2);

@@ -42,6 +42,7 @@ class _Copied(NamedTuple):
     paths: tuple[tuple, ...] = ()  # from the optimizer, see `_roots`
 
 
+_NEW = _Copied()
 _known: weakref.WeakKeyDictionary[Any, dict[int, _Copied]] = weakref.WeakKeyDictionary()  # by id of the factor
 
 
@@ -50,9 +51,9 @@ def refuse_other_weights(optimizer: Any, update: AdapterUpdate) -> None:
 
     To be called before and after a step: some make their copies in the first one.
     """
-    if not update.factors():
+    factor = next((factor for module in update.active_modules for factor in module.factors()), None)
+    if factor is None:
         return
-    factor = update.factors()[0]
     name = type(optimizer).__name__
     if _is_schedule_free(factor.group):
         if factor.is_low:
@@ -83,21 +84,24 @@ def find_places(optimizer: Any, update: AdapterUpdate) -> None:
     """After the optimizer's step: sets the `place` of every factor whose weights are elsewhere too."""
     if update.mode == "coupled":
         return
-    factors = [factor for factor in update.factors() if not is_sharded(factor.parameter)]
-    for factor in factors:
+    known = _knowledge(optimizer)
+    schedule_free = {id(group) for group in optimizer.param_groups if _is_schedule_free(group)}
+    for factor in update.factors():
+        copied = known.get(id(factor.parameter), _NEW)
+        if not schedule_free and not copied.paths and copied.looks >= _LOOKS:
+            continue  # the usual case
+        if is_sharded(factor.parameter):
+            continue
         state = _state(optimizer, factor)
-        if _is_schedule_free(factor.group) and isinstance(state.get("z"), Tensor):
+        if id(factor.group) in schedule_free and isinstance(state.get("z"), Tensor):
             factor.place = _ScheduleFree(factor, state)
             factor.learning_rate = factor.group.get("scheduled_lr", factor.learning_rate)
-    known = _knowledge(optimizer)
-    for factor in factors:
-        if factor.place is None:
-            copied = known.get(id(factor.parameter), _Copied())
-            if copied.looks < _LOOKS:
-                known[id(factor.parameter)] = copied = _look_for_copies(optimizer, factor, copied)
-            copies = [copy for path in copied.paths if (copy := _follow(optimizer, factor, path)) is not None]
-            if copies:
-                factor.place = _Copies(factor, copies)
+            continue
+        if copied.looks < _LOOKS:
+            known[id(factor.parameter)] = copied = _look_for_copies(optimizer, factor, copied)
+        copies = [copy for path in copied.paths if (copy := _follow(optimizer, factor, path)) is not None]
+        if copies:
+            factor.place = _Copies(factor, copies)
 
 
 class _Copies:

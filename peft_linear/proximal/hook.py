@@ -17,6 +17,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -24,6 +25,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from ..errors import PeftLinearError
 from ..tuners.proximal_lora.state import find_adapters, live_records
 from .step import OptimizerStep
+
+
+# A step that the user compiles calls the hooks uncompiled; torch has this decorator on its own methods of optimizers.
+_not_compiled: Callable = getattr(torch, "_disable_dynamo", lambda function: function)
 
 
 class _OpenSteps(threading.local):
@@ -101,6 +106,7 @@ def attach_proximal(model: nn.Module, optimizer: Any) -> ProximalHandle:
     return ProximalHandle(undo)
 
 
+@_not_compiled
 def _begin(key: Any, optimizer: Any, args: tuple, kwargs: dict, closure_position: int) -> tuple[tuple, dict]:
     """Opens a step. The gradient is complete only after the closure, if there is one, so the closure is wrapped."""
     for other in list(_open.steps.keys()):
@@ -144,6 +150,7 @@ def _is_running(key: Any) -> bool:
     return False
 
 
+@_not_compiled
 def _end(key: Any, optimizer: Any) -> None:
     step = _open.steps.pop(key, None)
     if step is None:

@@ -26,6 +26,7 @@ own factors.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -84,11 +85,12 @@ class OptimizerStep:
         taken = {factor for outer in self._enclosing for update in outer._adapters for factor in _ids(update.modules)}
         for update in self._adapters:
             refuse_other_weights(optimizer, update)
-            limit_remainders(update.factors())
-            self._decide(update)
+            with _uncast(update):
+                self._decide(update)
             if update.mode == "coupled":  # the outer optimizer has added the gradient already
                 update.modules = _without(update.modules, taken)
-                self._add_gradient(update, optimizer)
+                with _uncast(update):
+                    self._add_gradient(update, optimizer)
             else:  # an outer optimizer leaves the term to this one, which uses the gradient itself
                 for outer in self._enclosing:
                     outer._release(update)
@@ -103,7 +105,8 @@ class OptimizerStep:
             if update.modules:
                 refuse_other_weights(optimizer, update)
                 find_places(optimizer, update)
-                _finish(update, taken)
+                with _uncast(update):
+                    _finish(update, taken)
                 update.adapter.step_ended(update.parameters())
 
     def abandon(self) -> None:
@@ -131,6 +134,7 @@ class OptimizerStep:
         factors = update.factors()
         if not factors:
             return  # the schedule has λ = 0 at this step
+        limit_remainders(factors)
         if update.mode == "projection":
             prepare_projection(factors, [self._risk_gradient(factor.parameter) for factor in factors])
         elif update.adapter.config.proximal_selective:
@@ -187,6 +191,12 @@ def _finish(update: AdapterUpdate, taken: Tensor | None) -> None:
     elif update.mode == "projection":
         fired = apply_projection(update.factors(), gate)
     update.counter.add(1 if taken is None else taken, active, fired)
+
+
+def _uncast(update: AdapterUpdate) -> AbstractContextManager:
+    """Switches autocast off for what is done inside, where a step is taken under it."""
+    device = update.modules[0].lora.a.device.type if update.modules else "cpu"
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def _step_taken(optimizer: Any) -> Tensor | None:

@@ -19,6 +19,7 @@ from ..tuners.proximal_lora.tracked import Factors, TrackedAdapter
 from .shards import is_supported, local_part, part_of
 
 
+_LARGEST = 1e38  # a larger λ is this one: a float32 rate of 0 times infinity would be NaN
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
@@ -140,7 +141,7 @@ def find_updates(optimizer: Any) -> list[AdapterUpdate]:
     updates = (_adapter_update(adapter, counter, groups) for adapter, counter in _with_counters(held, groups))
     found = [update for update in updates if update.modules]
     for update in found:
-        used = {id(factor.group) for factor in update.factors()}
+        used = {id(factor.group) for module in update.active_modules for factor in module.factors()}
         for index, group in enumerate(optimizer.param_groups):
             if id(group) in used:
                 _check_rate(group.get("lr"), index, update.adapter)
@@ -174,7 +175,7 @@ def _adapter_update(adapter: TrackedAdapter, counter: StepCounter, groups: dict[
     update = AdapterUpdate(adapter, counter)
     memory: set[int] = set()  # tied adapters are two parameters of one memory: only the first is updated
     for lora in adapter.factors():
-        strength = strengths.base(lora.name) * schedule
+        strength = min(strengths.base(lora.name) * schedule, _LARGEST)
         pair: list[FactorUpdate | None] = []
         for letter, value, anchor in (("A", lora.a, lora.anchor.a), ("B", lora.b, lora.anchor.b)):
             group = _group_of(value, groups, adapter, memory)

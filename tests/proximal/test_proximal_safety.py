@@ -102,6 +102,15 @@ def test_the_largest_lambda_gives_no_nan(mode, space):
         assert proximal_distance(model, space="delta") == 0
 
 
+@pytest.mark.parametrize("space", ["factors", "delta"])
+@pytest.mark.parametrize("rate", [0.0, torch.tensor(0.0)])
+def test_the_largest_lambda_times_a_learning_rate_of_zero_is_zero(rate, space):
+    model = displaced(proximal(lam=sys.float_info.max, proximal_space=space))
+    before = proximal_distance(model)
+    step_at_rest(model, rate)
+    assert proximal_distance(model) == before
+
+
 class Failing(SGD):
     """Raises in its step, after the hooks before it."""
 

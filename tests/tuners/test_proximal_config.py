@@ -13,6 +13,7 @@ import pickle
 import re
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +25,11 @@ from peft.tuners.lora import LoraModel
 import peft_linear
 from peft_linear.errors import PeftLinearError
 from peft_linear.tuners.proximal_lora import PROXIMAL_LORA, ProximalLoraConfig, ProximalLoraModel
+from peft_linear.tuners.proximal_lora.strength import Strengths
 
 
 ROOT = Path(__file__).parents[2]
+HUGE = {"no float": 10**400, "not printed": 10**5000, "negative": -(10**400), "fraction": Fraction(10**400, 3)}
 
 
 def test_the_type_is_a_real_member_of_pefts_enum():
@@ -145,10 +148,26 @@ def test_projection_does_not_change_the_selective_field(selective):
     assert config.proximal_selective is selective
 
 
-@pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf"), "0.1", None, True])
+@pytest.mark.parametrize(
+    "value",
+    [
+        *[-0.1, float("nan"), float("inf"), "0.1", None, True],
+        *[pytest.param(v, id=n) for n, v in HUGE.items()],
+    ],
+)
 def test_a_lambda_that_is_not_a_finite_number_from_zero_on_is_refused(value):
     with pytest.raises(PeftLinearError, match=r"proximal_lambda must be a finite number >= 0 .* got"):
         ProximalLoraConfig(proximal_lambda=value)
+
+
+@pytest.mark.parametrize("value", HUGE.values(), ids=list(HUGE))
+def test_a_lambda_that_no_float_holds_is_refused_in_a_pattern_and_after_the_config_was_made(value):
+    with pytest.raises(PeftLinearError, match=r"proximal_lambda_pattern\['q'\] must be a finite number >= 0"):
+        ProximalLoraConfig(proximal_lambda_pattern={"q": value})
+    config = ProximalLoraConfig()
+    config.proximal_lambda = value
+    with pytest.raises(PeftLinearError, match=r"proximal_lambda must be a finite number >= 0 .* got .{,70} of type"):
+        Strengths(config, {}).active()
 
 
 @pytest.mark.parametrize(

@@ -112,7 +112,6 @@ class MovementGuard:
                 if view is not None:
                     self._last[slice(*bounds[index])] = view.to(self._last)
 
-    @torch.no_grad()
     def gradient_computed(self, index: int, gradient: Tensor) -> None:
         """Called by the hook of a factor, before its gradient is accumulated."""
         if index in self._seen or not self._seen:
@@ -125,6 +124,7 @@ class MovementGuard:
             sample = _sampled(local.to_dense() if local.is_sparse else local).float()
             factor.gradient = sample.clone() if factor.gradient is None else factor.gradient + sample
 
+    @torch.no_grad()
     def _pass_begins(self) -> None:
         strengths = self._strengths()
         if strengths is None or not strengths.active():
@@ -205,15 +205,9 @@ class MovementGuard:
         """Follows factors whose memory was replaced. Another shape, dtype or device starts the comparison again."""
         for factor in self._factors:
             parameter, old = factor.parameter(), factor.view
-            local = None if parameter is None or parameter.is_meta else _local(parameter)
-            if (
-                local is not None
-                and old is not None
-                and old.data_ptr() == local.data_ptr()
-                and old.dtype == local.dtype
-            ):
-                continue
-            factor.view = None if local is None else _sampled(local)
+            if parameter is not None and old is not None and _begin_alike(old, parameter):
+                continue  # the usual case
+            factor.view = None if parameter is None or parameter.is_meta else _sampled(_local(parameter))
             if old is not None and (factor.view is None or _kind(old) != _kind(factor.view)):
                 self._last, self._pending, factor.synced = None, None, None
 
@@ -251,6 +245,10 @@ def _sampled(tensor: Tensor) -> Tensor:
     """At most 1024 elements, evenly spaced: a view where the tensor is contiguous."""
     flat = tensor.reshape(-1)
     return flat[:: max(1, -(-flat.numel() // _SAMPLE))]
+
+
+def _begin_alike(first: Tensor, second: Tensor) -> bool:
+    return first.data_ptr() == second.data_ptr() and first.dtype == second.dtype
 
 
 def _kind(tensor: Tensor) -> tuple:
