@@ -23,7 +23,7 @@ from peft_linear.capture.ntk import compute_sign_kernel
 from peft_linear.functional.simulation import SMOOTHNESS, one_hot_targets
 from peft_linear.selection.criteria import CRITERIA, applicable_criteria
 from peft_linear.selection.problem import Problem
-from peft_linear.selection.recommend import default_ridge
+from peft_linear.selection.views import default_ridge
 
 
 PAPERS_RIDGE = 1e-4
