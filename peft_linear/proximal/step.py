@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import PeftLinearError
-from .elsewhere import find_places, refuse_other_weights
+from .elsewhere import find_places, note_weights, refuse_other_weights
 from .operators import (
     apply_projection,
     apply_proximal_operator,
@@ -94,6 +94,7 @@ class OptimizerStep:
             else:  # an outer optimizer leaves the term to this one, which uses the gradient itself
                 for outer in self._enclosing:
                     outer._release(update)
+                note_weights(optimizer, update)
             update.adapter.step_begins(update.parameters())
 
     @torch.no_grad()
