@@ -41,7 +41,7 @@ from .operators import (
     prepare_projection,
     risk_inner_product,
 )
-from .precision import Float32Step, limit_remainders
+from .precision import Float32Step, check_remainders
 from .shards import added, is_sharded
 from .updates import AdapterUpdate, FactorUpdate, ModuleUpdate, find_updates
 
@@ -135,7 +135,7 @@ class OptimizerStep:
         factors = update.factors()
         if not factors:
             return  # the schedule has λ = 0 at this step
-        limit_remainders(factors)
+        check_remainders(factors)
         if update.mode == "projection":
             prepare_projection(factors, [self._risk_gradient(factor.parameter) for factor in factors])
         elif update.adapter.config.proximal_selective:
