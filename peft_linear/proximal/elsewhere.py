@@ -29,10 +29,11 @@ from .shards import is_sharded
 from .updates import LOW_PRECISION, AdapterUpdate, FactorUpdate
 
 
-_AVERAGES = re.compile(r"slow|lookahead|shadow|polyak|swa|(?<![a-z])(ema|average|averaged|avg)(?![a-z])")
+_AVERAGES = re.compile(r"slow|lookahead|shadow|polyak|swa(?![a-z])|(?<![a-z])(ema|average|averaged|avg)(?![a-z])")
 _GRADIENTS = re.compile(r"exp|grad|moment|sq")  # names of averages of gradients: exp_avg_slow
-_LOOKS = 3  # copies of a factor are looked for in the first steps that find it not zero
+_LOOKS = 3  # copies of a factor are looked for in the first steps that move it
 _DEPTH = 4
+_SCHEDULE_FREE = {"weight_sum", "lr_max", "k"}  # keys of its parameter groups
 
 
 class _Copied(NamedTuple):
@@ -55,18 +56,17 @@ def refuse_other_weights(optimizer: Any, update: AdapterUpdate) -> None:
     if factor is None:
         return
     name = type(optimizer).__name__
-    if _is_schedule_free(factor.group):
-        if factor.is_low:
-            raise PeftLinearError(
-                f"{name} is schedule-free: it moves averages of the weights by small parts of them, which are rounded "
-                f"away in {factor.parameter.dtype}, the dtype of adapter {update.adapter.name!r}, and the pull with "
-                "them: keep the adapter in float32 (autocast_adapter_dtype=True), or use another optimizer"
-            )
-        if update.mode == "projection":
-            raise PeftLinearError(
-                f"{name} is schedule-free: its step is one of another point than the factors, for which "
-                "proximal_mode='projection' is not defined; use proximal_mode='decoupled' or 'coupled'"
-            )
+    if factor.is_low and factor.group.keys() >= _SCHEDULE_FREE:
+        raise PeftLinearError(
+            f"{name} is schedule-free: it moves averages of the weights by small parts of them, which are rounded "
+            f"away in {factor.parameter.dtype}, the dtype of adapter {update.adapter.name!r}, and the pull with "
+            "them: keep the adapter in float32 (autocast_adapter_dtype=True), or use another optimizer"
+        )
+    if update.mode == "projection" and _is_schedule_free(factor.group):
+        raise PeftLinearError(
+            f"{name} is schedule-free: its step is one of another point than the factors, for which "
+            "proximal_mode='projection' is not defined; use proximal_mode='decoupled' or 'coupled'"
+        )
     if update.mode == "coupled":
         return
     classes = [base.__name__ for base in type(optimizer).__mro__ if "lookahead" in base.__name__.lower()]
@@ -78,6 +78,14 @@ def refuse_other_weights(optimizer: Any, update: AdapterUpdate) -> None:
             "whose term is part of the gradient, or average outside of the optimizer "
             "(torch.optim.swa_utils.AveragedModel)"
         )
+
+
+def note_weights(optimizer: Any, update: AdapterUpdate) -> None:
+    """Before the optimizer's step: what is needed to tell copies from other tensors, in its first steps."""
+    known = _knowledge(optimizer)
+    for factor in update.factors() if update.mode != "coupled" else ():
+        if known.get(id(factor.parameter), _NEW).looks < _LOOKS and not is_sharded(factor.parameter):
+            factor.earlier = factor.parameter.detach().clone()
 
 
 def find_places(optimizer: Any, update: AdapterUpdate) -> None:
@@ -160,7 +168,8 @@ class _ScheduleFree:
 
 
 def _is_schedule_free(group: Mapping[str, Any]) -> bool:
-    return {"weight_lr_power", "weight_sum", "lr_max", "k"} <= group.keys()
+    """Whether the optimizer itself is. In a wrapper of the kind the inner one steps z, and is pulled as any other."""
+    return group.keys() >= _SCHEDULE_FREE | {"weight_lr_power"}
 
 
 def _knowledge(optimizer: Any) -> dict[int, _Copied]:
@@ -222,7 +231,8 @@ def _look_for_copies(optimizer: Any, factor: FactorUpdate, earlier: _Copied) -> 
                 continue
             if tensor.data_ptr() != parameter.data_ptr() and torch.equal(tensor.detach().to(parameter), parameter):
                 found.append(path)
-    return _Copied(earlier.looks + 1, tuple(path for path in found if not earlier.looks or path in earlier.paths))
+    moved = factor.earlier is not None and not torch.equal(parameter, factor.earlier)  # else what equals it may differ
+    return _Copied(earlier.looks + moved, tuple(path for path in found if not earlier.looks or path in earlier.paths))
 
 
 def _follow(optimizer: Any, factor: FactorUpdate, path: tuple) -> Tensor | None:

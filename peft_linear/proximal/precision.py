@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .shards import gathered, whole
+from ..tuners.proximal_lora.counts import REMAINDERS_KEY
+from .shards import gathered, local_part, whole
 from .updates import LOW_PRECISION, FactorUpdate
 
 
@@ -62,12 +63,15 @@ def write_weights(factors: list[FactorUpdate], values: list[Tensor]) -> None:
             factor.local.copy_(value)
 
 
-def limit_remainders(factors: list[FactorUpdate]) -> None:
-    """Makes remainders no larger than a unit in the last place of their factors: before a step.
+def check_remainders(factors: list[FactorUpdate]) -> None:
+    """Before a step: makes remainders fit factors that were changed since the last one.
 
-    This changes nothing unless the factors were replaced since the last one (loaded, set to zero); then the remainders
-    are of other weights.
+    None may be larger than a unit in the last place of its factor: where the factor was replaced (loaded, set to zero)
+    it is of other weights. A factor that is in float32 now, as peft makes it when a Trainer resumes, gets its own.
     """
+    for factor in factors:
+        if not factor.is_low and REMAINDERS_KEY in factor.counter.group:
+            _add_remainder(factor)
     low = [factor for factor in factors if factor.is_low]
     if not low:
         return
@@ -144,6 +148,13 @@ def whole_weights(parameter: nn.Parameter, factor: FactorUpdate | None) -> Tenso
     if factor is not None and (factor.place is not None or factor.is_low):
         return gathered(read_weights([factor])[0], parameter)
     return whole(parameter).float() if parameter.dtype in LOW_PRECISION else whole(parameter)
+
+
+def _add_remainder(factor: FactorUpdate) -> None:
+    remainder = factor.counter.take_remainder(factor.name)
+    if remainder is not None and remainder.shape == factor.parameter.shape:
+        limit = local_part(factor.parameter).abs() * torch.finfo(torch.bfloat16).eps
+        factor.local.add_(local_part(remainder).to(limit).clamp(-limit, limit))
 
 
 def _low(factors: list[FactorUpdate]) -> list[int]:

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import PeftLinearError
-from .elsewhere import find_places, refuse_other_weights
+from .elsewhere import find_places, note_weights, refuse_other_weights
 from .operators import (
     apply_projection,
     apply_proximal_operator,
@@ -41,7 +41,7 @@ from .operators import (
     prepare_projection,
     risk_inner_product,
 )
-from .precision import Float32Step, limit_remainders
+from .precision import Float32Step, check_remainders
 from .shards import added, is_sharded
 from .updates import AdapterUpdate, FactorUpdate, ModuleUpdate, find_updates
 
@@ -94,6 +94,7 @@ class OptimizerStep:
             else:  # an outer optimizer leaves the term to this one, which uses the gradient itself
                 for outer in self._enclosing:
                     outer._release(update)
+                note_weights(optimizer, update)
             update.adapter.step_begins(update.parameters())
 
     @torch.no_grad()
@@ -134,7 +135,7 @@ class OptimizerStep:
         factors = update.factors()
         if not factors:
             return  # the schedule has λ = 0 at this step
-        limit_remainders(factors)
+        check_remainders(factors)
         if update.mode == "projection":
             prepare_projection(factors, [self._risk_gradient(factor.parameter) for factor in factors])
         elif update.adapter.config.proximal_selective:

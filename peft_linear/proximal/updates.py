@@ -45,6 +45,7 @@ class FactorUpdate:
     group: dict[str, Any]  # the factor's parameter group
     counter: StepCounter
     place: Place | None = None
+    earlier: Tensor | None = None  # a copy from before the step, in an optimizer's first steps
     fires: Tensor | None = None  # projection only: 0 or 1
     squared_distance: Tensor | None = None  # projection only: ‖θ−θ0‖² before the step
 

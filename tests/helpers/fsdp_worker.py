@@ -67,8 +67,23 @@ def facts(model):
     }
 
 
-def sharded(name):
-    model = made(name)
+def in_bfloat16(space, mode="decoupled"):
+    """Displaced and at rest; an A of rank 1 has no row on the second process."""
+    model = proximal(lam=10.0, proximal_space=space, proximal_mode=mode, rank_pattern={"0": 1}).to(torch.bfloat16)
+    with torch.no_grad():
+        for parameter in lora_parameters(model).values():
+            parameter.add_(0.25)
+    return model
+
+
+def rest(model, optimizer, steps):
+    for _ in range(steps):
+        for parameter in lora_parameters(model).values():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+
+
+def sharded(model):
     network = model.base_model.model
     mesh = init_device_mesh("cpu", (2,))
     for module in (network[0], network[2], model):
@@ -86,13 +101,13 @@ def main(rank: int, folder: Path) -> None:
     distributed.init_process_group("gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=2)
     half = slice(0, 3) if rank == 0 else slice(3, 6)
     for name in VARIANTS:
-        model = sharded(name)
+        model = sharded(made(name))
         optimizer = torch.optim.AdamW(groups(model))
         train(model, optimizer, half)
         torch.save((whole(model), facts(model)), folder / f"{name}{rank}.pt")
 
     # the position in the schedule is part of the optimizer's state as torch.distributed.checkpoint saves it
-    model = sharded("always")
+    model = sharded(made("always"))
     optimizer = torch.optim.AdamW(groups(model))
     train(model, optimizer, half, batches()[:5])
     state = get_optimizer_state_dict(model, optimizer)
@@ -100,7 +115,7 @@ def main(rank: int, folder: Path) -> None:
     full = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if rank == 0:
         model.save_pretrained(folder / "adapter", state_dict=full)
-    resumed = sharded("always")
+    resumed = sharded(made("always"))
     resumed.load_state_dict(weights)
     other = torch.optim.AdamW(groups(resumed))
     set_optimizer_state_dict(resumed, other, state)
@@ -111,8 +126,29 @@ def main(rank: int, folder: Path) -> None:
 
     reset_proximal_anchor(resumed)
     assert proximal_distance(resumed) == 0
+    pull_in_bfloat16(rank, folder)
     train_with_unsupported_layout(rank, folder)
     distributed.destroy_process_group()
+
+
+def pull_in_bfloat16(rank: int, folder: Path) -> None:
+    """Half of the steps, saved and resumed, then the others; coupled steps are refused."""
+    for space in ("factors", "delta"):
+        model = sharded(in_bfloat16(space))
+        optimizer = torch.optim.SGD(lora_parameters(model).values(), lr=2e-4)
+        rest(model, optimizer, 50)
+        state, weights = get_optimizer_state_dict(model, optimizer), get_model_state_dict(model)
+        resumed = sharded(in_bfloat16(space))
+        resumed.load_state_dict({name: value.clone() for name, value in weights.items()})
+        other = torch.optim.SGD(lora_parameters(resumed).values(), lr=2e-4)
+        set_optimizer_state_dict(resumed, other, state)
+        rest(resumed, other, 50)
+        torch.save(whole(resumed), folder / f"bfloat16-{space}{rank}.pt")
+    model = sharded(in_bfloat16("factors", "coupled"))
+    try:
+        rest(model, torch.optim.SGD(lora_parameters(model).values(), lr=2e-4), 1)
+    except PeftLinearError as error:
+        (folder / f"coupled{rank}.txt").write_text(str(error))
 
 
 def train_with_unsupported_layout(rank: int, folder: Path) -> None:

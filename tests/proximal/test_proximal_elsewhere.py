@@ -102,6 +102,27 @@ def test_a_moment_that_once_equals_a_weight_is_not_taken_for_a_copy():
     )
 
 
+def test_a_starting_point_kept_by_the_optimizer_stays_where_it_was():
+    """As Prodigy's: equal to the weights until they first move, however late that is."""
+
+    class Starting(SGD):
+        @torch.no_grad()
+        def step(self, closure=None):
+            for p in self.param_groups[0]["params"]:
+                self.state[p].setdefault("p0", p.detach().clone())
+            super().step()
+
+    model = displaced(proximal(lam=0.5))
+    optimizer = Starting(lora_parameters(model).values(), lr=0.1)
+    at_rest(model, optimizer, 6)  # 0.95 a step
+    backward(model)
+    optimizer.step()
+    noted = [optimizer.state[p]["p0"].clone() for p in lora_parameters(model).values()]
+    at_rest(model, optimizer, 2)
+    for p, start in zip(lora_parameters(model).values(), noted, strict=True):
+        assert torch.equal(optimizer.state[p]["p0"], start)
+
+
 @pytest.mark.parametrize("mode", ["decoupled", "projection"])
 @pytest.mark.parametrize(
     "make",

@@ -13,9 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from peft_linear.proximal import proximal_distance
 from peft_linear.tuners.proximal_lora.anchors import ANCHOR_NAME
 from peft_linear.tuners.proximal_lora.state import find_adapters
-from tests.helpers.fsdp_worker import VARIANTS, facts, made, train
+from tests.helpers.fsdp_worker import VARIANTS, facts, in_bfloat16, made, rest, train
 from tests.helpers.proximal_loop import groups, proximal
 from tests.helpers.reference_proximal import lora_parameters
 
@@ -71,6 +72,23 @@ def test_two_processes_train_what_one_trains(together, name):
             torch.testing.assert_close(values[key], parameter.detach(), rtol=1e-12, atol=1e-12)
         assert known == pytest.approx(facts(model), rel=1e-10)
     assert 0 < facts(model)["rate"] <= 1
+
+
+@pytest.mark.parametrize("space", ["factors", "delta"])
+def test_bfloat16_shards_are_pulled_as_the_whole_factors_are(together, space):
+    model = in_bfloat16(space)
+    before = proximal_distance(model)
+    rest(model, torch.optim.SGD(lora_parameters(model).values(), lr=2e-4), 100)
+    assert proximal_distance(model) < 0.9 * before
+    for rank in range(2):
+        values = torch.load(together / f"bfloat16-{space}{rank}.pt")
+        for name, parameter in lora_parameters(model).items():
+            torch.testing.assert_close(values[name], parameter.detach(), rtol=2**-7, atol=0)
+
+
+def test_coupled_steps_of_bfloat16_shards_are_refused(together):
+    for rank in range(2):
+        assert "is sharded (FSDP2) and in torch.bfloat16" in (together / f"coupled{rank}.txt").read_text()
 
 
 def test_the_anchor_is_saved_whole(together):

@@ -173,6 +173,19 @@ def test_a_run_resumed_from_saved_states_is_the_uninterrupted_run_bit_for_bit(sp
         assert torch.equal(p, expected[name]), name
 
 
+@pytest.mark.parametrize("mode", ["decoupled", "coupled"])
+def test_an_adapter_that_is_cast_to_float32_during_the_run_loses_nothing(mode):
+    model = displaced(torch.bfloat16, proximal_mode=mode)
+    optimizer, before = SGD(lora_parameters(model).values(), lr=RATE), proximal_distance(model)
+    for step in range(STEPS):
+        if step == STEPS // 2:
+            model.float()
+        gradients(model, 0.0, torch.Generator())
+        optimizer.step()
+    assert proximal_distance(model) == pytest.approx(before * (1 + RATE * LAMBDA) ** -STEPS, rel=2e-3)
+    assert optimizer.param_groups[0][REMAINDERS_KEY] == {"default": {}}
+
+
 def test_weights_that_are_replaced_do_not_keep_the_remainders_of_others():
     model = displaced(torch.bfloat16)
     optimizer = SGD(lora_parameters(model).values(), lr=1e-3)

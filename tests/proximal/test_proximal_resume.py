@@ -13,6 +13,8 @@ import shutil
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import Trainer, TrainingArguments
 
 from peft_linear.errors import FileError
@@ -20,6 +22,7 @@ from peft_linear.integrations.callbacks import ProximalCallback
 from peft_linear.proximal import proximal_distance, proximal_firing_rate, proximal_summary
 from peft_linear.tuners.proximal_lora import ProximalLoraConfig
 from peft_linear.tuners.proximal_lora.anchors import ANCHOR_NAME
+from peft_linear.tuners.proximal_lora.counts import REMAINDERS_KEY
 from peft_linear.tuners.proximal_lora.state import find_adapters
 from tests.helpers import small_models
 from tests.helpers.reference_proximal import lora_parameters
@@ -139,6 +142,39 @@ def test_without_the_optimizers_state_the_schedule_restarts_and_the_anchor_stays
     assert find_adapters(model)[0].statistics.position == 2
     anchors, stored = find_adapters(model)[0].anchors(), find_adapters(proximal("factors"))[0].anchors()
     assert all(torch.equal(anchors[name].a, stored[name].a) for name in stored)
+
+
+@pytest.mark.parametrize("variant", ["factors", "delta", "coupled"])
+def test_a_run_of_a_bfloat16_adapter_goes_on_with_its_remainders(tmp_path, variant):
+    """In float32: peft makes it that when the Trainer loads the checkpoint."""
+    model = proximal(variant)
+    for parameter in lora_parameters(model).values():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    fit(model, tmp_path / "whole", save_strategy="steps", save_steps=1)
+    checkpoint = tmp_path / "whole" / "checkpoint-3"
+    state = torch.load(checkpoint / "optimizer.pt", weights_only=True)["param_groups"][0]
+    remainders = state[REMAINDERS_KEY]["default"]
+    assert any(bool(tensor.any()) for tensor in remainders.values())
+    stored = load_file(checkpoint / "adapter_model.safetensors")
+    resumed = proximal(variant, seed=99)
+    seen: dict[str, torch.Tensor] = {}
+
+    def look(optimizer, *_):
+        for name, parameter in lora_parameters(resumed).items():
+            seen.setdefault(name, parameter.detach().clone())
+
+    handle = register_optimizer_step_pre_hook(look)  # after the package's own
+    try:
+        fit(resumed, tmp_path / "resumed", resume=str(checkpoint))
+    finally:
+        handle.remove()
+    for name, value in seen.items():
+        file = name.replace(".default", "")
+        factor = file.removeprefix("base_model.model.").replace(".lora_", ".").removesuffix(".weight")
+        assert value.dtype != torch.bfloat16
+        torch.testing.assert_close(
+            value.double(), stored[file].double() + remainders.get(factor, torch.zeros(())).double()
+        )
 
 
 @pytest.fixture

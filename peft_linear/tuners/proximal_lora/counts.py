@@ -76,6 +76,11 @@ class StepCounter:
         self.group[GROUP_KEY] = {**self.group.get(GROUP_KEY, {}), self.label: after._asdict()}
         self.statistics.by_optimizer[self.factor] = after
 
+    def take_remainder(self, name: str) -> Tensor | None:
+        """The remainder that was kept of a factor whose dtype has changed since, once."""
+        kept = self.group.get(REMAINDERS_KEY, {}).get(self.label, {})
+        return kept.pop(name, None)
+
     def remainder(self, name: str, like: Tensor) -> Tensor:
         """The float32 remainder of the low-precision tensor `like`: what was kept, or zeros. Changed in place."""
         kept = self.group.setdefault(REMAINDERS_KEY, {}).setdefault(self.label, {})
