@@ -28,8 +28,8 @@ from .reference_pass import reference_gradients
 
 
 EXAMPLES, DIRECTIONS = 3, 4
-# Of the gradient itself; besides, 2·eps of the largest that it could be without cancellation, and eps of the largest of
-# all modules: gradients that are small by cancellation have the rounding of large ones.
+# Of the gradient itself; besides, 2·eps of the largest that it could be without cancellation, and eps of the largest
+# of all modules: gradients that are small by cancellation have the rounding of large ones.
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
 
@@ -119,7 +119,8 @@ def _check(job: Job, batch: Batch, number: int) -> Found:
     eps = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)  # parts of many models work in float32 always
     largest = max((float(value.norm()) for value in expected.values() if value is not None), default=0.0)
     worst, most, wrong, unchecked = 0.0, 0.0, None, []
-    for name, key in ((name, key) for name in job.layers for key in job.keys(name)):
+    owners = {key: name for name in job.layers for key in job.keys(name)}
+    for key, name in owners.items():
         reference, jacobian = expected[key], jacobians[key]
         if reference is None or (jacobian is None and name in job.candidates and key not in sizes):
             unchecked.append(name)
