@@ -46,9 +46,9 @@ class Stand(nn.Module):
             return getattr(super().__getattr__("inner"), name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        output = self.inner(*args, **kwargs)
         x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-        x = x.to(self._leaf.dtype)
+        x = x.to(self._leaf.dtype, copy=True)
+        output = self.inner(*args, **kwargs)
         projection = self._matrix.projection
         features = self._matrix.inputs(x) if projection is None else x @ projection.to(x).T
         change = features @ self._directions.to(x) @ self._leaf
@@ -66,14 +66,23 @@ def reference_gradients(
     None where no training can be imitated: a layer of a kind that is quantised and not linear in its last dimension.
     Cost: one forward and one backward pass, with the gradients of all parameters that train.
     """
-    sources = _sources(job, directions)
-    parameters = {id(m.parameter): m.parameter for of in job.matrices.values() for m in of if m.parameter is not None}
-    with differentiable(job.model, list(parameters.values())), _in_place(job, sources):
+    try:
+        return _gradients(job, directions, signs, adapters_only=False)
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        # An input that the model changes later on, in place: autograd refuses the gradient of the weight itself.
+        return _gradients(job, directions, signs, adapters_only=True)
+
+
+def _gradients(
+    job: Job, directions: Mapping[str, Tensor], signs: Tensor, adapters_only: bool
+) -> tuple[dict[str, Tensor | None], Tensor]:
+    sources = _sources(job, directions, adapters_only)
+    with differentiable(job.model, []), _in_place(job, sources):
         outputs = evaluate(job.model, job.batches[0].to(job.device), job.function, 0)
         scalar = (outputs * signs.to(outputs)).sum()
         leaves = {id(source.leaf): source.leaf for source in sources.values() if source is not None}
-        for leaf in leaves.values():
-            leaf.requires_grad_(True)
         found: tuple[Tensor | None, ...] = (None,) * len(leaves)
         if scalar.requires_grad and leaves:
             with gradient_errors():
@@ -90,16 +99,16 @@ def reference_gradients(
     return result, outputs.detach()
 
 
-def _sources(job: Job, directions: Mapping[str, Tensor]) -> dict[str, _Source | None]:
+def _sources(job: Job, directions: Mapping[str, Tensor], adapters_only: bool) -> dict[str, _Source | None]:
     return {
-        key: _source(layer, matrix, directions[key].to(job.device))
+        key: _source(layer, matrix, directions[key].to(job.device), adapters_only)
         for name, layer in job.layers.items()
         for key, matrix in zip(job.keys(name), job.matrices[name], strict=True)
     }
 
 
-def _source(layer: Layer, matrix: ParameterMatrix, directions: Tensor) -> _Source | None:
-    if matrix.parameter is not None and matrix.of_gradient is not None:
+def _source(layer: Layer, matrix: ParameterMatrix, directions: Tensor, adapters_only: bool) -> _Source | None:
+    if matrix.parameter is not None and matrix.of_gradient is not None and not adapters_only:
         of_gradient = matrix.of_gradient
         return _Source(matrix.parameter, lambda g: directions.to(g).T @ of_gradient(g))
     if type(layer) in (Linear, Conv1D):
