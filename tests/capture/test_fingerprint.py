@@ -76,7 +76,20 @@ def test_tensors_in_lists_count():
 
 def test_what_cannot_be_told_apart_is_refused():
     batch = Batch({"x": torch.ones(2, 4), "thing": object()}, None)
-    with pytest.raises(
-        FileError, match="'thing' of type object, whose content cannot be told from another"
-    ):
+    with pytest.raises(FileError, match="'thing' of type object, whose content cannot be told from another"):
         fingerprint(TwoLayers(), [batch], {})
+
+
+def test_a_folder_whose_first_file_was_not_finished_can_be_used(tmp_path):
+    (tmp_path / ".manifest.json.abc.tmp").write_text('{"form')
+    assert len(ntk(Activated(), numbers(), targets=["a"], folder=tmp_path)) == 1
+
+
+def test_two_processes_do_not_compute_in_one_folder(tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    ntk(Activated(), numbers(), targets=["a"], folder=tmp_path)
+    with open(tmp_path / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(FileError, match="another process computes kernels in the folder.*wait for it to end"):
+            ntk(Activated(), numbers(), targets=["a"], folder=tmp_path)
+    assert len(ntk(Activated(), numbers(), targets=["a"], folder=tmp_path)) == 1

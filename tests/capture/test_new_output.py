@@ -96,7 +96,7 @@ def test_modules_are_recommended_with_it():
     rec = recommend_modules(model, batches, 2, outputs="power", progress=False)
     kernels = ntk(model, batches, outputs="power")
     assert rec.modules == recommend(kernels, 2).modules
-    assert rec.settings["output_kind"] == "power"
+    assert rec.settings.output_kind == "power"
 
 
 def test_batches_without_the_labels_that_it_needs_are_refused():

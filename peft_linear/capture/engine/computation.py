@@ -50,6 +50,8 @@ def compute_kernels(
     except BaseException:
         store.discard()
         raise
+    finally:
+        store.release()
 
 
 def _self_check(job: Job, mode: str) -> tuple[dict[str, Any], torch.dtype | None]:
