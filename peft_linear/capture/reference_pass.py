@@ -64,7 +64,7 @@ def reference_gradients(
     """`Rᵀ Σ u_ia ∂f_a(x_i)/∂θ` (p, l) float64 of every matrix, and f (B, C), of the job's first batch.
 
     None where no training can be imitated: a layer of a kind that is quantised and not linear in its last dimension.
-    Cost: one forward and one backward pass, with the gradients of all parameters that train.
+    Cost: one forward and one backward pass, with the gradients of every parameter that trains.
     """
     try:
         return _gradients(job, directions, signs, adapters_only=False)
