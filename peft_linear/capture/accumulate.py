@@ -13,17 +13,23 @@ from .layers import Layer
 from .shared_inputs import SharedInputs, workable
 
 
+Sizes = dict[str, tuple[Tensor, torch.dtype]]  # Σ ‖h'‖·‖δ'‖ by key of a matrix, and the dtype of its cotangents
+
+
 class JacobianAccumulator:
     """Collects one parameter matrix of one layer over a batch: Jacobian rows, or their factors if those are smaller.
 
     The result depends on its own batch alone, so that batches can be taken in any order, and by different processes.
     """
 
-    def __init__(self, layer: Layer, number: int, matrix: ParameterMatrix, shared: SharedInputs) -> None:
+    def __init__(
+        self, layer: Layer, number: int, matrix: ParameterMatrix, shared: SharedInputs, sizes: Sizes | None = None
+    ) -> None:
         self._layer = layer
         self._number = number  # of the matrix, among those of its layer
         self._matrix = matrix
         self._shared = shared
+        self._sizes = sizes
         self._keeps_rows = False
         self._inputs: dict[int, Tensor] = {}  # by call: (B, T, k)
         self._rows: dict[int, Tensor] = {}  # by output: (B, k, l)
@@ -35,9 +41,13 @@ class JacobianAccumulator:
         first = not self._inputs
         if call not in self._inputs:
             self._inputs[call] = self._shared.features(self._layer.name, self._number, call, size)
-        inputs = self._inputs[call]
+        inputs, dtype = self._inputs[call], cotangent.dtype
         cotangent = workable(self._layer.cotangents(cotangent, size)).to(inputs.dtype)
         cotangent = self._matrix.cotangents(cotangent)
+        if self._sizes is not None:
+            key = f"{self._layer.name}#{self._number}"
+            before = self._sizes[key][0] if key in self._sizes else 0.0
+            self._sizes[key] = before + inputs.norm() * cotangent.norm(), dtype
         if first:
             length = inputs.shape[1] * self._shared.num_calls(self._layer.name)
             size_of_factors = length * (self._matrix.channels + self._matrix.features / outputs)

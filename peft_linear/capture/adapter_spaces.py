@@ -54,6 +54,15 @@ class ParameterMatrix:
     draws: int = 1
     projection: Tensor | None = None
     nested: bool = False
+    parameter: nn.Parameter | None = None  # the one that trains, where it is there already
+    of_gradient: Map | None = None  # takes a gradient of that parameter to (k, l)
+
+
+def place_of(layer: Layer, space: Space) -> Literal["around", "module", "base"]:
+    """Where the change of a layer acts; see `Layer.attach`."""
+    if space != "lora":
+        return "base"
+    return "around" if _active_adapter(layer) is None else "module"
 
 
 def space_matrices(
@@ -74,15 +83,18 @@ def space_matrices(
         stacked = torch.cat([initial_lora_a(layer.name, d_in, rank, seed, draw) for draw in range(draws)])
         a = stacked * (lora_alpha / rank)
         return [ParameterMatrix(_same, _same, rank * draws, d_out, draws=draws, projection=a, nested=True)]
+    weight = _own_weight(layer)
     if space == "weight":
-        return [ParameterMatrix(_same, _same, d_in, d_out)]
+        return [ParameterMatrix(_same, _same, d_in, d_out, parameter=weight, of_gradient=_transposed(layer))]
     if space == "rows":
         count = _at_most(rank, d_out, layer.name, "rows")
-        return [ParameterMatrix(_same, lambda x: x[..., :count], d_in, count)]
+        of_rows = _transposed(layer, columns=count)
+        return [ParameterMatrix(_same, _first(count), d_in, count, parameter=weight, of_gradient=of_rows)]
     if space == "columns":
         count = _at_most(rank, d_in, layer.name, "columns")
-        return [ParameterMatrix(lambda x: x[..., :count], _same, count, d_out)]
-    return [_bias_matrix(d_out)]
+        of_columns = _transposed(layer, rows=count)
+        return [ParameterMatrix(_first(count), _same, count, d_out, parameter=weight, of_gradient=of_columns)]
+    return [_bias_matrix(layer)]
 
 
 def count_parameters(layer: Layer, space: Space, rank: int) -> int:
@@ -108,8 +120,9 @@ def count_parameters(layer: Layer, space: Space, rank: int) -> int:
 def full_matrices(layer: Layer) -> list[ParameterMatrix]:
     """Those of a layer that is trained in full: its weight, and its bias where it has one."""
     d_in, d_out = layer.shape
-    weight = ParameterMatrix(_same, _same, d_in, d_out)
-    return [weight] if layer.bias is None else [weight, _bias_matrix(d_out)]
+    of_weight = _transposed(layer)
+    weight = ParameterMatrix(_same, _same, d_in, d_out, parameter=layer.weight, of_gradient=of_weight)
+    return [weight] if layer.bias is None else [weight, _bias_matrix(layer)]
 
 
 def formed_rows(parameters: Sequence[nn.Parameter]) -> ParameterMatrix:
@@ -168,14 +181,39 @@ def _existing_lora(layer: Layer) -> list[ParameterMatrix]:
     scaling = float(module.scaling[adapter])
     a, b = (scaling * _weight(factor[adapter]) for factor in (module.lora_A, module.lora_B))
     rank = a.shape[0]
-    matrices = [ParameterMatrix(_same, _same, rank, d_out, projection=a)]
+    of_a, of_b = ((f[adapter].weight, _transposed(layer_of("", f[adapter]))) for f in (module.lora_A, module.lora_B))
+    matrices = [ParameterMatrix(_same, _same, rank, d_out, projection=a, parameter=of_b[0], of_gradient=of_b[1])]
     if b.any():
-        matrices.append(ParameterMatrix(_same, _linear(b.T), d_in, rank))
+        back = _linear(b.T)
+        matrices.append(ParameterMatrix(_same, back, d_in, rank, parameter=of_a[0], of_gradient=of_a[1]))
     return matrices
 
 
-def _bias_matrix(d_out: int) -> ParameterMatrix:
-    return ParameterMatrix(lambda x: x.new_ones(*x.shape[:-1], 1), _same, features=1, channels=d_out)
+def _bias_matrix(layer: Layer) -> ParameterMatrix:
+    bias = getattr(layer.base, "bias", None)
+    return ParameterMatrix(
+        lambda x: x.new_ones(*x.shape[:-1], 1),
+        _same,
+        features=1,
+        channels=layer.shape[1],
+        parameter=bias if isinstance(bias, nn.Parameter) else None,
+        of_gradient=lambda gradient: gradient[None],
+    )
+
+
+def _own_weight(layer: Layer) -> nn.Parameter | None:
+    """The layer's weight, where it is a parameter of floating-point numbers."""
+    weight = getattr(layer.base, "weight", None)
+    return weight if isinstance(weight, nn.Parameter) and weight.is_floating_point() else None
+
+
+def _transposed(layer: Layer, rows: int | None = None, columns: int | None = None) -> Map:
+    """From a tensor that is stored as the weight is to the first `rows` and `columns` of Wᵀ (d_in, d_out)."""
+    return lambda gradient: layer.as_matrix(gradient).T[:rows, :columns]
+
+
+def _first(count: int) -> Map:
+    return lambda x: x[..., :count]
 
 
 def _weight(factor: nn.Module) -> Tensor:

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,12 +13,14 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..errors import OutputError, PeftLinearError
+from .batch_keys import accepted_keys, copied, nothing_taken
 from .outputs import OutputFunction
 from .targets import base_model
 
 
 LABEL_KEYS = ("labels", "label", "label_ids")
 NOT_LABEL_KEYS = ("target", "targets", "y", "class", "classes")  # called so elsewhere; the Trainer drops them
+BY_EXAMPLE = ("input_ids", "attention_mask", "inputs_embeds", "decoder_input_ids", "input_values", "input_features")
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,36 @@ class Batch:
 
     @property
     def size(self) -> int:
-        return next(len(value) for value in self.inputs.values() if isinstance(value, Tensor) and value.ndim)
+        """Of examples: the length of what has one entry an example in every model (`BY_EXAMPLE`), or of all tensors.
+
+        Raises:
+            PeftLinearError: there is no such tensor, and the lengths of the others differ.
+        """
+        lengths = {key: len(value) for key, value in self._tensors().items()}
+        known = next((lengths[key] for key in BY_EXAMPLE if key in lengths), None)
+        if known is None and len(set(lengths.values())) > 1:
+            if self.labels is not None and self.labels.ndim:
+                return len(self.labels)
+            found = ", ".join(f"{key} {tuple(value.shape)}" for key, value in self._tensors().items())
+            raise PeftLinearError(
+                f"a batch's tensors have different lengths ({found}), so its number of examples is not known; pass "
+                "labels, or batches of one example in which every tensor has length 1"
+            )
+        return next(iter(lengths.values())) if known is None else known
+
+    @property
+    def uniform(self) -> bool:
+        """Whether every tensor has one entry an example, as far as lengths tell, so that a batch can be cut."""
+        size = self.size
+        inputs = [value for value in self.inputs.values() if isinstance(value, Tensor) and value.ndim]
+        floats = [value for value in inputs if value.is_floating_point() and value.ndim > 1]
+        mixed = "input_ids" in self.inputs and bool(floats)  # such as images, of which an example may have several
+        others = any(isinstance(value, (list, tuple, dict)) for value in self.inputs.values())
+        labels = self.labels is None or not self.labels.ndim or len(self.labels) == size
+        return not mixed and not others and labels and all(len(value) == size for value in inputs)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {key: value for key, value in self.inputs.items() if isinstance(value, Tensor) and value.ndim}
 
     def head(self, count: int) -> Batch:
         """The first `count` examples."""
@@ -51,7 +81,8 @@ def read_batches(batches: Iterable[Any], model: nn.Module, needs_labels: bool, w
     """All batches, checked: mappings of tensors, not empty, with labels where `needs_labels`.
 
     Keys that the model's `forward` does not take (ids, texts) are left out, as the Trainer does; labels are passed to
-    the model only where it makes its decoder's inputs from them.
+    the model only where it makes its decoder's inputs from them. Tensors of a generator are copied: it may refill
+    them.
 
     Raises:
         PeftLinearError: no batches, an empty one, or one that is not a mapping of tensors.
@@ -59,7 +90,8 @@ def read_batches(batches: Iterable[Any], model: nn.Module, needs_labels: bool, w
     """
     if isinstance(batches, Mapping):
         batches = [batches]
-    accepted = _accepted_keys(model)
+    takes = accepted_keys(model)
+    kept = isinstance(batches, (list, tuple))
     feeds_labels = _feeds_labels(model)
     read = []
     for number, raw in enumerate(batches):
@@ -68,9 +100,9 @@ def read_batches(batches: Iterable[Any], model: nn.Module, needs_labels: bool, w
                 f"batch {number} is a {type(raw).__name__}, expected a dict of tensors as a DataLoader with a "
                 "data collator gives; tokenise and collate the data first"
             )
-        labels = _labels_of(raw, number, model)
+        labels = copied(_labels_of(raw, number, model), kept)
         inputs = {
-            key: value for key, value in raw.items() if key not in LABEL_KEYS and (accepted is None or key in accepted)
+            key: copied(value, kept) for key, value in raw.items() if key not in LABEL_KEYS and takes(key, value)
         }
         if labels is None and (wrong := [key for key in NOT_LABEL_KEYS if key in raw and key not in inputs]):
             raise OutputError(
@@ -78,10 +110,7 @@ def read_batches(batches: Iterable[Any], model: nn.Module, needs_labels: bool, w
                 "is not known as labels; rename it to 'labels', or leave it out"
             )
         if not any(isinstance(value, Tensor) and value.ndim for value in inputs.values()):
-            raise PeftLinearError(
-                f"batch {number} has no tensor that {type(base_model(model)).__name__} takes; its keys are "
-                f"{', '.join(map(str, raw))}. Call the tokenizer with return_tensors='pt'"
-            )
+            raise nothing_taken(model, raw, number)
         if feeds_labels and labels is not None and "decoder_input_ids" not in inputs:
             inputs["labels"] = labels
         batch = Batch(inputs, labels)
@@ -176,12 +205,6 @@ def _labels_of(raw: Mapping[str, Any], number: int, model: nn.Module) -> Tensor 
     labels = labels.long() if labels.dtype == torch.bool else labels
     generates = getattr(base_model(model), "get_output_embeddings", lambda: None)() is not None
     return labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 and not generates else labels
-
-
-def _accepted_keys(model: nn.Module) -> set[str] | None:
-    parameters = inspect.signature(base_model(model).forward).parameters.values()
-    named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    return named or None
 
 
 def _feeds_labels(model: nn.Module) -> bool:

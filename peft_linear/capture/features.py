@@ -23,9 +23,10 @@ from .engine.memory import format_memory
 from .job import OTHER, Jacobians, Job
 from .keywords import with_progress
 from .layers import Layer
-from .passes import capturing, capturing_other
+from .passes import capturing, capturing_other, not_finite
 from .request import KernelRequest
 from .resources import Resources
+from .self_check import self_check
 from .targets import Targets, base_model, require_plain_lora
 
 
@@ -86,6 +87,7 @@ def jacobian_features(
     values: list[Tensor] = []
     first = 0
     with torch.random.fork_rng(devices=[job.device] if job.device.type == "cuda" else []):
+        self_check(job, resources.check)
         for jacobians, batch_outputs in _passes(job, resources.progress):
             if rows is None:
                 rows = _allocate(resources.memory_limit, examples * batch_outputs.shape[1], width, jacobians)
@@ -93,6 +95,8 @@ def jacobian_features(
             first += batch_outputs.numel()
             values.append(batch_outputs.cpu().double())
     assert rows is not None
+    if not bool(rows.isfinite().all()):
+        raise not_finite("an adapter or the head", next(model.parameters()).dtype)
     outputs0 = torch.cat(values)
     parameters = dict(model.named_parameters())
     start = [laid_out(parameters[c.parameter], c) if c.parameter else torch.zeros(c.stop - c.first) for c in columns]

@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from ..errors import OutputError
+from .conditions import as_in_training, configs
 
 
 # Losses whose first argument models obtain from their logits by linear operations only (cast, view, shift, slice).
@@ -34,18 +35,17 @@ LOSSES: frozenset[Callable] = frozenset(
 
 @contextmanager
 def evaluation(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside (no dropout), and no `problem_type` written into the config by a loss; both restored after."""
-    modes = [(module, module.training) for module in model.modules()]
-    configs = [config for config in _configs(model) if hasattr(config, "problem_type")]
-    problems = [config.problem_type for config in configs]
+    """As in training inside, but without dropout, and no `problem_type` written into the config by a loss.
+
+    Everything is restored after.
+    """
+    with_problem = [config for config in configs(model) if hasattr(config, "problem_type")]
+    problems = [config.problem_type for config in with_problem]
     try:
-        for module, _ in modes:
-            module.training = False
-        yield
+        with as_in_training(model):
+            yield
     finally:
-        for module, training in modes:
-            module.training = training
-        for config, problem in zip(configs, problems, strict=True):
+        for config, problem in zip(with_problem, problems, strict=True):
             config.problem_type = problem
 
 
@@ -55,15 +55,15 @@ def differentiable_attention(model: nn.Module) -> Iterator[None]:
 
     `sdpa` keeps its name and runs its mathematical kernel; other fused kinds (flash, flex) become "eager".
     """
-    configs = [c for c in _configs(model) if getattr(c, "_attn_implementation", None) not in (None, "eager", "sdpa")]
-    kinds = [config._attn_implementation for config in configs]
+    fused = [c for c in configs(model) if getattr(c, "_attn_implementation", None) not in (None, "eager", "sdpa")]
+    kinds = [config._attn_implementation for config in fused]
     try:
-        for config in configs:
+        for config in fused:
             config._attn_implementation = {"": "eager"}  # a dict leaves the sub-configs alone
         with sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
-        for config, kind in zip(configs, kinds, strict=True):
+        for config, kind in zip(fused, kinds, strict=True):
             config._attn_implementation = {"": kind}
 
 
@@ -151,10 +151,3 @@ def map_tensors(function: Callable[..., Tensor], output: Any, *others: Any) -> A
         items = [map_tensors(function, *parts) for parts in zip(output, *others, strict=True)]
         return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
     return None
-
-
-def _configs(model: nn.Module) -> list[Any]:
-    found = {
-        id(config): config for module in model.modules() if (config := getattr(module, "config", None)) is not None
-    }
-    return list(found.values())

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..errors import OutputError, PeftLinearError
 from ..functional.outputs import IGNORED
 from .batches import Batch, read_batches
+from .conditions import unwrapped
 from .forward_mode import evaluation
 from .linearize import LinearizedModel
 from .outputs import label_shift, logits_of
@@ -158,6 +159,7 @@ def linearization_gap(
     evaluated_at: Literal["model", "own"] = (
         "own" if at == "own" or (at == "auto" and linearized.distance()) else "model"
     )
+    model = unwrapped(model)
     parameters = linearized.adapter_state_dict()
     if evaluated_at == "model":
         parameters = linearized.matching(dict(model.named_parameters()))

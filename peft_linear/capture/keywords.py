@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, TypeVar
 
+import torch
+
 from ..errors import PeftLinearError
 from .resources import Resources
 
@@ -46,6 +48,7 @@ def with_progress(function: Callable[..., T]) -> Callable[..., T]:
             )
         if progress is not None:
             arguments.arguments["resources"] = replace(resources, progress=progress)
-        return function(*arguments.args, **arguments.kwargs)
+        with torch.inference_mode(False):  # which gradients need
+            return function(*arguments.args, **arguments.kwargs)
 
     return call

@@ -13,11 +13,10 @@ where its features are not the last dimension, how `inputs` and `cotangents` are
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D as TransformersConv1D
 
 from ..errors import TargetError
@@ -45,6 +44,7 @@ class Layer:
         self.name = name
         self.module = module
         self.base: Any = _inside(module)  # without an adapter around it
+        self.place: Literal["around", "module", "base"] = "around"  # see `attach`
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -77,15 +77,25 @@ class Layer:
         """A tensor that is stored as the weight is, such as its gradient."""
         return tensor.flatten(1) if self.output_first else tensor.T
 
-    def attach(self, record: Record) -> RemovableHandle:
+    def attach(self, record: Record) -> Handles:
         """Has `record` called at each use of the weight, until the handle is removed.
+
+        A user's hooks may change what goes into a module and what comes out of it. `place` says between which of
+        them the weight lies: "around" all hooks of the module (an adapter that peft will put around it), inside those
+        of the "module" (an adapter that it is), or of the "base" layer (its own weight).
 
         Raises (when the module is called):
             TargetError: it gets or returns no tensor.
         """
+        around = self.place == "around"
+        raw: list[Tensor | None] = []
+
+        def pre_hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            raw.append(_first_tensor(args, kwargs))
 
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Tensor:
-            inputs = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+            inputs = raw.pop() if around and raw else _first_tensor(args, kwargs)
+            raw.clear()
             if inputs is None:
                 raise TargetError(f"{self.name} was called without a tensor; leave it out of `targets`")
             if not isinstance(output, Tensor):
@@ -95,7 +105,11 @@ class Layer:
                 )
             return record(inputs, output)
 
-        return self.module.register_forward_hook(hook, with_kwargs=True)
+        module = self.base if self.place == "base" else self.module
+        handles = [module.register_forward_hook(hook, with_kwargs=True, prepend=not around)]
+        if around and module._forward_pre_hooks:
+            handles.append(module.register_forward_pre_hook(pre_hook, with_kwargs=True, prepend=True))
+        return Handles(handles)
 
     def _features_last(self, tensor: Tensor, batch_size: int) -> Tensor:
         """(B, d), (B, …, d) or (B·T, d) as (B, T, d)."""
@@ -108,6 +122,17 @@ class Layer:
                 f"{self.name} works on a tensor of shape {tuple(tensor.shape)}, in which the {batch_size} examples of "
                 "the batch cannot be told apart; pass batches of one example"
             )
+
+
+class Handles:
+    """Handles of several hooks, removed together."""
+
+    def __init__(self, handles: Iterable[Any]) -> None:
+        self._handles = list(handles)
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
 
 
 Kind = TypeVar("Kind", bound=type[Layer])
@@ -181,6 +206,15 @@ class Linear(Layer):
     @property
     def shape(self) -> tuple[int, int]:
         return self.base.in_features, self.base.out_features
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether the forward of a module is the one of a linear layer, not one that a subclass or an instance brings."""
+    return "forward" not in vars(module) and type(module).forward in (nn.Linear.forward, TransformersConv1D.forward)
+
+
+def _first_tensor(args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
+    return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
 
 
 def _inside(module: nn.Module) -> nn.Module:

@@ -17,6 +17,7 @@ from torch.func import functional_call
 from ..errors import OutputError, TargetError
 from ..functional.outputs import Outputs
 from .batches import read_batches
+from .conditions import unwrapped
 from .forward_mode import (
     LinearLosses,
     differentiable_attention,
@@ -71,6 +72,7 @@ class LinearizedModel(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
+        model = unwrapped(model)
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not trainable:
             raise TargetError(
@@ -155,7 +157,7 @@ class LinearizedModel(nn.Module):
             TargetError: `model` has no trainable parameter of a name or shape that is needed.
         """
         model = self.wrapped if model is None else model
-        own = dict(model.named_parameters())
+        own = dict(unwrapped(model).named_parameters())
         self.matching(own)
         for name in self.names:
             own[name].copy_(self._at(self.theta, name))
@@ -168,7 +170,7 @@ class LinearizedModel(nn.Module):
         Raises:
             TargetError: a name is missing, or has another shape.
         """
-        values = dict(source.named_parameters()) if isinstance(source, nn.Module) else source
+        values = dict(unwrapped(source).named_parameters()) if isinstance(source, nn.Module) else source
         for name, value in self.matching(values).items():
             self._at(self.theta, name).copy_(value)
         return self

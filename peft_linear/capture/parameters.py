@@ -4,14 +4,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from .layers import Layer, layer_kind
+from .layers import Conv1D, Layer, Linear, is_plain, layer_kind
 from .recorder import recording
+from .targets import base_model
 
 
 def head_parameters(head: Mapping[str, nn.Module]) -> list[nn.Parameter]:
@@ -20,17 +22,29 @@ def head_parameters(head: Mapping[str, nn.Module]) -> list[nn.Parameter]:
     return list(found.values())
 
 
-def split_parameters(head: Mapping[str, nn.Module]) -> tuple[dict[str, Layer], list[nn.Parameter]]:
-    """The layers of `head` by name, and every floating-point parameter that is not the weight or bias of one."""
+def split_parameters(head: Mapping[str, nn.Module], model: nn.Module) -> tuple[dict[str, Layer], list[nn.Parameter]]:
+    """The layers of `head` by name, and every floating-point parameter that is not the weight or bias of one.
+
+    A layer counts as one if its weight acts in its own forward, as x Wᵀ + b, and nowhere else in `model`.
+    """
+    uses = Counter(id(own) for module in base_model(model).modules() for own in _own(module))
     layers: dict[str, Layer] = {}
     for prefix, module in head.items():
+        passed_by = {id(inner.out_proj) for inner in module.modules() if isinstance(inner, nn.MultiheadAttention)}
         for name, inner in module.named_modules(prefix=prefix):
             kind = layer_kind(inner)
             layer = None if kind is None else kind(name, inner)
-            if layer is not None and layer.weight is not None:
+            if layer is None or layer.weight is None or id(inner) in passed_by:
+                continue
+            shared = any(uses[id(own)] > 1 for own in _own(layer.base))
+            if not shared and (kind not in (Linear, Conv1D) or is_plain(layer.base)):
                 layers[name] = layer
     covered = {id(parameter) for layer in layers.values() for parameter in (layer.weight, layer.bias)}
     return layers, [parameter for parameter in head_parameters(head) if id(parameter) not in covered]
+
+
+def _own(module: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in module._parameters.values() if parameter is not None]
 
 
 @contextmanager

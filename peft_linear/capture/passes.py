@@ -7,26 +7,33 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from ..errors import TargetError
-from .accumulate import JacobianAccumulator
+from ..errors import OutputError, TargetError
+from .accumulate import JacobianAccumulator, Sizes
 from .batches import evaluate
 from .job import OTHER, Jacobians, Job
 from .parameters import differentiable, parameter_rows
 from .recorder import Recorder, recording
 from .shared_inputs import SharedInputs
-from .targets import base_model
 
 
 @contextmanager
-def capturing(job: Job) -> Iterator[Callable[[int], tuple[Jacobians, Tensor]]]:
-    """Hooks the layers; yields a function that returns the Jacobians (by key) and the outputs of a batch."""
+def capturing(
+    job: Job, sizes: Sizes | None = None, first: int = 0
+) -> Iterator[Callable[[int], tuple[Jacobians, Tensor]]]:
+    """Hooks the layers; yields a function that returns the Jacobians (by key) and the outputs of a batch.
+
+    `sizes` takes what the self-check needs of each matrix; `first` is the number of the first batch, for messages.
+    """
     layers = job.layers
     shared = SharedInputs(layers, job.matrices)
     accumulators = {
-        name: [JacobianAccumulator(layer, number, matrix, shared) for number, matrix in enumerate(job.matrices[name])]
+        name: [
+            JacobianAccumulator(layer, number, matrix, shared, sizes)
+            for number, matrix in enumerate(job.matrices[name])
+        ]
         for name, layer in layers.items()
     }
     now = {"output": 0, "size": 0, "outputs": 0}
@@ -39,13 +46,13 @@ def capturing(job: Job) -> Iterator[Callable[[int], tuple[Jacobians, Tensor]]]:
     def capture(number: int) -> tuple[Jacobians, Tensor]:
         nonlocal checked
         recorder.clear()
-        outputs = evaluate(job.model, job.batches[number].to(job.device), job.function, number)
+        outputs = evaluate(job.model, job.batches[number].to(job.device), job.function, first + number)
         if recorder.copy_changed_inputs():
             recorder.clear()
-            outputs = evaluate(job.model, job.batches[number].to(job.device), job.function, number)
+            outputs = evaluate(job.model, job.batches[number].to(job.device), job.function, first + number)
         now["size"], now["outputs"] = outputs.shape
         if not checked:
-            _check_batch(recorder, job, outputs)
+            _check_graph(recorder, job, outputs)
             checked = True
         shared.start(recorder.calls)
         for output in range(outputs.shape[1]):
@@ -83,33 +90,15 @@ def no_gradient(candidates: Iterable[str], kind: str) -> TargetError:
     )
 
 
-def _check_batch(recorder: Recorder, job: Job, outputs: Tensor) -> None:
-    """Before the first backward pass: are candidates part of the graph, and are the examples of a batch independent?
+def not_finite(name: str, dtype: torch.dtype) -> OutputError:
+    """The error for gradients that overflow, of a module."""
+    return OutputError(
+        f"the gradients of {name} are NaN or inf although the outputs are finite: they overflow in {dtype}; load the "
+        "model in bfloat16 or float32"
+    )
 
-    Transformers work on (batch, …, width) everywhere; where a model does, no gradient of example 0 can reach the rows
-    of another example. Other layouts and other models are tried: one more backward pass, of the first example alone.
-    """
-    size = outputs.shape[0]
-    calls = [(name, call) for name, calls in recorder.calls.items() for call in calls]
+
+def _check_graph(recorder: Recorder, job: Job, outputs: Tensor) -> None:
+    """Before the first backward pass: are candidates part of the graph?"""
     if not outputs.requires_grad or not any(recorder.calls[name] for name in job.candidates):
         raise no_gradient(job.candidates, job.function.output.name)
-    plain = isinstance(base_model(job.model), PreTrainedModel) and all(
-        call.inputs.shape[0] == size and size not in call.inputs.shape[1:-1] for _, call in calls
-    )
-    if size == 1 or plain:
-        return
-    mixed = {}
-
-    def check(name: str, number: int, cotangent: Tensor) -> None:
-        layer = recorder.layers[name]
-        layer.inputs(recorder.calls[name][number].inputs, size)
-        if bool(layer.cotangents(cotangent, size)[1:].any()):
-            mixed[name] = tuple(cotangent.shape)
-
-    recorder.backward(outputs[0].sum(), keep_graph=True, on_cotangent=check)
-    if mixed:
-        name, shape = next(iter(mixed.items()))
-        raise TargetError(
-            f"{name} mixes the examples of a batch (its output has shape {shape}), so their gradients cannot be told "
-            "apart; pass batches of one example"
-        )

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import TargetError
+from .conditions import as_in_training, gradient_errors
 from .layers import Layer, Record
 
 
@@ -72,7 +73,8 @@ class Recorder:
         # All leaves, not the recorded ones alone: a pass that stops at those would miss outputs whose only leaf is
         # another one, such as the embeddings that gradient checkpointing marks.
         leaves = _graph_leaves(scalar)
-        gradients = torch.autograd.grad(scalar, leaves, retain_graph=keep_graph, allow_unused=True)
+        with gradient_errors():
+            gradients = torch.autograd.grad(scalar, leaves, retain_graph=keep_graph, allow_unused=True)
         for leaf, gradient in zip(leaves, gradients, strict=True):
             if gradient is not None and id(leaf) in recorded:
                 self._receive(*recorded[id(leaf)], gradient)
@@ -131,29 +133,23 @@ def recording(
     """
     recorder = Recorder(layers)
     recorder.clear()
-    modes = [(module, module.training) for module in model.modules()]
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     packers = _inference_packers(model)
     handles = []
     try:
-        for name, layer in layers.items():
-            handles.append(layer.attach(recorder.record(name)))
-        for module, training in modes:
-            if training:
-                module.training = False
-        for parameter in trainable:
-            parameter.requires_grad_(False)
-        for module in packers:
-            setattr(module, _PACKS, False)
-        with torch.enable_grad():
+        with as_in_training(model), torch.enable_grad():
+            for name, layer in layers.items():
+                handles.append(layer.attach(recorder.record(name)))
+            for parameter in trainable:
+                parameter.requires_grad_(False)
+            for module in packers:
+                setattr(module, _PACKS, False)
             yield recorder
     finally:
         for module in packers:
             setattr(module, _PACKS, True)
         for handle in handles:
             handle.remove()
-        for module, training in modes:
-            module.training = training
         for parameter in trainable:
             parameter.requires_grad_(True)
         recorder.clear()

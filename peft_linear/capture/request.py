@@ -8,13 +8,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..errors import PeftLinearError
 from ..functional.outputs import Outputs, resolve_output
 from ..kernels import ModuleKernels
-from .adapter_spaces import Space, check_adapter_arguments, count_parameters, full_matrices, space_matrices
+from .adapter_spaces import Space, check_adapter_arguments, count_parameters, full_matrices, place_of, space_matrices
+from .conditions import check_present, device_of, unwrapped
 from .engine.computation import compute_kernels
 from .job import Job, Prepared
 from .layers import Layer, layer_of
@@ -90,14 +90,20 @@ class KernelRequest:
             TargetError: unknown or unusable targets.
         """
         self._check_ranks(ranks)
+        model = unwrapped(model)
+        check_present(model)
         folders = {self.rank: ""} if ranks is None else {rank: f"rank-{rank}/" for rank in sorted(ranks)}
         head, layers = self._find(model)
-        head_layers, head_other = split_parameters(head)
+        head_layers, head_other = split_parameters(head, model)
         rank = max(folders)
         matrices = {
             name: space_matrices(layer, self.space, rank, self.lora_alpha, self.draws, self.seed)
             for name, layer in layers.items()
         }
+        for layer in layers.values():
+            layer.place = place_of(layer, self.space)
+        for layer in head_layers.values():
+            layer.place = "base"
         job = Job(
             model=model,
             candidates=layers,
@@ -106,7 +112,7 @@ class KernelRequest:
             matrices=matrices | {name: full_matrices(layer) for name, layer in head_layers.items()},
             batches=(),
             function=OutputFunction.of(model, self.outputs, self.seed),
-            device=next((parameter.device for parameter in model.parameters()), torch.device("cpu")),
+            device=device_of(model),
             signed=signed,
         )
         return Prepared(

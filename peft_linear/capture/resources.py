@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -35,9 +36,13 @@ class Resources:
             about twice as fast and tells eigenvalues down to about 1e-7·λ1 from rounding (`Spectrum.noise_floor`
             follows); with torch.float64, down to about 1e-12·λ1.
         progress: show progress bars.
+        check: before the first kernel, compare what is assembled with autograd's gradients on a few examples (see
+            `capture.self_check`), and raise an error where they differ: "shapes" on the first batch of every
+            structure (keys, dimensions, types, which first dimensions agree), "first" on the first batch, "off".
+            The result is `kernels.provenance["check"]`.
 
     Raises:
-        PeftLinearError: no size of memory, or another precision.
+        PeftLinearError: no size of memory, or another precision or check.
     """
 
     max_memory: int | str | None = None
@@ -45,6 +50,7 @@ class Resources:
     distributed: bool = True
     precision: torch.dtype | None = None
     progress: bool = True
+    check: Literal["shapes", "first", "off"] = "shapes"
 
     def __post_init__(self) -> None:
         parse_memory(self.max_memory)
@@ -52,6 +58,11 @@ class Resources:
             raise PeftLinearError(
                 f"precision must be None, torch.float32 or torch.float64, got {self.precision!r}; it is that of the "
                 "products of Jacobian rows"
+            )
+        if self.check not in ("shapes", "first", "off"):
+            raise PeftLinearError(
+                f'check must be "shapes", "first" or "off", got {self.check!r}; it says which batches the '
+                "self-check tries"
             )
 
     @property

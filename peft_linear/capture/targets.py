@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
@@ -21,6 +22,7 @@ from transformers import PreTrainedModel
 from ..errors import TargetError
 from ..kernels.module_kernels import PEFT_PREFIX
 from .adaptable import refused_by_peft
+from .conditions import unwrapped
 from .layers import layer_kind, not_a_layer
 
 
@@ -28,12 +30,16 @@ Targets = str | Sequence[str]
 
 
 def base_model(model: nn.Module) -> nn.Module:
-    """The model that names refer to: what a `PeftModel` (or a bare tuner) wraps, any other model itself."""
+    """The model that names refer to: what a `PeftModel` (or a bare tuner) wraps, any other model itself.
+
+    What only wraps a model to compile, parallelise or average it counts for nothing.
+    """
+    model = unwrapped(model)
     if isinstance(model, PeftModel):
-        return model.get_base_model()
+        return unwrapped(model.get_base_model())
     tuner = getattr(model, "base_model", None)  # of a PeftMixedModel
     tuner = tuner if isinstance(tuner, BaseTuner) else model
-    return tuner.model if isinstance(tuner, BaseTuner) else model
+    return unwrapped(tuner.model) if isinstance(tuner, BaseTuner) else model
 
 
 def resolve_targets(
@@ -160,11 +166,17 @@ def _output_embeddings(root: nn.Module) -> list[nn.Module]:
 
 
 def _saved_modules(root: nn.Module) -> dict[str, nn.Module]:
-    return {
-        name: _active(module)
-        for name, module in root.named_modules()
-        if isinstance(module, ModulesToSaveWrapper) and module.active_adapters
-    }
+    """The trained copies of `modules_to_save`, and the new rows of embeddings (`trainable_token_indices`)."""
+    found = {}
+    for name, module in root.named_modules():
+        if isinstance(module, ModulesToSaveWrapper) and module.active_adapters:
+            found[name] = _active(module)
+        elif isinstance(module, TrainableTokensLayer) and module.active_adapters and not module.disable_adapters:
+            deltas = [
+                module.trainable_tokens_delta[a] for a in module.active_adapters if a in module.trainable_tokens_delta
+            ]
+            found[f"{name}.trainable_tokens_delta"] = nn.ParameterList(deltas)
+    return found
 
 
 def _active(module: nn.Module) -> nn.Module:

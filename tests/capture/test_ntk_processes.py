@@ -18,7 +18,7 @@ from peft_linear.capture.engine.processes import Team
 from peft_linear.errors import ProcessError
 from peft_linear.kernels import ModuleKernels
 from tests.helpers import small_models as small
-from tests.helpers.kernels import ntk
+from tests.helpers.kernels import Passes, ntk
 from tests.helpers.ports import free_port
 
 
@@ -30,6 +30,7 @@ TOGETHER = """
 import os, sys
 from pathlib import Path
 from tests.helpers import small_models as small
+from tests.helpers.kernels import Passes
 import torch
 from accelerate import PartialState
 from peft_linear import Resources, compute_ntk
@@ -59,9 +60,9 @@ assert alone.provenance["processes"] == 1 and alone.num_examples == (12 if rank 
 expect("other data", batches[rank:])
 expect("no folder", max_memory="40KB")
 if rank:
-    model.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(OSError("disk on fire")))
+    Passes(lambda: (_ for _ in ()).throw(OSError("disk on fire")))
 try:
-    expect("failed", folder=out / "failed")
+    expect("failed", folder=out / "failed", check="off")
 except OSError as error:
     assert rank == 1 and str(error) == "disk on fire"
 PartialState().wait_for_everyone()
@@ -69,19 +70,20 @@ PartialState().wait_for_everyone()
 
 DYING = """
 import os, signal, sys
+from tests.helpers.kernels import Passes
 from tests.helpers import small_models as small
 from peft_linear import Resources, compute_ntk
 
 model, passes = small.seeded(small.bert), 0
 
-def die(*_):
+def die():
     global passes
     passes += 1
     if os.environ["RANK"] == "1" and passes == 2:
         os.kill(os.getpid(), signal.SIGKILL)
 
-model.register_forward_pre_hook(die)
-compute_ntk(model, small.text_batches(SIZES), resources=Resources(folder=sys.argv[1]))
+Passes(die)
+compute_ntk(model, small.text_batches(SIZES), resources=Resources(folder=sys.argv[1], check="off"))
 """.replace("SIZES", repr(SIZES))
 
 
@@ -169,10 +171,10 @@ def test_a_process_that_dies_ends_the_run_and_leaves_nothing_half_written(tmp_pa
     assert "ProcessError: a process of this run died or did not answer" in errors[0]
     assert time.monotonic() - start < 120
 
-    model, batches, passes = small.seeded(small.bert), small.text_batches(SIZES), []
-    model.register_forward_pre_hook(lambda *_: passes.append(1))
-    resumed = ntk(model, batches, folder=folder)
-    assert len(passes) == len(SIZES) - 2  # each of the two had finished one batch
+    model, batches, passes = small.seeded(small.bert), small.text_batches(SIZES), Passes()
+    resumed = ntk(model, batches, folder=folder, check="off")
+    passes.remove()
+    assert passes.number == len(SIZES) - 2  # each of the two had finished one batch
     whole = ntk(model, batches, folder=tmp_path / "whole")
     assert all(torch.equal(resumed[name], whole[name]) for name in whole.names)
 

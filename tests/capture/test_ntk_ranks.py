@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from peft_linear import Resources
+from peft_linear.capture import passes
 from peft_linear.capture.adapter_spaces import ParameterMatrix, initial_lora_a
 from peft_linear.capture.engine import computation, products, run
 from peft_linear.capture.engine.computation import compute_kernels
@@ -140,7 +141,8 @@ def test_one_rank_in_a_sequence_and_one_alone():
 def test_all_ranks_take_the_passes_and_the_products_of_the_largest(monkeypatch):
     counted = {"forward": 0, "backward": 0, "features": 0}
     model = small.seeded(small.bert)
-    model.register_forward_pre_hook(lambda *_: counted.update(forward=counted["forward"] + 1))
+    monkeypatch.setattr(passes, "evaluate", passes.evaluate)  # what Passes sets is restored
+    quiet.Passes(lambda: counted.update(forward=counted["forward"] + 1))
     backward, weight_gram = Recorder.backward, products.weight_gram
 
     def count_backward(*args, **kwargs):
@@ -154,7 +156,7 @@ def test_all_ranks_take_the_passes_and_the_products_of_the_largest(monkeypatch):
 
     monkeypatch.setattr(Recorder, "backward", count_backward)
     monkeypatch.setattr(products, "weight_gram", count_features)
-    at_ranks(model, (2, 5, 3), draws=4, targets=["query"], always_trained=())
+    at_ranks(model, (2, 5, 3), draws=4, targets=["query"], always_trained=(), check="off")
     assert counted == {"forward": 3, "backward": 3 * 3, "features": 2 * 4 * 5}
 
 
@@ -247,10 +249,11 @@ def stop_at_task(monkeypatch, number):
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
-    model, passes = small.seeded(small.bert), []
-    options = {"ranks": RANKS, "draws": 2}
+    model, options = small.seeded(small.bert), {"ranks": RANKS, "draws": 2, "check": "off"}
     whole = at_ranks(model, folder=tmp_path / "whole", **options)
-    handle = model.register_forward_pre_hook(lambda *_: passes.append(1) if len(passes) < 2 else 1 / 0)
+    monkeypatch.setattr(passes, "evaluate", passes.evaluate)  # what Passes sets is restored
+    made = []
+    handle = quiet.Passes(lambda: made.append(1) if len(made) < 2 else 1 / 0)
     with pytest.raises(ZeroDivisionError):
         at_ranks(model, folder=tmp_path / "run", **options)
     handle.remove()
@@ -260,9 +263,9 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
     assert not list((tmp_path / "run").glob("rank-*/kernels.safetensors"))
     with pytest.raises(FileError, match="holds no kernels.safetensors.*not finished"):
         ModuleKernels.load(tmp_path / "run" / "rank-3")
-    model.register_forward_pre_hook(lambda *_: passes.append(1))
+    counted = quiet.Passes()
     resumed = at_ranks(model, folder=tmp_path / "run", **options)
-    assert len(passes) == 2  # no pass is made again
+    assert counted.number == 0  # no pass is made again
     for rank in RANKS:
         assert resumed[rank].provenance["storage"]["resumed_batches"] == 3
         assert resumed[rank].provenance["storage"]["resumed_blocks"] == 5
@@ -272,11 +275,11 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
     damaged.write_bytes(damaged.read_bytes()[:-8])
     (damaged.parent / ".00002.safetensors.x.tmp").write_bytes(b"half")
     again = at_ranks(model, folder=tmp_path / "run", **options)
-    assert len(passes) == 2 + 3  # the Jacobians were gone, so they are captured again
+    assert counted.number == 3  # the Jacobians were gone, so they are captured again
     assert again[3].provenance["storage"]["resumed_blocks"] == len(whole[3])
     assert files_below(tmp_path / "run") == files_below(tmp_path / "whole")
     finished = at_ranks(model, folder=tmp_path / "run", **options | {"ranks": sorted(RANKS)})
-    assert len(passes) == 2 + 3
+    assert counted.number == 3
     assert list(finished) == sorted(RANKS)
     for rank in RANKS:
         assert_same(again[rank], whole[rank], rtol=0, atol=0)

@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from peft_linear.capture import passes
 from peft_linear.errors import FileError, OutputError, PeftLinearError
 from peft_linear.kernels import ModuleKernels
 from tests import reference
@@ -71,7 +72,8 @@ CASES = {
 
 
 def ntk(model, batches=None, **arguments):
-    return quiet.ntk(model, small.text_batches(SIZES) if batches is None else batches, **arguments)
+    batches = small.text_batches(SIZES) if batches is None else batches
+    return quiet.ntk(model, batches, **{"check": "off", **arguments})  # passes are counted
 
 
 def assert_same_kernels(got, expected, **tolerance):
@@ -194,15 +196,21 @@ def test_the_folder_of_a_finished_run_holds_its_kernels(tmp_path):
         ModuleKernels.load(tmp_path)
 
 
+@pytest.fixture(autouse=True)
+def restored(monkeypatch):
+    """What `Counting` puts in the place of a function is taken away after each test."""
+    monkeypatch.setattr(passes, "evaluate", passes.evaluate)
+
+
 class Counting:
-    """Counts the forward passes of a model, and stops the one numbered `stop`."""
+    """Counts forward passes, and stops the one numbered `stop`."""
 
     def __init__(self, model, stop=None):
         self.passes = 0
         self.stop = stop
-        self.handle = model.register_forward_pre_hook(self.step)
+        self.handle = quiet.Passes(self.step)
 
-    def step(self, *_):
+    def step(self):
         if self.passes == self.stop:
             self.handle.remove()
             raise KeyboardInterrupt
@@ -271,6 +279,7 @@ def test_damaged_files_are_computed_again(damage, tmp_path):
 KILLED = """
 import os, signal, sys
 import peft_linear.capture.engine.run as run
+from tests.helpers.kernels import Passes
 from tests.helpers import small_models as small
 from peft_linear import Resources, compute_ntk
 
@@ -289,10 +298,10 @@ for step in steps:  # nothing has started a thread before the fork
     if os.fork() == 0:
         model = small.seeded(small.bert)
         if step < 10:
-            model.register_forward_pre_hook(die_at(step, lambda *_: None))
+            Passes(die_at(step, lambda: None))
         else:
             run.matrix_kernel = die_at(step - 10, run.matrix_kernel)
-        compute_ntk(model, small.text_batches(SIZES), resources=Resources(folder=f"{folder}/{step}"))
+        compute_ntk(model, small.text_batches(SIZES), resources=Resources(folder=f"{folder}/{step}", check="off"))
         os._exit(0)
     _, status = os.wait()
     assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, status

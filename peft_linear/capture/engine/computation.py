@@ -19,6 +19,7 @@ from ..batches import read_batches
 from ..job import Job, Prepared
 from ..passes import no_gradient
 from ..resources import Resources
+from ..self_check import self_check
 from ..targets import base_model
 from .fingerprint import fingerprint
 from .processes import Team
@@ -43,19 +44,34 @@ def compute_kernels(
         run = Run(job, prepared.folders, team, store, resources.memory_limit, PRODUCT_BYTES, resources.progress)
         if store.kept or team.size > 1:
             store.open(team.gather("taking checksums", lambda: fingerprint(job.model, read, arguments)))
-        return run.load() if run.is_finished() else _complete(run, prepared)
+        if run.is_finished():
+            return run.load()
+        check = team.each("checking the gradients", lambda: _self_check(job, resources.check))
+        return _complete(run, prepared, *check)
     except BaseException:
         store.discard()
         raise
+    finally:
+        store.release()
 
 
-def _complete(run: Run, prepared: Prepared) -> dict[int, ModuleKernels]:
+def _self_check(job: Job, mode: str) -> tuple[dict[str, Any], torch.dtype | None]:
+    with torch.random.fork_rng(devices=[job.device] if job.device.type == "cuda" else []):
+        return self_check(job, mode)
+
+
+def _complete(
+    run: Run, prepared: Prepared, check: dict[str, Any], dtype: torch.dtype | None
+) -> dict[int, ModuleKernels]:
     """Computes what is missing; the kernels by rank, and in the folder if there is one."""
     job = run.job
     with torch.random.fork_rng(devices=[job.device] if job.device.type == "cuda" else []):
         result = run.complete()
     if len(next(iter(result.of_rank.values())).zero) == len(job.candidates):
         raise no_gradient(job.candidates, job.function.output.name)
+    result.record["check"] = check
+    if dtype is not None and torch.finfo(dtype).eps > torch.finfo(getattr(torch, _dtype_of(job))).eps:
+        result.record["dtype"] = str(dtype)  # less precise than the weights: autocast
     kernels = {rank: _kernels_of_rank(rank, result, job, prepared) for rank in result.of_rank}
     finished = {folder: (kernels[rank], result.of_rank[rank].files) for rank, folder in prepared.folders.items()}
     run.team.each("finishing", lambda: run.folder.finish(finished))
@@ -93,11 +109,17 @@ def _kernels_of_rank(rank: int, result: Result, job: Job, prepared: Prepared) ->
     )
 
 
+def _dtype_of(job: Job) -> str:
+    """The name of the dtype of the model's weights."""
+    parameters = base_model(job.model).parameters()
+    return str(next((p.dtype for p in parameters if p.is_floating_point()), torch.float32)).removeprefix("torch.")
+
+
 def _describe(job: Job) -> dict[str, Any]:
     """Of the model, the precision and the machine. "product_dtype" is `Resources.precision`, by its name in files."""
     root = base_model(job.model)
     config = getattr(root, "config", None)
-    dtype = next((p.dtype for p in root.parameters() if p.is_floating_point()), torch.float32)
+    dtype = getattr(torch, _dtype_of(job))
     return {
         "model_class": type(root).__name__,
         "model": getattr(config, "_name_or_path", None) or None,

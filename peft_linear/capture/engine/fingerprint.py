@@ -14,8 +14,10 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from ...errors import FileError
 from ..batches import Batch
 from ..targets import base_model
+from .digests import digest, modules_digest
 
 
 VERSIONS = ("torch", "transformers", "peft", "peft-linear")
@@ -33,6 +35,7 @@ def fingerprint(model: nn.Module, batches: Iterable[Batch], arguments: Mapping[s
             "class": type(root).__name__,
             "parameters and buffers": _checksum(named),
             "configuration": _checksum_of_json(_configuration(root)),
+            "modules": modules_digest(root),
             "adapters": _checksum_of_json(_adapters(root)),
             "device": named[0][1].device.type if named else "cpu",
         },
@@ -71,9 +74,16 @@ def _checksum_of_json(value: Any) -> str:
 
 def _checksum_of_batch(batch: Batch) -> str:
     named = dict(batch.inputs) if batch.labels is None else {**batch.inputs, "(labels)": batch.labels}
-    tensors = sorted((str(key), value) for key, value in named.items() if isinstance(value, Tensor))
-    others = sorted((str(key), repr(value)) for key, value in named.items() if not isinstance(value, Tensor))
-    return hashlib.sha256(f"{_checksum(tensors)}{others}".encode()).hexdigest()
+    parts = []
+    for key, value in sorted(named.items(), key=lambda item: str(item[0])):
+        described = digest(value)
+        if described is None:
+            raise FileError(
+                f"a batch has {key!r} of type {type(value).__name__}, whose content cannot be told from another's, so "
+                "a folder cannot be resumed with it, nor processes compared; pass tensors, numbers and lists of them"
+            )
+        parts.append((str(key), described))
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 def _configuration(root: nn.Module) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from ...kernels.module_kernels import INDEX
 from ..adapter_spaces import ParameterMatrix, formed_rows
 from ..batches import gather_labels
 from ..job import OTHER, Jacobians, Job
-from ..passes import capturing, capturing_other
+from ..passes import capturing, capturing_other, not_finite
 from .blocks import BASE, BlockStore, RankBlocks
 from .jacobian_store import JacobianStore
 from .memory import MemoryPlan, format_memory
@@ -170,7 +170,7 @@ class Run:
             missing.sort(key=lambda task: -sum(m.features * m.channels for m in self._matrices(task).values()))
 
         def work(task: str) -> dict[str, str]:
-            return self.blocks.put(task, self._kernels(task))
+            return self.blocks.put(task, self._finite(task))
 
         def done(results: list[dict[str, str]]) -> None:
             for files in results:
@@ -186,6 +186,13 @@ class Run:
             for name in names
             for key, matrix in zip(self.job.keys(name), self.job.matrices[name], strict=True)
         }
+
+    def _finite(self, task: str) -> Iterator[tuple[int, MatrixKernel]]:
+        for rank, kernel in self._kernels(task):
+            if not bool(kernel.gram.isfinite().all()):
+                raise not_finite("the task head" if task == BASE else task, next(self.job.model.parameters()).dtype)
+            yield rank, kernel
+            del kernel  # or it would be kept in memory until the next one is there
 
     def _kernels(self, task: str) -> Iterator[tuple[int, MatrixKernel]]:
         """The kernel of every rank; an adapter that the model carries, and the task head, have one for all of them."""

@@ -34,7 +34,14 @@ from .fingerprint import differences
 from .processes import Team
 
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+
 MANIFEST, FINISHED, PARTS, BLOCKS = "manifest.json", "finished.jsonl", "parts", "blocks"
+LOCK = ".lock"  # held while a process computes in the folder
 FORMAT = "peft_linear.compute_ntk/1"
 
 
@@ -47,6 +54,7 @@ class RunFolder:
         self._team = team
         self.owner: Any = None  # keeps a temporary folder alive
         self._path = None if path is None else Path(path)
+        self._lock: Any = None
 
     @property
     def path(self) -> Path:
@@ -119,6 +127,34 @@ class RunFolder:
         else:
             self.discard()
 
+    def release(self) -> None:
+        """Lets another process compute in the folder; also done when this one ends."""
+        if self._lock is not None:
+            (self.path / LOCK).unlink(missing_ok=True)
+            self._lock.close()
+            self._lock = None
+
+    def _take(self, path: Path) -> None:
+        """Raises FileError where another process computes in the folder."""
+        if fcntl is None or path.is_file():
+            return
+        path.mkdir(parents=True, exist_ok=True)
+        lock = open(path / LOCK, "w", encoding="utf-8")  # noqa: SIM115
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not (path / LOCK).exists() or (path / LOCK).stat().st_ino != os.fstat(lock.fileno()).st_ino:
+                raise BlockingIOError  # its owner has just removed it
+        except BlockingIOError as error:
+            lock.close()
+            raise FileError(
+                f"another process computes kernels in the folder {os.fspath(path)!r}; wait for it to end and call "
+                "again, or pass another folder"
+            ) from error
+        except OSError:  # a file system without locks
+            lock.close()
+            return
+        self._lock = lock
+
     def discard(self) -> None:
         """Removes a temporary folder; one that the user named stays, for the run to be resumed."""
         if not self.kept and self._path is not None:
@@ -128,6 +164,7 @@ class RunFolder:
         """On the main process: checks or begins the folder; its path, and the name of a file to find it by."""
         path = self.path
         if self.kept:
+            self._take(path)
             self._check(path, fingerprint)
         handle, token = tempfile.mkstemp(prefix=".shared-", suffix=".token", dir=path)
         os.close(handle)
@@ -151,7 +188,7 @@ class RunFolder:
                 )
             for unfinished in [*path.glob("**/.*.tmp"), *path.glob(".*.token")]:
                 unfinished.unlink(missing_ok=True)
-        elif path.is_dir() and any(path.iterdir()):
+        elif path.is_dir() and any(not _is_leftover(entry.name) for entry in path.iterdir()):
             raise FileError(
                 f"the folder {os.fspath(path)!r} is not empty and holds no run of compute_ntk; pass another one"
             )
@@ -188,6 +225,11 @@ class _TemporaryFolder:
     def __init__(self) -> None:
         self.path = Path(tempfile.mkdtemp(prefix="peft_linear_ntk_"))
         weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
+
+
+def _is_leftover(name: str) -> bool:
+    """Whether a file is our lock, or what a killed process has left of one that it was writing."""
+    return name == LOCK or (name.startswith(".") and name.endswith((".tmp", ".token")))
 
 
 def _parse(line: str) -> dict[str, str] | None:

@@ -1,0 +1,97 @@
+# SPDX-FileCopyrightText: 2026 The peft-linear authors
+# SPDX-License-Identifier: Apache-2.0
+"""Digests of what a computation depends on besides parameters: classes, attributes and hooks of modules, and values.
+
+A function counts by its code, constants, defaults and what it closes over, not by its address.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import types
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+DEPTH = 6
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
+# Kept by nn.Module, or counted elsewhere; `training` is the same for all passes.
+_OWN = frozenset(vars(nn.Module())) | {"training", "config", "generation_config", "_hf_hook", "_compiled_call_impl"}
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def modules_digest(root: nn.Module) -> str:
+    """sha256 over every module: name, class with the code of its forward, `extra_repr`, attributes and hooks."""
+    parts: list[tuple] = []
+    for name, module in root.named_modules():
+        attributes = {key: _described(value) for key, value in vars(module).items() if key not in _OWN}
+        hooks = [_described(hook) for kind in _HOOKS for hook in getattr(module, kind).values()]
+        kind = type(module)
+        code = digest(kind.forward)
+        parts.append((name, kind.__module__, kind.__qualname__, code, module.extra_repr(), sorted(attributes.items())))
+        parts.append((name, hooks))
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def digest(value: Any, depth: int = DEPTH) -> str | None:
+    """Equal for equal values; None where a value cannot be told from others of its type."""
+    if isinstance(value, Tensor):
+        raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data if value.numel() else b""
+        return f"tensor {value.dtype} {tuple(value.shape)} {hashlib.sha256(raw).hexdigest()}"
+    if isinstance(value, _PLAIN):
+        return f"{type(value).__name__} {value!r}"
+    if depth == 0:
+        return None
+    if isinstance(value, functools.partial):
+        return _joined("partial", [value.func, value.args, value.keywords], depth)
+    if isinstance(value, types.MethodType):
+        return _joined("method", [value.__func__], depth)
+    if isinstance(value, types.FunctionType):
+        closed = [content for cell in value.__closure__ or () if not _is_module(content := _content(cell))]
+        return _joined(f"function {value.__qualname__}", [value.__code__, value.__defaults__, closed], depth)
+    if isinstance(value, types.CodeType):
+        return _joined(f"code {value.co_code.hex()} {value.co_names}", list(value.co_consts), depth)
+    if isinstance(value, (type, types.BuiltinFunctionType)):
+        return f"{value.__module__}.{value.__qualname__}"
+    if isinstance(value, Mapping):
+        return _joined(type(value).__name__, [part for item in value.items() for part in item], depth)
+    if isinstance(value, (list, tuple)):
+        return _joined(type(value).__name__, list(value), depth)
+    if isinstance(value, (set, frozenset)):
+        parts = [digest(part, depth - 1) for part in value]
+        return None if None in parts else f"set {sorted(map(str, parts))}"
+    if hasattr(value, "dtype") and hasattr(value, "tobytes"):  # a numpy array
+        return f"array {value.dtype} {value.shape} {hashlib.sha256(value.tobytes()).hexdigest()}"
+    return None
+
+
+def _described(value: Any) -> str:
+    """`digest`, or of an object its class and attributes, as far as they have one."""
+    described = digest(value)
+    if described is not None:
+        return described
+    kind = f"{type(value).__module__}.{type(value).__qualname__}"
+    attributes = getattr(value, "__dict__", {})
+    return f"{kind} {sorted((key, digest(inner, 2) or type(inner).__name__) for key, inner in attributes.items())}"
+
+
+def _joined(what: str, parts: list[Any], depth: int) -> str | None:
+    described = [digest(part, depth - 1) for part in parts]
+    if None in described:
+        return None
+    return f"{what} {hashlib.sha256(repr(described).encode()).hexdigest()}"
+
+
+def _content(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not filled yet
+        return None
+
+
+def _is_module(value: Any) -> bool:
+    return isinstance(value, (nn.Module, type))

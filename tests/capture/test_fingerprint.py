@@ -1,0 +1,95 @@
+# SPDX-FileCopyrightText: 2026 The peft-linear authors
+# SPDX-License-Identifier: Apache-2.0
+"""A run folder is resumed by its own run only: all that the kernels depend on is in its fingerprint."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from peft_linear.capture.batches import Batch
+from peft_linear.capture.engine.digests import digest
+from peft_linear.capture.engine.fingerprint import fingerprint
+from peft_linear.errors import FileError
+from tests.helpers.kernels import ntk
+from tests.helpers.odd_models import TwoLayers, numbers
+
+
+class Activated(TwoLayers):
+    def __init__(self, activation=None, slope=1.0, name="tanh"):
+        super().__init__()
+        self.activation = activation or nn.Tanh()
+        self.slope, self.settings = slope, {"name": name}
+
+    def forward(self, x):
+        return self.b(self.activation(self.slope * self.a(x)))
+
+
+class Other(Activated):
+    def forward(self, x):
+        return self.b(torch.sin(self.slope * self.a(x)))
+
+
+def hooked():
+    model = Activated()
+    model.a.register_forward_hook(lambda module, args, output: 2 * output)
+    return model
+
+
+OTHERS = {
+    "activation": lambda: Activated(nn.ReLU()),
+    "extra_repr": lambda: Activated(nn.LeakyReLU(0.2)),
+    "attribute": lambda: Activated(slope=2.0),
+    "attribute in a dict": lambda: Activated(name="sin"),
+    "function": lambda: Activated(torch.sin),
+    "lambda": lambda: Activated(lambda x: x**3),
+    "forward": Other,
+    "hook": hooked,
+}
+
+
+def test_models_that_differ_in_anything_have_different_fingerprints_and_equal_ones_the_same():
+    found = {name: fingerprint(make(), (), {})["model"]["modules"] for name, make in OTHERS.items()}
+    found["none"] = fingerprint(Activated(), (), {})["model"]["modules"]
+    assert len(set(found.values())) == len(OTHERS) + 1
+    again = {name: fingerprint(make(), (), {})["model"]["modules"] for name, make in OTHERS.items()}
+    assert all(found[name] == value for name, value in again.items())
+
+
+def test_the_folder_of_another_model_is_refused(tmp_path):
+    ntk(Activated(), numbers(), targets=["a"], folder=tmp_path / "run")
+    with pytest.raises(FileError, match="holds the run of something else: it differs in the model's .*modules"):
+        ntk(Activated(nn.ReLU()), numbers(), targets=["a"], folder=tmp_path / "run")
+
+
+def test_tensors_in_lists_count():
+    model, x = TwoLayers(), torch.ones(2, 4)
+    prints = [
+        fingerprint(model, [Batch({"x": x, "parts": [x, {"y": value * x}]}, None)], {})["batch"] for value in (1, 1, 2)
+    ]
+    assert prints[0] == prints[1] != prints[2]
+    large = [torch.zeros(5000), torch.zeros(5000)]
+    large[1][2500] = 1  # which repr() leaves out
+    assert digest([large[0]]) != digest([large[1]])
+
+
+def test_what_cannot_be_told_apart_is_refused():
+    batch = Batch({"x": torch.ones(2, 4), "thing": object()}, None)
+    with pytest.raises(FileError, match="'thing' of type object, whose content cannot be told from another"):
+        fingerprint(TwoLayers(), [batch], {})
+
+
+def test_a_folder_whose_first_file_was_not_finished_can_be_used(tmp_path):
+    (tmp_path / ".manifest.json.abc.tmp").write_text('{"form')
+    assert len(ntk(Activated(), numbers(), targets=["a"], folder=tmp_path)) == 1
+
+
+def test_two_processes_do_not_compute_in_one_folder(tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    ntk(Activated(), numbers(), targets=["a"], folder=tmp_path)
+    with open(tmp_path / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(FileError, match="another process computes kernels in the folder.*wait for it to end"):
+            ntk(Activated(), numbers(), targets=["a"], folder=tmp_path)
+    assert len(ntk(Activated(), numbers(), targets=["a"], folder=tmp_path)) == 1
