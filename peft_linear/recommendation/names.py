@@ -86,6 +86,22 @@ def layer_grid(names: Sequence[str]) -> Grid:
     return Grid(rows, columns, cells)
 
 
+def type_labels(names: Iterable[str]) -> dict[tuple[str, str], str]:
+    """{(stack, kind): label}: the last parts of the kind that no other kind ends with, as `gate_proj`, `query`.
+
+    A kind that another one ends with keeps all its parts; kinds of different stacks may have the same label.
+    """
+    kinds = dict.fromkeys((name.stack, name.kind) for name in map(parse_name, names))
+    different = {kind for _, kind in kinds}
+    labels = {}
+    for kind in different:
+        parts = kind.split(".")
+        ends = (".".join(parts[start:]) for start in range(len(parts) - 1, -1, -1))
+        others = [f".{other}" for other in different if other != kind]
+        labels[kind] = next((end for end in ends if not any(o.endswith(f".{end}") for o in others)), kind)
+    return {(stack, kind): labels[kind] for stack, kind in kinds}
+
+
 def short_labels(names: Iterable[str]) -> dict[str, str]:
     """Labels without what all names share; the full name where two would read the same."""
     labels = {name: parse_name(name).short for name in names}
