@@ -39,6 +39,7 @@ setup(
         "numpy>=1.24",
         "scipy>=1.11.1",
         "tqdm>=4.66.3",
+        "pyyaml>=6.0.1",
     ],
     extras_require={
         "plot": PLOT,

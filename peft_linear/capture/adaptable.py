@@ -10,7 +10,7 @@ from typing import Any
 
 from peft import LoraConfig
 from peft.tuners.lora import LoraModel
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -51,20 +51,34 @@ def facts_for_peft(root: nn.Module, candidates: Iterable[str], always_trained: I
     Returns:
         "refused": as `refused_by_peft`; "modules_to_save": the always-trained modules as peft takes them; "alike":
         other modules whose name ends as one of these or of the candidates does, which peft's rules may match too;
+        "same_type": every module whose last part of the name a candidate has too, which a rule by type may match;
+        "all_linear": how many modules peft adapts with "all-linear" if those are the candidates, else 0;
         "rewrites_patterns": whether peft replaces regular expressions in `target_modules` of this model.
     """
     candidates = list(candidates)
     modules = dict(root.named_modules(remove_duplicate=False))
     saved = [part for name in always_trained for part in _without_containers(name, modules)]
+    chosen = set(candidates)
     known = {*candidates, *saved}
     ends = (*(f".{name}" for name in candidates), *saved)  # peft matches modules_to_save without a dot
     alike = [name for name in modules if name not in known and name.endswith(ends)]
+    types = {name.rpartition(".")[2] for name in candidates}
     return {
         "refused": refused_by_peft(root, {name: modules[name] for name in candidates if name in modules}),
         "modules_to_save": saved,
         "alike": alike,
+        "same_type": [name for name in modules if name.rpartition(".")[2] in types],
+        "all_linear": len(chosen) if chosen == _all_linear(root, saved) else 0,
         "rewrites_patterns": _convert(root, ".*") != ".*",
     }
+
+
+def _all_linear(root: nn.Module, saved: Sequence[str]) -> set[str]:
+    """The modules that peft adapts with "all-linear", where `saved` are trained in full."""
+    config = LoraConfig(target_modules="all-linear")
+    _maybe_include_all_linear_layers(config, root)  # changes it
+    within = tuple(f"{name}." for name in saved)
+    return {name for name in config.target_modules or () if name not in saved and not name.startswith(within)}
 
 
 def _without_containers(name: str, modules: Mapping[str, nn.Module]) -> list[str]:

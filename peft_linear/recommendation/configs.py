@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 
 from ..errors import PeftLinearError
 from ..tuners.proximal_lora import ProximalLoraConfig
+from .rules import ALL_LINEAR, FORMS, Rule, find_rule
 
 
 TASK_HEADS = {  # that peft adds to modules_to_save by task_type
@@ -23,17 +23,40 @@ TASK_HEADS = {  # that peft adds to modules_to_save by task_type
 MATCHING = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "target_parameters")
 
 
-def exact_fields(
+def rule_of(choice: Mapping[str, int], candidates: Sequence[str], provenance: Mapping[str, Any]) -> Rule:
+    """The simplest rule that adapts these modules and no others of the model.
+
+    Kernels of earlier versions do not say which other modules a rule by type would match; then, and where peft
+    rewrites what is matched (mixtures of experts), it is by names.
+    """
+    rule = find_rule(choice, candidates, **rule_options(candidates, provenance))
+    if rule is None:
+        raise PeftLinearError(f"no rule of peft says exactly {sorted(choice)}; build the config by hand")
+    return rule
+
+
+def rule_options(candidates: Collection[str], provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """What `find_rule` and `simplify` need to know of the model: other names, and the forms that are certain.
+
+    The candidates may be fewer than the kernels were asked for: modules that are never called are none.
+    """
+    facts = provenance.get("peft") or {}
+    others = [*facts.get("same_type", ()), *facts.get("alike", ())]
+    forms: tuple[str, ...] = FORMS
+    if facts.get("rewrites_patterns"):
+        forms = ("names", "names with exclusions")
+    elif provenance and "same_type" not in facts:
+        forms = ("names", "name pattern")
+    return {"others": others, "all_linear": facts.get("all_linear") == len(candidates), "forms": forms}
+
+
+def saved_fields(
     modules: Sequence[str],
     candidates: Collection[str],
     provenance: Mapping[str, Any],  # of the kernels
     given: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """`target_modules` that match these modules and no others, and `modules_to_save`: what was always trained.
-
-    `target_modules` is the list of names, or, where peft would match another module by the end of a name, one regular
-    expression; where peft rewrites those (mixtures of experts) the other modules are excluded instead. What is `given`
-    stays as it is.
+    """`modules_to_save`: what was always trained. What is `given` stays as it is.
 
     Raises:
         PeftLinearError: peft cannot adapt a chosen module by its name, or `modules_to_save` would train others.
@@ -43,22 +66,16 @@ def exact_fields(
     if refused:
         name, reason = next(iter(refused.items()))
         raise PeftLinearError(f"no config adapts {name}: {reason}; recommend again without it in `targets`")
-    fields: dict[str, Any] = {}
     saved = list(facts.get("modules_to_save", provenance.get("always_trained") or ()))
-    if saved and "modules_to_save" not in given:
-        fields["modules_to_save"] = saved
-        more = sorted(name for name in {*candidates, *facts.get("alike", ())} if name.endswith(tuple(saved)))
-        if more:
-            raise PeftLinearError(
-                f"modules_to_save={saved}, which was always trained, would also train {', '.join(more)}, since peft "
-                "compares the ends of names; pass modules_to_save=, or name those in `always_trained` as well"
-            )
-    chosen = set(modules)
-    others = [name for name in {*candidates, *facts.get("alike", ())} if name not in chosen]
-    also = sorted(other for other in others if any(other.endswith(f".{name}") for name in modules))
-    if also and facts.get("rewrites_patterns") and "exclude_modules" not in given:
-        return {**fields, "target_modules": list(modules), "exclude_modules": _any_of(also)}
-    return {**fields, "target_modules": _any_of(modules) if also else list(modules)}
+    if not saved or "modules_to_save" in given:
+        return {}
+    more = sorted(name for name in {*candidates, *facts.get("alike", ())} if name.endswith(tuple(saved)))
+    if more:
+        raise PeftLinearError(
+            f"modules_to_save={saved}, which was always trained, would also train {', '.join(more)}, since peft "
+            "compares the ends of names; pass modules_to_save=, or name those in `always_trained` as well"
+        )
+    return {"modules_to_save": saved}
 
 
 def check_exact(
@@ -69,8 +86,11 @@ def check_exact(
     Raises:
         PeftLinearError: they differ.
     """
-    known = {*candidates, *modules, *(provenance.get("peft") or {}).get("alike", ())}
+    options = rule_options(candidates, provenance)
+    known = {*candidates, *modules, *options["others"]}
     in_peft = copy.copy(config)
+    if config.target_modules == ALL_LINEAR and options["all_linear"]:
+        in_peft.target_modules = list(candidates)  # which peft puts in its place
     in_peft.modules_to_save = [
         *(config.modules_to_save or ()),
         *TASK_HEADS.get(str(getattr(config.task_type, "value", config.task_type)), ()),
@@ -88,7 +108,3 @@ def check_exact(
         f"{because}peft would not adapt exactly the recommended modules: {what or f'parameters {parameters}'}; leave "
         "that out, or build the config by hand"
     )
-
-
-def _any_of(names: Sequence[str]) -> str:
-    return "|".join(re.escape(name) for name in names)

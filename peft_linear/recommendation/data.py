@@ -7,18 +7,24 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import FileError, PeftLinearError
 from ..functional.spectrum import Spectrum
 from ..tuners.proximal_lora import ProximalLoraConfig
-from .configs import check_exact, exact_fields
+from .configs import check_exact, rule_of, rule_options, saved_fields
 from .ranks import distribute_ranks, parse_rank_budget, plain_number, rank_patterns
+from .rules import Rule
 from .saving import FORMAT, JSON_NAME, read_recommendation, write_recommendation
+from .tools import Plan, tool_yaml, training_arguments
 from .values import ModuleScore, Settings
 
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 Self = TypeVar("Self", bound="RecommendationData")
 
@@ -40,6 +46,9 @@ class RecommendationData:
         spectra: Eigenvalues of the kernels of "chosen" and "all"; where there is an always-trained block, which both
             contain, also of that block ("always trained") and of the adapters without it ("chosen, adapters", "all,
             adapters").
+        module_ranks: {chosen module: rank}, read as `ranks`; empty: the rank of the kernels for each.
+        learning_rate: For training this choice at these ranks; None: none was recommended.
+        learning_rate_interval: Between which the best rate lies; None: not known.
     """
 
     modules: tuple[str, ...]
@@ -51,12 +60,18 @@ class RecommendationData:
     settings: Settings = field(default_factory=Settings)
     notes: tuple[str, ...] = ()
     spectra: Mapping[str, Spectrum] = field(default_factory=dict)
+    module_ranks: Mapping[str, int] = field(default_factory=dict)
+    learning_rate: float | None = None
+    learning_rate_interval: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         unknown = set(self.modules) - {row.name for row in self.scores}
         if unknown or not self.modules:
             raise PeftLinearError(f"a recommendation needs modules that have a score, got {sorted(unknown)} without")
-        for name in ("predicted", "spectra"):
+        ranks = self.module_ranks
+        if ranks and (set(ranks) != set(self.modules) or any(rank < 1 for rank in ranks.values())):
+            raise PeftLinearError(f"module_ranks need a rank of at least 1 for each chosen module, got {dict(ranks)}")
+        for name in ("predicted", "spectra", "module_ranks"):
             object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
 
     def __reduce__(self) -> tuple[Any, ...]:  # mapping proxies cannot be pickled
@@ -65,8 +80,34 @@ class RecommendationData:
 
     @property
     def parameters(self) -> int:
-        """Adapter parameters of the choice at the rank of the kernels."""
-        return sum(row.parameters for row in self.scores if row.chosen)
+        """Adapter parameters of the choice at its ranks."""
+        return sum(self._parameters(row) for row in self.scores if row.chosen)
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """{chosen module: rank}, in the order of `modules`."""
+        return {name: self.module_ranks.get(name, self.settings.rank) for name in self.modules}
+
+    @cached_property
+    def rule(self) -> Rule:
+        """The choice and its ranks as the simplest rule of peft: `print(rec.rule)` says it in a sentence."""
+        return rule_of(self.ranks, self.candidates, self.settings.kernels)
+
+    @property
+    def target_modules(self) -> str | list[str]:
+        """What the rule says of modules: "all-linear", types, a regular expression or names.
+
+        A rule of some layers needs `rec.rule.layers_to_transform` beside it; `to_config` has all of it.
+        """
+        targets = self.rule.target_modules
+        return targets if isinstance(targets, str) else list(targets)
+
+    @property
+    def candidates(self) -> tuple[str, ...]:
+        """Names of all candidates, in model order where it is known."""
+        names = [row.name for row in self.scores]
+        place = {name: index for index, name in enumerate(self.settings.candidates)}
+        return tuple(sorted(names, key=lambda name: place.get(name, len(place))))
 
     @property
     def signal(self) -> bool | None:
@@ -90,12 +131,12 @@ class RecommendationData:
     ) -> ProximalLoraConfig:
         """A config with which peft adapts exactly these modules and trains the head that was counted as trained.
 
-        `target_modules` is the list of full names. peft also accepts a suffix as a match, so where a chosen name is
-        the end of another module's it is one regular expression instead. `modules_to_save` names what was always
-        trained (a classifier, which peft leaves frozen where its task types do not know it), unless it is passed.
+        `target_modules` and what restricts it is the simplest exact rule (`rec.rule`). `modules_to_save` names what
+        was always trained (a classifier, which peft leaves frozen where its task types do not know it), unless it is
+        passed.
 
         Args:
-            r: Rank; default: the rank the kernels were computed for. "adaptive": those of `adaptive_ranks(budget)`,
+            r: Rank of all modules; default: `rec.ranks`. "adaptive": those of `adaptive_ranks(budget)`,
                 written into `rank_pattern`, with an `alpha_pattern` by which every module keeps the scaling (α/r, with
                 `use_rslora` α/√r) that the uniform rank would have had.
             lora_alpha: Default: that of the kernels. With "adaptive": α of the uniform rank.
@@ -106,24 +147,63 @@ class RecommendationData:
             PeftLinearError: a field is passed that the recommendation decides, or with which peft would adapt other
                 modules; a module that peft cannot adapt; a budget without "adaptive"; or `adaptive_ranks` raises it.
         """
-        decided = {"target_modules"} | ({"rank_pattern", "alpha_pattern"} if r == "adaptive" else set())
-        if given := sorted(decided & set(kwargs)):
+        rule = self.rule if r is None else self._uniform_rule
+        ranked = {"rank_pattern", "alpha_pattern"} if r == "adaptive" else {"rank_pattern"} & set(rule.config_fields())
+        if given := sorted(({"target_modules"} | ranked) & set(kwargs)):
             raise PeftLinearError(f"the recommendation sets {', '.join(given)}; build the config by hand to change it")
         if isinstance(r, str) and r != "adaptive":
             raise PeftLinearError(f'r is a rank, "adaptive" or None, got {r!r}')
         if budget is not None and r != "adaptive":
             raise PeftLinearError(f'budget={budget!r} is distributed by r="adaptive"; got r={r!r}')
-        candidates = [row.name for row in self.scores]
-        kwargs |= exact_fields(self.modules, candidates, self.settings.kernels, kwargs)
+        saved = saved_fields(self.modules, self.candidates, self.settings.kernels, kwargs)
+        kwargs = {**rule.config_fields(), **saved, **kwargs}
         alpha: Any = self.settings.lora_alpha if lora_alpha is None else lora_alpha
-        uniform: Any = self.settings.rank if r is None or r == "adaptive" else r
+        uniform: Any = rule.rank if r is None or r == "adaptive" else r
         if r == "adaptive":
             ranks = self.adaptive_ranks(budget)
             rslora = bool(kwargs.get("use_rslora"))
             kwargs["rank_pattern"], kwargs["alpha_pattern"] = rank_patterns(ranks, uniform, alpha, rslora)
         config = ProximalLoraConfig(r=uniform, lora_alpha=plain_number(alpha), **kwargs)
-        check_exact(config, self.modules, candidates, self.settings.kernels)
+        check_exact(config, self.modules, self.candidates, self.settings.kernels)
         return config
+
+    def to_yaml(self, tool: str) -> str:
+        """The adapter part of a tool's file: modules, ranks, α, what is trained in full, the learning rate.
+
+        What the tool has no field for is said in another form, and a comment says so.
+
+        Args:
+            tool: "axolotl", "llamafactory" or "trl".
+
+        Raises:
+            PeftLinearError: the tool is unknown, or would train something else (TRL and LLaMA-Factory have one rank).
+        """
+        provenance = self.settings.kernels
+        saved = saved_fields(self.modules, self.candidates, provenance, {}).get("modules_to_save", ())
+        plan = Plan(
+            ranks=self.ranks,
+            candidates=self.candidates,
+            options=rule_options(self.candidates, provenance),
+            rule=self.rule,
+            lora_alpha=self.settings.lora_alpha,
+            saved=saved,
+            learning_rate=self.learning_rate,
+            interval=self.learning_rate_interval,
+        )
+        return tool_yaml(tool, plan)
+
+    def to_training_arguments(self, output_dir: str | os.PathLike, **kwargs: Any) -> TrainingArguments:
+        """`transformers.TrainingArguments` with what is known: learning rate, planned optimizer, batch size and steps.
+
+        Args:
+            output_dir: As for `TrainingArguments`.
+            **kwargs: Other arguments, and those that are to be different. With `num_train_epochs` the steps are left
+                out.
+
+        Raises:
+            PeftLinearError: no learning rate was recommended, and none is passed.
+        """
+        return training_arguments(output_dir, self.settings, self.learning_rate, kwargs)
 
     def adaptive_ranks(self, budget: float | str | None = None) -> dict[str, int]:
         """A rank for each chosen module, by its share of the effective dimension; see `selection.ranks`.
@@ -175,6 +255,15 @@ class RecommendationData:
             return cls(**values)
         except PeftLinearError as error:
             raise FileError(f"{Path(directory) / JSON_NAME}: {error}; save the recommendation again") from error
+
+    def _parameters(self, row: ModuleScore) -> int:
+        rank, shape = self.module_ranks.get(row.name, self.settings.rank), self.settings.shapes.get(row.name)
+        return row.parameters if rank == self.settings.rank or shape is None else rank * sum(shape)
+
+    @property
+    def _uniform_rule(self) -> Rule:
+        ranks = dict.fromkeys(self.modules, self.settings.rank)
+        return rule_of(ranks, self.candidates, self.settings.kernels)
 
     def _values(self) -> dict[str, Any]:
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "spectra"}

@@ -44,9 +44,7 @@ def layers_words(layers: Iterable[int]) -> str:
             spans[-1][1] = layer
         else:
             spans.append([layer, layer])
-    parts = [
-        str(a) if a == b else f"{a} and {b}" if b == a + 1 and len(spans) == 1 else f"{a}–{b}" for a, b in spans
-    ]
+    parts = [str(a) if a == b else f"{a} and {b}" if b == a + 1 and len(spans) == 1 else f"{a}–{b}" for a, b in spans]
     return f"layer{'s' * (len(layers) > 1)} {in_words(parts)}"
 
 

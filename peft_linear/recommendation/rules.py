@@ -22,7 +22,16 @@ from .names import parse_name
 from .rule_words import rule_text
 
 
-FORMS = ("all-linear", "types", "layers", "exceptions", "pattern", "names")  # simplest first
+FORMS = (  # simplest first; one of the last two always fits
+    "all-linear",
+    "types",
+    "layers",
+    "exceptions",
+    "pattern",
+    "names",
+    "name pattern",
+    "names with exclusions",
+)
 ALL_LINEAR = "all-linear"
 _FEW = 3  # exceptions, and names that are clearer than a regular expression
 _MOST_PARTS = 4  # of a regular expression; beyond it names are clearer
@@ -40,7 +49,7 @@ class Rule:
         rank_pattern: {regular expression of an ending: rank}, as peft takes it.
         layers_to_transform: The layers that endings are restricted to; None: all.
         layers_pattern: What comes before the number of a layer, where peft must be told.
-        exclude_modules: Full names that are left out although the rest matches them.
+        exclude_modules: Names, or a regular expression, that are left out although the rest matches them.
         text: The rule in words: "gate_proj and up_proj of all 30 layers at rank 2".
     """
 
@@ -50,7 +59,7 @@ class Rule:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     layers_to_transform: tuple[int, ...] | None = None
     layers_pattern: tuple[str, ...] = ()
-    exclude_modules: tuple[str, ...] = ()
+    exclude_modules: str | tuple[str, ...] = ()
     text: str = field(default="", compare=False)
 
     def __str__(self) -> str:
@@ -62,25 +71,26 @@ class Rule:
 
     def config_fields(self) -> dict[str, Any]:
         """The fields of a peft config that say the rule, without those that are empty."""
-        targets = self.target_modules if isinstance(self.target_modules, str) else list(self.target_modules)
         fields = {
-            "target_modules": targets,
+            "target_modules": _as_list(self.target_modules),
             "rank_pattern": dict(self.rank_pattern),
             "layers_to_transform": None if self.layers_to_transform is None else list(self.layers_to_transform),
             "layers_pattern": list(self.layers_pattern),
-            "exclude_modules": list(self.exclude_modules),
+            "exclude_modules": _as_list(self.exclude_modules),
         }
         return {key: value for key, value in fields.items() if value}
 
     @property
     def complexity(self) -> tuple[int, int]:
         """Smaller is simpler: the form, then how many entries it takes."""
-        targets = 1 if isinstance(self.target_modules, str) else len(self.target_modules)
-        return FORMS.index(self.kind), targets + len(self.rank_pattern) + len(self.exclude_modules)
+        counted = (self.target_modules, self.exclude_modules)
+        entries = sum(1 if isinstance(names, str) else len(names) for names in counted)
+        return FORMS.index(self.kind), entries + len(self.rank_pattern)
 
     def _matches(self, name: str) -> bool:
         """`peft.tuners.tuners_utils.check_target_module_exists`."""
-        if _ends(name, self.exclude_modules):
+        excluded = self.exclude_modules
+        if re.fullmatch(excluded, name) if isinstance(excluded, str) else _ends(name, excluded):
             return False
         if isinstance(self.target_modules, str):
             return self.target_modules == ALL_LINEAR or re.fullmatch(self.target_modules, name) is not None
@@ -118,8 +128,7 @@ def find_rule(
         candidates: Names of all candidates, in model order.
         others: Names of other modules that endings could match, which the rule must not.
         all_linear: Whether the candidates are exactly what peft adapts with "all-linear".
-        forms: Which of `FORMS` may be used. "names" is a list of them; where one is the ending of another name it is
-            a regular expression, which needs "pattern" too.
+        forms: Which of `FORMS` may be used.
 
     Raises:
         PeftLinearError: nothing is chosen, a module is no candidate, or a rank is below 0.
@@ -167,14 +176,14 @@ def _first_exact(search: _Search, everything: bool, forms: Collection[str]) -> d
     few = len(wanted) <= _FEW
     order = [form for form in FORMS if form in forms and not (few and form in ("exceptions", "pattern"))]
     for form in order:
-        for fields in _attempts(form, search, everything, "pattern" in forms):
+        for fields in _attempts(form, search, everything):
             rule = Rule(kind=form, rank=1, **fields)
             if form == ALL_LINEAR or set(rule.expand(search.known)) == wanted:
                 return {"kind": form, **fields}
     return None
 
 
-def _attempts(form: str, search: _Search, everything: bool, may_be_pattern: bool) -> Iterable[dict[str, Any]]:
+def _attempts(form: str, search: _Search, everything: bool) -> Iterable[dict[str, Any]]:
     if form == ALL_LINEAR and everything:
         yield {"target_modules": ALL_LINEAR}
     elif form == "types" and (targets := _types(search.chosen, search.endings, search.known)):
@@ -187,13 +196,15 @@ def _attempts(form: str, search: _Search, everything: bool, may_be_pattern: bool
         yield {"target_modules": pattern}
     elif form == "names":
         yield {"target_modules": search.chosen}
-        if may_be_pattern:
-            yield {"target_modules": "|".join(re.escape(name) for name in search.chosen)}
+    elif form == "name pattern":
+        yield {"target_modules": "|".join(map(re.escape, search.chosen))}
+    elif form == "names with exclusions":
+        chosen = set(search.chosen)
+        also = sorted({name for end in chosen for name in search.endings[end]} - chosen)
+        yield {"target_modules": search.chosen, "exclude_modules": "|".join(map(re.escape, also))}
 
 
-def _types(
-    chosen: Iterable[str], endings: Mapping[str, list[str]], allowed: Iterable[str]
-) -> tuple[str, ...] | None:
+def _types(chosen: Iterable[str], endings: Mapping[str, list[str]], allowed: Iterable[str]) -> tuple[str, ...] | None:
     """The shortest endings that, among the allowed names, only chosen modules have; None where a module has none."""
     wanted, among = set(chosen), set(allowed)
     found: dict[str, None] = {}
@@ -252,15 +263,15 @@ def _pattern(chosen: Iterable[str], known: Iterable[str]) -> str | None:
     if len(parts) + len(alone) > _MOST_PARTS:
         return None
     found = []
-    for (stack, layers), kinds in parts.items():
+    for (stack, where), kinds in parts.items():
         before = re.escape(stack) + r"\." if stack else ""
-        number = _either(map(str, layers)) if layers else r"\d+"
+        number = _either(map(str, where)) if where else r"\d+"
         found.append(rf"{before}{number}\.{_either(map(re.escape, kinds))}")
     return "|".join([*found, *alone])
 
 
 def _rank_pattern(chosen: Mapping[str, int], uniform: int) -> dict[str, int]:
-    """Endings, or parts by layer, or names, that tell the ranks other than the uniform one among the chosen modules."""
+    """Endings, parts by layer, or names that have a rank other than the uniform one, among the chosen modules."""
     endings = _endings(chosen)
     found: dict[str, int] = {}
     for rank in sorted(set(chosen.values()) - {uniform}):
@@ -301,6 +312,10 @@ def _own_endings(name: str) -> Iterable[str]:
 
 def _ends(name: str, endings: Iterable[str]) -> bool:
     return any(name == ending or name.endswith(f".{ending}") for ending in endings)
+
+
+def _as_list(names: str | tuple[str, ...]) -> str | list[str]:
+    return names if isinstance(names, str) else list(names)
 
 
 def _either(parts: Iterable[str]) -> str:

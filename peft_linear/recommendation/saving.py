@@ -40,7 +40,13 @@ class _SpectraRecord(TypedDict):
     eps: Mapping[str, float]
 
 
-class _EarlierRecord(TypedDict):
+class _LaterRecord(TypedDict, total=False):  # what files of earlier versions lack
+    module_ranks: Mapping[str, int]
+    learning_rate: float | None
+    learning_rate_interval: tuple[float, float] | None
+
+
+class _EarlierRecord(_LaterRecord):
     format: str
     modules: tuple[str, ...]
     scores: tuple[ModuleScore, ...]

@@ -5,10 +5,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 from .names import parse_name
-from .rules import Rule, check_choice, find_rule, members_of_types
+from .rules import FORMS, Rule, check_choice, find_rule, members_of_types
 
 
 Allowed = Callable[[Mapping[str, int]], bool]
@@ -21,6 +21,7 @@ def simplify(
     *,
     others: Iterable[str] = (),
     all_linear: bool = False,
+    forms: Collection[str] = FORMS,
 ) -> list[Rule]:
     """Rules near a choice, from the simplest; the one that says the choice itself is among them.
 
@@ -33,7 +34,7 @@ def simplify(
         choice: {module: rank}.
         candidates: Names of all candidates, in model order.
         allowed: Says of {module: rank} whether it is within the budget and has no excluded module; None: any is.
-        others, all_linear: As in `find_rule`.
+        others, all_linear, forms: As in `find_rule`.
 
     Raises:
         PeftLinearError: as `check_choice`.
@@ -46,7 +47,7 @@ def simplify(
             if ranks and (allowed is None or allowed(ranks)):
                 proposals[frozenset(ranks.items())] = ranks
     proposals[frozenset(chosen.items())] = chosen
-    found = [find_rule(ranks, candidates, others, all_linear=all_linear) for ranks in proposals.values()]
+    found = [find_rule(ranks, candidates, others, all_linear=all_linear, forms=forms) for ranks in proposals.values()]
     return sorted((rule for rule in found if rule is not None), key=lambda rule: rule.complexity)
 
 
