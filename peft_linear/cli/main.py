@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 
 
+TOOLS = ("axolotl", "llamafactory", "trl")
 SPACES = ("lora", "weight", "rows", "columns", "bias")
 CRITERIA_HELP = "default-by-evidence, or the name of a criterion; an unknown name lists them"
 
@@ -135,6 +136,7 @@ def _add_run_arguments(run: argparse._ArgumentGroup) -> None:
     )
     run.add_argument("--device", help="cpu, cuda, …; default: cuda where there is one")
     run.add_argument("--output", default="recommendation", metavar="FOLDER", help="where the files go")
+    run.add_argument("--yaml", choices=TOOLS, help="also write the adapter part of this tool's file, as <tool>.yaml")
     run.add_argument("--quiet", action="store_true", help="no progress bars and no table")
 
 

@@ -13,6 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..capture.resources import Resources
 from ..errors import BudgetError, FileError
+from ..files import write_text
 from ..report.writer import write_report
 from ..selection.exclusion import DEFAULT_EXCLUDE
 from ..selection.request import ModuleRequest
@@ -77,10 +78,14 @@ def run_recommend(arguments: argparse.Namespace) -> None:
     kernels, heads = request.compute_kernels(model, batches)
     recommendation = request.choose(kernels, heads)
     config = recommendation.to_config(**adapter)
+    tool_file = None if arguments.yaml is None else recommendation.to_yaml(arguments.yaml)
     kernels.save(output / KERNELS_NAME)
     for name, of_losses in zip(HEAD_NAMES, heads, strict=False):
         of_losses.save(output / name)
     written = write_report(recommendation, output)
+    if tool_file is not None:
+        written = (*written, output / f"{arguments.yaml}.yaml")
+        write_text(written[-1], tool_file)
     config.save_pretrained(str(output / ADAPTER_NAME))
     if not arguments.quiet:
         print(recommendation)

@@ -5,13 +5,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from ..recommendation.data import RecommendationData
 from ..recommendation.values import ModuleScore
 from .escaping import cell, code, plain
 from .formatting import budget_words, criterion_label, direction, known
+from .heat import HeatMap, heat_maps, legend, outside_of_layers
 
 
 # Key in `Recommendation.predicted`, words, format.
@@ -27,34 +28,19 @@ PREDICTIONS = (
     ("distance", "distance from the pretrained weights ‖θ̄*−θ0‖", "{:.4g}"),
     ("adapter_distance", "distance, adapters only", "{:.4g}"),
 )
+_HELD_OUT = ("loss", "accuracy", "leave_one_out_squared_loss", "leave_one_out_accuracy")  # where room is short
 _SHOWN_REJECTED = 12
 _SHORT = 12  # entries of a nested setting that are still listed
 
 
 def score_table(recommendation: RecommendationData) -> str:
-    """The choice and the best rejected candidates in fixed-width columns, what the theory predicts, and the notes."""
+    """The choice as a rule, scores by layer and type or the best candidates, predictions, notes."""
     rec = recommendation
-    by_name = {row.name: row for row in rec.scores}
-    rejected = [row for row in rec.scores if not row.chosen]
-    rows = [(str(place), by_name[name]) for place, name in enumerate(rec.modules, start=1)]
-    rows += [("", row) for row in rejected[:_SHOWN_REJECTED]]
-    cells = [("pick", "module", rec.criterion, "rank", "parameters", "cond. number")]
-    cells += [
-        (pick, r.name, f"{r.score:.4g}", str(r.rank), f"{r.parameters:,}", format_number(r.condition_number))
-        for pick, r in rows
-    ]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
-    lines = [
-        "  ".join(c.ljust(w) if i == 1 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-        for row in cells
-    ]
-    rule = "-" * len(lines[0])
-    lines[1 + len(rec.modules) : 1 + len(rec.modules)] = [rule] if rejected else []
-    if len(rejected) > _SHOWN_REJECTED:
-        lines.append(f"      … and {len(rejected) - _SHOWN_REJECTED} more candidates in .scores")
-    lines = [_headline(rec), _how(rec), "", lines[0], rule, *lines[1:], ""]
+    maps = heat_maps(rec)
+    table = _heat_lines(rec, maps) if maps else _listed(rec)
+    lines = [f"{sentence(rec)}.", _headline(rec), _how(rec), "", *table, ""]
     for key, words, form in PREDICTIONS[1:]:
-        if key in rec.predicted:
+        if key in rec.predicted and (key in _HELD_OUT or not maps):
             everything = rec.predicted.get("all_candidates", {}).get(key)
             beside = "" if everything is None else f"   (all candidates: {form.format(everything)})"
             lines.append(f"predicted {words}: {form.format(rec.predicted[key])}{beside}")
@@ -62,11 +48,27 @@ def score_table(recommendation: RecommendationData) -> str:
     return "\n".join(lines)
 
 
-def recommendation_markdown(recommendation: RecommendationData) -> str:
-    """The whole report: choice, predictions, notes, every candidate with its reason, settings."""
+def recommendation_markdown(recommendation: RecommendationData, full: bool = False) -> str:
+    """The report: the choice as a rule, scores by layer and type, predictions, notes.
+
+    With few candidates, without layers, and with `full`: every candidate with its reason, and the settings.
+    """
     rec = recommendation
+    opening = ["# Recommended modules", f"**{plain(sentence(rec))}.**"]
+    notes = "\n".join(f"- {plain(note)}" for note in rec.notes)
+    maps = () if full else heat_maps(rec)
+    if maps:
+        sections = [
+            *opening,
+            f"{plain(_headline(rec))} {plain(_how(rec))}",
+            *_heat_sections(rec, maps),
+            prediction_table(rec.predicted, ("parameters", *_HELD_OUT)),
+            *([notes] if notes else []),
+            "Every candidate with its reason: `report.html`, `recommendation.json`, or `to_markdown(full=True)`.",
+        ]
+        return "\n\n".join(sections) + "\n"
     sections = [
-        "# Recommended modules",
+        *opening,
         f"{plain(_headline(rec))}\n\n{plain(_how(rec))}",
         "## The choice",
         choice_table(rec),
@@ -74,10 +76,7 @@ def recommendation_markdown(recommendation: RecommendationData) -> str:
         "Predictions are of the linearised model on the calibration examples; they rank choices better than they "
         "forecast the numbers of a real run.",
         prediction_table(rec.predicted),
-    ]
-    if rec.notes:
-        sections += ["## Warnings", "\n".join(f"- {plain(note)}" for note in rec.notes)]
-    sections += [
+        *(["## Warnings", notes] if notes else []),
         "## Every candidate",
         f"Score: {plain(criterion_label(rec))} of the module alone, with the always-trained "
         f"parameters ({direction(rec)}), with a 90 % resampling interval. The "
@@ -87,6 +86,70 @@ def recommendation_markdown(recommendation: RecommendationData) -> str:
         _settings_table(rec),
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def sentence(recommendation: RecommendationData) -> str:
+    """The rule in words, with the learning rate where one is recommended."""
+    rec = recommendation
+    rate = "" if rec.learning_rate is None else f", learning rate {rec.learning_rate:.2g}"
+    return f"Adapt {rec.rule.text}{rate}"
+
+
+def _listed(rec: RecommendationData) -> list[str]:
+    """The choice and the best rejected candidates in fixed-width columns."""
+    by_name = {row.name: row for row in rec.scores}
+    rejected = [row for row in rec.scores if not row.chosen]
+    rows = [(str(place), by_name[name]) for place, name in enumerate(rec.modules, start=1)]
+    rows += [("", row) for row in rejected[:_SHOWN_REJECTED]]
+    cells = [("pick", "module", rec.criterion, "rank", "parameters", "cond. number")]
+    cells += [
+        (pick, r.name, f"{r.score:.4g}", str(r.rank), f"{r.parameters:,}", format_number(r.condition_number))
+        for pick, r in rows
+    ]
+    lines = _aligned(cells, left=(1,))
+    rule = "-" * len(lines[0])
+    lines[1 + len(rec.modules) : 1 + len(rec.modules)] = [rule] if rejected else []
+    if len(rejected) > _SHOWN_REJECTED:
+        lines.append(f"      … and {len(rejected) - _SHOWN_REJECTED} more candidates in .scores")
+    return [lines[0], rule, *lines[1:]]
+
+
+def _heat_lines(rec: RecommendationData, maps: Sequence[HeatMap]) -> list[str]:
+    lines = [legend(rec)]
+    for each in maps:
+        rows = _aligned([each.header, *each.rows, each.sums], left=range(1, len(each.header) - 1))
+        lines += [each.stack] if len(maps) > 1 else []
+        lines += [rows[0], "-" * len(rows[0]), *rows[1:]]
+    return [*lines, *_outside(rec)]
+
+
+def _heat_sections(rec: RecommendationData, maps: Sequence[HeatMap]) -> list[str]:
+    sections = ["## Scores and ranks by layer and type", plain(legend(rec))]
+    for each in maps:
+        sections += [code(each.stack)] if len(maps) > 1 else []
+        sections.append(markdown_table(tuple(map(plain, each.header)), [*each.rows, each.sums], right=(0,)))
+    outside = "; ".join(map(plain, _outside(rec)))
+    return [*sections, outside] if outside else sections
+
+
+def _outside(rec: RecommendationData) -> list[str]:
+    by_name = {row.name: row for row in rec.scores}
+    names = outside_of_layers(rec)
+    shown = [
+        f"{name}: score {by_name[name].score:.4g}" + (f", r{rec.ranks[name]}" if name in rec.ranks else "")
+        for name in names[:_SHOWN_REJECTED]
+    ]
+    more = [f"… and {len(names) - len(shown)} more modules outside of the layers"] if len(names) > len(shown) else []
+    return [*shown, *more]
+
+
+def _aligned(cells: Sequence[Sequence[str]], left: Sequence[int]) -> list[str]:
+    """Rows of fixed-width columns; the columns `left` are aligned to the left, the others to the right."""
+    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+    return [
+        "  ".join(c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        for row in cells
+    ]
 
 
 def choice_table(recommendation: RecommendationData) -> str:
@@ -102,13 +165,18 @@ def choice_table(recommendation: RecommendationData) -> str:
     )
 
 
-def prediction_table(predicted: Mapping[str, Any]) -> str:
-    """Markdown table of the predictions: the choice beside all candidates, the head alone and the untrained model."""
+def prediction_table(predicted: Mapping[str, Any], keys: Collection[str] | None = None) -> str:
+    """Markdown table of the predictions: the choice beside all candidates, the head alone and the untrained model.
+
+    Args:
+        predicted: As in a recommendation.
+        keys: Which of `PREDICTIONS`; default: all.
+    """
     columns = prediction_columns(predicted)
     rows = [
         (words, *(form.format(values[key]) if key in values else "" for _, values in columns))
         for key, words, form in PREDICTIONS
-        if any(key in values for _, values in columns)
+        if (keys is None or key in keys) and any(key in values for _, values in columns)
     ]
     header = ("prediction", *(title for title, _ in columns))
     return markdown_table(header, rows, right=range(1, len(header)))
@@ -144,7 +212,8 @@ def _headline(rec: RecommendationData) -> str:
     total = sum(row.parameters for row in rec.scores)
     return (
         f"{len(rec.modules)} of {len(rec.scores)} modules, {rec.parameters:,} of {total:,} adapter parameters "
-        f"({rec.parameters / total:.0%}) at rank {rec.settings.rank}; budget: {budget_words(rec.budget)}."
+        f"({rec.parameters / total:.0%}); candidates are counted at rank {rec.settings.rank}; budget: "
+        f"{budget_words(rec.budget)}."
     )
 
 

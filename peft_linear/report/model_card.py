@@ -17,6 +17,7 @@ from .markdown import choice_table, prediction_table
 
 
 BEGIN = "<!-- peft_linear:recommendation:begin -->"
+_MOST_NAMES = 24  # in the table of a card
 END = "<!-- peft_linear:recommendation:end -->"
 _SECTION = re.compile(f"{re.escape(BEGIN)}(?:(?!{re.escape(BEGIN)}).)*?{re.escape(END)}", re.DOTALL)
 
@@ -42,8 +43,14 @@ def model_card_section(recommendation: RecommendationData, adapted: Collection[s
         f"{opening} before training by their neural "
         f"tangent kernels ({label}, budget: {plain(budget_words(rec.budget))}), with peft-linear; "
         "method: [Linearization Explains Fine-Tuning in Large Language Models](https://arxiv.org/abs/2602.08239).\n\n"
-        f"{choice_table(rec)}\n\n{prediction_table(rec.predicted)}\n{notes}{chr(10) if notes else ''}{END}"
+        f"Recommended: {plain(rec.rule.text)}.\n\n"
+        f"{_names(rec)}{prediction_table(rec.predicted)}\n{notes}{chr(10) if notes else ''}{END}"
     )
+
+
+def _names(rec: RecommendationData) -> str:
+    """The table of modules, where it is not longer than a reader reads."""
+    return f"{choice_table(rec)}\n\n" if len(rec.modules) <= _MOST_NAMES else ""
 
 
 def with_model_card_section(

@@ -26,9 +26,9 @@ class Recommendation(RecommendationData):
     def __str__(self) -> str:
         return score_table(self)
 
-    def to_markdown(self) -> str:
-        """A Markdown report with every candidate."""
-        return recommendation_markdown(self)
+    def to_markdown(self, full: bool = False) -> str:
+        """A Markdown report that fits a screen; with `full` every candidate with its reason, and the settings."""
+        return recommendation_markdown(self, full)
 
     def to_html(
         self,
