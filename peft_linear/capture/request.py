@@ -59,6 +59,10 @@ class KernelRequest:
         _, layers = self._find(model)
         return {name: count_parameters(layer, self.space, self.rank) for name, layer in layers.items()}
 
+    def layers(self, model: nn.Module) -> dict[str, Layer]:
+        """The layer of each candidate. Raises what `candidates` does."""
+        return self._find(model)[1]
+
     def compute(
         self, model: nn.Module, batches: Iterable[Mapping[str, Any]], resources: Resources = DEFAULT_RESOURCES
     ) -> ModuleKernels:

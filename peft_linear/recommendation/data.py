@@ -20,7 +20,7 @@ from .ranks import distribute_ranks, parse_rank_budget, plain_number, rank_patte
 from .rules import Rule
 from .saving import FORMAT, JSON_NAME, read_recommendation, write_recommendation
 from .tools import Plan, tool_yaml, training_arguments
-from .values import ModuleScore, Settings
+from .values import ModuleScore, OptionScore, Settings
 
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class RecommendationData:
             "all_candidates", "always_trained_only" and "before_training" the same for comparison.
         criterion: Name of the criterion.
         budget: As it was asked for.
-        ridge: λ, in the unit of the kernel's eigenvalues.
+        ridge: λ, in the unit of the kernel's eigenvalues; None where no kernel was computed.
         settings: How the decision was made.
         notes: What a reader must know before trusting it.
         spectra: Eigenvalues of the kernels of "chosen" and "all"; where there is an always-trained block, which both
@@ -49,6 +49,7 @@ class RecommendationData:
         module_ranks: {chosen module: rank}, read as `ranks`; empty: the rank of the kernels for each.
         learning_rate: For training this choice at these ranks; None: none was recommended.
         learning_rate_interval: Between which the best rate lies; None: not known.
+        options: The sets that were weighed as a whole, for language models; all linear modules are the first.
     """
 
     modules: tuple[str, ...]
@@ -56,13 +57,14 @@ class RecommendationData:
     predicted: Mapping[str, Any]
     criterion: str
     budget: int | float | str
-    ridge: float
+    ridge: float | None
     settings: Settings = field(default_factory=Settings)
     notes: tuple[str, ...] = ()
     spectra: Mapping[str, Spectrum] = field(default_factory=dict)
     module_ranks: Mapping[str, int] = field(default_factory=dict)
     learning_rate: float | None = None
     learning_rate_interval: tuple[float, float] | None = None
+    options: tuple[OptionScore, ...] = ()
 
     def __post_init__(self) -> None:
         unknown = set(self.modules) - {row.name for row in self.scores}

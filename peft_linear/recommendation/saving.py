@@ -24,7 +24,7 @@ from ..errors import FileError
 from ..files import write_bytes, write_text
 from ..functional.spectrum import Spectrum
 from ..schema import Place, as_json, check_same, json_digest, read_as, read_json, shortened, shown
-from .values import ModuleScore, Settings
+from .values import ModuleScore, OptionScore, Settings
 
 
 FORMAT = "peft_linear.Recommendation/3"
@@ -44,6 +44,7 @@ class _LaterRecord(TypedDict, total=False):  # what files of earlier versions la
     module_ranks: Mapping[str, int]
     learning_rate: float | None
     learning_rate_interval: tuple[float, float] | None
+    options: tuple[OptionScore, ...]
 
 
 class _EarlierRecord(_LaterRecord):
@@ -53,7 +54,7 @@ class _EarlierRecord(_LaterRecord):
     predicted: Mapping[str, float | Mapping[str, float]]
     criterion: str
     budget: int | float | str
-    ridge: float
+    ridge: float | None
     settings: Mapping[str, Any]
     notes: tuple[str, ...]
     spectra: _SpectraRecord

@@ -25,12 +25,46 @@ class ModuleScore:
     parameters: int  # of its adapter
     chosen: bool
     reason: str
-    condition_number: float  # (λ1 + ridge)/(λn + ridge) of the same kernel, whatever the criterion
+    condition_number: float | None  # (λ1 + ridge)/(λn + ridge) of its kernel; None where no kernel was computed
     interval: tuple[float, float] | None = None  # 90 % of the score over samples of examples
 
     def __post_init__(self) -> None:
         if self.interval is not None:
             object.__setattr__(self, "interval", (float(self.interval[0]), float(self.interval[1])))
+
+
+@dataclass(frozen=True)
+class OptionScore:
+    """A set of modules with ranks that was weighed as a whole.
+
+    Args:
+        label: In words.
+        ranks: {module: rank}.
+        parameters: Of its adapters.
+        decrease: Nats a label token that one Adam step of the best size takes off the loss of held-out examples.
+        interval: 90 % of it over resamples of these examples.
+        difference, difference_interval: To the first option, all linear modules at the rank that fits, on the same
+            resamples.
+        best_share: In how many of the resamples no other option is better.
+        step_size: The best size, a learning rate of one step.
+        chosen: Whether it is the recommendation.
+    """
+
+    label: str
+    ranks: Mapping[str, int]
+    parameters: int
+    decrease: float
+    interval: tuple[float, float]
+    difference: float
+    difference_interval: tuple[float, float]
+    best_share: float
+    step_size: float
+    chosen: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("interval", "difference_interval"):
+            low, high = getattr(self, name)
+            object.__setattr__(self, name, (float(low), float(high)))
 
 
 @dataclass(frozen=True)

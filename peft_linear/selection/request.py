@@ -24,6 +24,7 @@ from ..recommendation.budget import parse_budget
 from ..report.recommendation import Recommendation
 from .criteria import DEFAULT_NAME, resolve_criterion
 from .exclusion import DEFAULT_EXCLUDE, check_exclude
+from .language import LanguageRequest, check_ranks
 from .problem import Problem
 from .recommend import BY_HEADS, recommend
 from .search.search import check_strategy
@@ -44,6 +45,7 @@ class ModuleRequest:
         budget, criterion, ridge, strategy, seed, exclude, training: As for `recommend`.
         head_steps: As for `recommend_modules`.
         kernels: Fields of `KernelRequest` by name; `outputs` and `draws` have other defaults here.
+        ranks: Ranks that a module of a language model may have.
         resources: As for `compute_ntk`.
 
     Raises:
@@ -60,8 +62,10 @@ class ModuleRequest:
     training: Training = field(default_factory=Training)
     kernels: Mapping[str, Any] = field(default_factory=dict)
     resources: Resources = DEFAULT_RESOURCES
+    ranks: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
+        check_ranks(self.ranks)
         accepted = [f.name for f in fields(KernelRequest)]
         unknown = sorted(set(self.kernels) - set(accepted))
         if moved := [name for name in unknown if name in MOVED]:
@@ -124,9 +128,39 @@ class ModuleRequest:
         return kernels, kernels_through_heads(request, model, batches, head_steps, self.resources)
 
     def recommend(self, model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Recommendation:
-        """Checks, computes and chooses."""
-        self.candidates(model)
+        """Checks, computes and chooses; for a language model by `LanguageRequest`, if nothing else is asked for."""
+        sizes = self.candidates(model)
+        if self.is_for_language(model):
+            return self.language(model, sizes).recommend(model, batches)
+        if self.ranks is not None:
+            raise PeftLinearError(
+                "`ranks` are chosen for language models, by the default criterion, with space='lora' and without "
+                "`outputs`; leave `ranks` out, or the other arguments"
+            )
         return self.choose(*self.compute_kernels(model, batches))
+
+    def is_for_language(self, model: nn.Module) -> bool:
+        """Whether the decision is that for language models (`selection.language`): the default, where nothing that
+        is asked for needs kernels."""
+        plain = self.criterion == DEFAULT_NAME and self.strategy == "greedy" and self.ridge is None
+        others = {"outputs", "draws", "always_trained"} & set(self.kernels) or self.kernels.get("space", "lora") != "lora"
+        adam = self.training.optimizer in (None, "adamw")
+        return plain and adam and not others and not self.head_steps and default_outputs(model) == "log_likelihood"
+
+    def language(self, model: nn.Module, sizes: Mapping[str, int]) -> LanguageRequest:
+        """The request of a decision for a language model; `sizes` are adapter parameters as `candidates` gives them."""
+        request = self.kernel_request(model)
+        budget = parse_budget(self.budget, sizes)
+        return LanguageRequest(
+            layers=request.layers(model),
+            budget=budget,
+            asked_for=self.budget,
+            ranks=self.ranks,
+            rank=request.rank,
+            lora_alpha=request.lora_alpha,
+            training=self.training,
+            seed=self.seed,
+        )
 
     def choose(self, kernels: ModuleKernels, heads: Heads = ()) -> Recommendation:
         """`recommend` of these kernels."""
@@ -205,15 +239,17 @@ def recommend_modules(
             (default: 20 steps, where there is a head); 0: the head as it is. Other criteria take the trained head
             alone where steps are given; their default is 0.
         seed: Of LoRA's random A, the cross-validation folds and the random halves.
-        **kernels: Other arguments of `compute_ntk` (`targets`, `space`, `rank`, `draws`, `outputs`, `resources`, …).
-            `outputs` defaults to "log_likelihood" for language models, then `draws` to 32, and to "logits" otherwise,
-            with 8 draws for the kernels through heads. `draws` that are passed are taken everywhere. For a language
-            model that fits, space="weight" chooses better than the default (docs/decisions/0009).
+        **kernels: Other arguments of `compute_ntk` (`targets`, `space`, `rank`, `draws`, `outputs`, `resources`, …),
+            and `ranks`. For a language model, if nothing but `targets`, `rank`, `lora_alpha`, `ranks` and `resources`
+            is passed, modules, ranks and learning rate are one decision without kernels (`selection.language`);
+            `ranks` are those that a module may have, by default 1 to 32, for budgets that count modules `rank` alone.
+            Otherwise `outputs` defaults to "log_likelihood" for language models, then `draws` to 32, and to "logits"
+            for others, with 8 draws for the kernels through heads. `draws` that are passed are taken everywhere.
 
     Raises:
         PeftLinearError: or a subclass, as `compute_ntk` and `recommend`.
     """
-    resources = kernels.pop("resources", DEFAULT_RESOURCES)
+    resources, ranks = kernels.pop("resources", DEFAULT_RESOURCES), kernels.pop("ranks", None)
     if (progress := kernels.pop("progress", None)) is not None:
         resources = replace(resources, progress=progress)
     request = ModuleRequest(
@@ -227,6 +263,7 @@ def recommend_modules(
         training=training or Training(),
         kernels=kernels,
         resources=resources,
+        ranks=ranks,
     )
     return request.recommend(model, batches)
 

@@ -1,0 +1,110 @@
+# SPDX-FileCopyrightText: 2026 The peft-linear authors
+# SPDX-License-Identifier: Apache-2.0
+"""Options: sets of modules that a rule names, each at the ranks that the budget has room for.
+
+An option spreads over all layers. Where even rank 1 is above the budget it takes evenly spaced layers. What uniform
+ranks leave of the budget gives whole types of module one rank more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from ..errors import BudgetError
+from ..recommendation.names import parse_name, type_labels
+
+
+ALL_LINEAR = "all linear"
+Allows = Callable[[Mapping[str, int]], bool]
+
+
+@dataclass(frozen=True)
+class Option:
+    """Modules and ranks that are weighed as a whole."""
+
+    label: str
+    ranks: Mapping[str, int]
+
+
+def make_options(
+    names: Sequence[str],
+    allows: Allows,
+    ranks: Sequence[int],
+    gains: Mapping[str, float],
+    calls: Sequence[str] | None = None,
+) -> tuple[Option, ...]:
+    """All linear modules first, then MLP, attention, the last module of both; no set twice.
+
+    Args:
+        names: Of the candidates, in model order.
+        allows: Whether a budget has room for {module: rank}.
+        ranks: That a module may have.
+        gains: {module: first-order decrease}, by which types are ordered where only some get a rank more.
+        calls: The candidates in the order in which the model calls them; default: model order.
+
+    Raises:
+        BudgetError: the budget has no room for one module at the smallest rank.
+    """
+    found: dict[frozenset, Option] = {}
+    for label, members in _groups(names, calls or names):
+        if members and (chosen := _fit(members, allows, sorted(ranks), gains)):
+            found.setdefault(frozenset(chosen.items()), Option(label, chosen))
+    if not found:
+        raise BudgetError(
+            f"the budget has no room for one module at rank {min(ranks)}; raise the budget or allow lower ranks"
+        )
+    return tuple(found.values())
+
+
+def _groups(names: Sequence[str], calls: Sequence[str]) -> list[tuple[str, list[str]]]:
+    parsed = {name: parse_name(name) for name in names}
+    attention = [name for name in names if parsed[name].is_attention]
+    mlp = [name for name in names if parsed[name].is_mlp]
+    last: dict[tuple[str, int | None, bool], str] = {}
+    for name in calls:
+        place = parsed[name]
+        if place.layer is not None:
+            last[place.stack, place.layer, place.is_attention] = name
+    writers = set(last.values())
+    return [
+        (ALL_LINEAR, list(names)),
+        ("MLP", mlp),
+        ("attention", attention),
+        ("last of attention and MLP", [name for name in names if name in writers]),
+    ]
+
+
+def _fit(members: Sequence[str], allows: Allows, ranks: Sequence[int], gains: Mapping[str, float]) -> dict[str, int]:
+    """The ranks of an option; empty where the budget has no room for one of its layers."""
+    uniform = [rank for rank in ranks if allows(dict.fromkeys(members, rank))]
+    if not uniform:
+        return _evenly_spaced(members, allows, ranks[0])
+    chosen = dict.fromkeys(members, uniform[-1])
+    higher = [rank for rank in ranks if rank > uniform[-1]]
+    labels = type_labels(members)
+    types: dict[str, list[str]] = {}
+    for name in members:
+        place = parse_name(name)
+        types.setdefault(labels[place.stack, place.kind], []).append(name)
+    order = sorted(types.values(), key=lambda of_type: -sum(gains.get(name, 0.0) for name in of_type))
+    for of_type in order if higher and len(order) > 1 else []:
+        raised = {**chosen, **dict.fromkeys(of_type, higher[0])}
+        if allows(raised):
+            chosen = raised
+    return chosen
+
+
+def _evenly_spaced(members: Sequence[str], allows: Allows, rank: int) -> dict[str, int]:
+    """The members of as many layers as there is room for, at equal distances."""
+    layers: dict[tuple[str, int | None], list[str]] = {}
+    for name in members:
+        place = parse_name(name)
+        layers.setdefault((place.stack, place.layer), []).append(name)
+    blocks = list(layers.values())
+    for count in range(len(blocks) - 1, 0, -1):
+        picked = [blocks[(2 * i + 1) * len(blocks) // (2 * count)] for i in range(count)]
+        chosen = {name: rank for block in picked for name in block}
+        if allows(chosen):
+            return chosen
+    return {}
