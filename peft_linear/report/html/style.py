@@ -67,7 +67,7 @@ th button::after { content: "\\00a0\\2195"; opacity: .45; }
   background: rgb(var(--heat) / calc(var(--q) * var(--depth))); }
 .heat small { display: inline-block; font-size: .74rem; margin: 0 .25rem; }
 .heat td.hit { border: 3px solid var(--chosen); font-weight: 700; }
-.heat td.none { background: none; color: var(--line); }
+.heat td.sum { background: none; color: var(--soft); } .heat td.none { background: none; color: var(--line); }
 .key { display: flex; flex-wrap: wrap; gap: .3rem 1.4rem; align-items: center; }
 .ramp { display: inline-block; width: 7rem; height: .8rem; border-radius: 4px; vertical-align: -.05rem;
   background: linear-gradient(90deg, rgb(var(--heat) / 0), rgb(var(--heat) / var(--depth)));
