@@ -113,9 +113,8 @@ def test_the_heat_map_reads_as_a_table(rec, parsed):
     for layer in (0, 1):
         of_layer = BERT_NAMES[6 * layer : 6 * layer + 6]
         assert float(heat[1 + layer][-1]) == pytest.approx(sum(gains[name] for name in of_layer), rel=0.06)
-        assert float(heat[3][1 + layer]) == pytest.approx(
-            gains[BERT_NAMES[layer]] + gains[BERT_NAMES[6 + layer]], rel=0.06
-        )
+        of_type = gains[BERT_NAMES[layer]] + gains[BERT_NAMES[6 + layer]]
+        assert float(heat[3][1 + layer]) == pytest.approx(of_type, rel=0.06)
         for column, name in enumerate(BERT_NAMES[6 * layer : 6 * layer + 6], start=1):
             found = heat[1 + layer][column]
             assert f"rank {by_name[name].rank}" in found
