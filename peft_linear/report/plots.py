@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 CHOSEN, ALL, REST, HEAD, INK = "#d1495b", "#30638e", "#b8c4cc", "#8d99a6", "#22303c"
 _MAX_BARS = 60
+_TITLE = 120  # characters of the rule above the figure
 _LOG_RANGE = 20.0  # with a best improvement so many times the median one, the axis is logarithmic
 
 
@@ -69,8 +71,9 @@ def recommendation_figure(recommendation: RecommendationData) -> Figure:
     draw_heat_map(figure.add_subplot(cells[1, 0]), recommendation)
     draw_scores(figure.add_subplot(cells[:, 1]), recommendation)
     total = sum(row.parameters for row in recommendation.scores)
+    rule = textwrap.shorten(recommendation.rule.text, _TITLE, placeholder=" …").replace("$", r"\$")
     figure.suptitle(
-        f"{len(recommendation.modules)} of {len(recommendation.scores)} modules chosen before training, "
+        f"{rule}\n{len(recommendation.modules)} of {len(recommendation.scores)} modules chosen before training, "
         f"{recommendation.parameters:,} of {total:,} adapter parameters",
         fontsize=15,
         color=INK,
@@ -183,7 +186,7 @@ def draw_heat_map(axes: Axes, recommendation: RecommendationData) -> None:
     bar.set_ticks(marks, labels=[f"{rows[len(rows) - 1 - mark].score:.4g}" for mark in marks])
     bar.ax.tick_params(labelsize=9, length=0)
     bar.set_label("score at this rank, best on top", fontsize=9, color=INK)
-    finish(axes, "Rank of the score by layer and kind; framed: chosen, with the rank of the adapter")
+    finish(axes, "Rank of the score; framed: chosen, with the adapter's rank")
     for side in axes.spines.values():
         side.set_visible(False)
 
@@ -219,7 +222,7 @@ def draw_scores(axes: Axes, recommendation: RecommendationData) -> None:
     axes.set_axisbelow(True)
     axes.set_xlabel(label + (", log scale" if logarithmic else ""), color=INK)
     hidden = len(rows) - len(shown)
-    finish(axes, "Each candidate alone, best first; red: chosen" + (f" ({hidden} more not shown)" if hidden else ""))
+    finish(axes, "Each alone, best first; red: chosen" + (f" ({hidden} more not shown)" if hidden else ""))
 
 
 def _grid(recommendation: RecommendationData) -> Grid:

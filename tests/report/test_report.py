@@ -3,6 +3,7 @@
 import re
 import sys
 from dataclasses import replace
+from html import unescape
 
 import matplotlib
 import pytest
@@ -23,7 +24,7 @@ from peft_linear.report import (
 from peft_linear.report.markdown import PREDICTIONS, format_number, markdown_table
 from peft_linear.report.plots import CHOSEN, REST
 from peft_linear.selection import CRITERIA, Recommendation, Settings, recommend
-from tests.helpers.pages import made
+from tests.helpers.pages import check_page, made
 from tests.helpers.planted import BERT_NAMES, planted_kernels
 
 
@@ -130,6 +131,21 @@ def test_a_report_of_210_candidates_fits_a_screen(large):
     assert len(str(large).splitlines()) <= 50 and f"Adapt {rule}." in str(large)
     full = large.to_markdown(full=True)
     assert all(f"`{name}`" in full for name in LLAMA) and "## Settings" in full
+
+
+def test_the_page_of_210_candidates_shows_ranks_and_sums(large):
+    page = large.to_html()
+    heat = next(table for table in check_page(page).tables if table[0][0] == "layer")
+    assert [row[0] for row in heat] == ["layer", *map(str, range(30)), "sum"]
+    assert heat[0][1:] == [*(name.removeprefix("model.layers.0.") for name in LLAMA[:7]), "sum"]
+    for row in heat[1:-1]:
+        assert [re.search(r"r = (\d)$", cell) and cell[-1] for cell in row[1:8]] == [None] * 4 + ["2", "2", "4"]
+    assert "Adapt gate_proj and up_proj of all 30 layers at rank 2; down_proj of all 30 layers at rank 4." in page
+    variables = {}
+    exec(unescape(re.findall(r"<pre[^>]*><code>(.*?)</code>", page, re.DOTALL)[0]), variables)
+    config = variables["config"]
+    assert (config.target_modules, config.r) == ({"gate_proj", "up_proj", "down_proj"}, 2)
+    assert (config.rank_pattern, config.lora_alpha) == ({"down_proj": 4}, 16)
 
 
 def test_many_layers_are_shown_in_blocks():

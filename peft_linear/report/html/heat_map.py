@@ -10,6 +10,7 @@ from ...recommendation.data import RecommendationData
 from ...recommendation.names import layer_grid, parse_name
 from ...recommendation.values import ModuleScore
 from ..formatting import alike, improvements
+from ..heat import MOST_LISTED
 from .elements import Cell, Markup, Row, breakable, cell, table, text
 
 
@@ -22,18 +23,23 @@ def heat_map_html(recommendation: RecommendationData) -> Markup:
     """A table for each stack of layers (encoder, decoder), and one for the modules that are in no numbered layer.
 
     A cell is coloured by the rank of its score, so that one outstanding module does not make all others look alike,
-    and holds the improvement and its rank as text; a chosen one has a frame and says the rank of its adapter and which
-    pick it was. The last row and column are sums over the modules alone.
+    and holds the improvement and its rank as text; a chosen one has a frame and says the rank r of its adapter and
+    which pick it was. With many candidates ranks of scores and picks are left to the titles and the table below. The
+    last row and column are sums over the modules alone.
     """
     rec = recommendation
     gains, what = improvements(rec)
     numbers = alike(gains.values())
     picks = {name: place for place, name in enumerate(rec.modules, start=1)}
-    ranks = rec.ranks
+    ranks, dense = rec.ranks, len(rec.scores) > MOST_LISTED
     cells = {}
     for row in rec.scores:
-        chosen = f"r = {ranks[row.name]}</small><small>pick {picks[row.name]}" if row.name in ranks else ""
-        cells[row.name] = _heat_cell(row, numbers[gains[row.name]], chosen, len(rec.scores))
+        about = [] if dense else [f"rank {row.rank}"]
+        if row.name in ranks:
+            about += [f"r = {ranks[row.name]}", *([] if dense else [f"pick {picks[row.name]}"])]
+        small = "".join(f"<small>{text(words)}</small>" for words in about)
+        number = Markup(f"{text(numbers[gains[row.name]])}{'' if dense else '<br>'}{small}")
+        cells[row.name] = _heat_cell(row, number, len(rec.scores))
     stacks: dict[str | None, list[str]] = {}
     for name in rec.candidates:
         parsed = parse_name(name)
@@ -41,18 +47,17 @@ def heat_map_html(recommendation: RecommendationData) -> Markup:
     tables = [_stack_table(stack, names, cells, gains) for stack, names in stacks.items()]
     legend = Markup(
         f'<p class="key soft"><span>Number: {text(what)}</span><span>rank worst <span class="ramp"></span> best</span>'
-        '<span><span class="frame"></span> chosen: the rank r of its adapter, the order of the picks</span></p>'
+        '<span><span class="frame"></span> chosen, with the rank r of its adapter</span></p>'
     )
     return Markup("\n".join([legend, *tables]))
 
 
-def _heat_cell(row: ModuleScore, number: str, about: str, candidates: int) -> Cell:
+def _heat_cell(row: ModuleScore, shown: Markup, candidates: int) -> Cell:
     quantile = (candidates - row.rank) / max(candidates - 1, 1)
-    chosen = f"<small>{about}</small>" if about else ""
     return Cell(
-        Markup(f"{text(number)}<br><small>rank {row.rank}</small>{chosen}"),
-        "hit" if about else "",
-        title=f"{row.name}: score {row.score:.4g}, {row.parameters:,} parameters. {row.reason}",
+        shown,
+        "hit" if row.chosen else "",
+        title=f"{row.name}: score {row.score:.4g}, rank {row.rank}, {row.parameters:,} parameters. {row.reason}",
         style=f"--q:{quantile:.3f}",
     )
 
@@ -78,7 +83,7 @@ def _stack_table(stack: str | None, names: list[str], cells: dict[str, Cell], ga
     if stack is not None:
         header.append(cell("sum"))
         body.append(Row([cell("sum"), *(cell(sums[1][c], "sum") for c in range(len(columns))), cell("", "sum")]))
-    return table(caption, header, body, "heat")
+    return table(caption, header, body, "heat dense" if len(gains) > MOST_LISTED else "heat")
 
 
 def _sums(values: Mapping[tuple[int, int], float]) -> tuple[dict[int, str], dict[int, str]]:
