@@ -31,7 +31,7 @@ def rule_text(choice: Mapping[str, int], candidates: Sequence[str], *, all_linea
     if len(groups) > _MOST_GROUPS and len(choice) > _MOST_NAMES:
         return f"{len(choice)} of {len(candidates)} modules, by name, {_ranks_words(ranks)}"
     if len(ranks) == 1:
-        return f"{'; '.join(where for where, _ in groups)} {_ranks_words(ranks)}"
+        return f"{'; '.join(where for where, _ in groups)}{', all' if len(groups) > 1 else ''} {_ranks_words(ranks)}"
     return "; ".join(f"{where} {_ranks_words({rank})}" for where, rank in groups)
 
 

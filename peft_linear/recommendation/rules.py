@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +26,8 @@ FORMS = (  # simplest first; one of the last two always fits
     "all-linear",
     "types",
     "layers",
-    "exceptions",
+    "types and names",
+    "types with exclusions",
     "pattern",
     "names",
     "name pattern",
@@ -34,6 +35,7 @@ FORMS = (  # simplest first; one of the last two always fits
 )
 ALL_LINEAR = "all-linear"
 _FEW = 3  # exceptions, and names that are clearer than a regular expression
+_FOR_MANY = ("types and names", "types with exclusions", "pattern")
 _MOST_PARTS = 4  # of a regular expression; beyond it names are clearer
 _FIRST_NUMBER = r".*?\.[^.]*\.(?P<layer>\d+)\."  # what peft takes for the layer without a `layers_pattern`
 
@@ -67,7 +69,10 @@ class Rule:
 
     def expand(self, names: Iterable[str]) -> dict[str, int]:
         """{name: rank} of those names that peft would adapt; "all-linear" takes all of them."""
-        return {name: self._rank(name) for name in names if self._matches(name)}
+        targets, excluded = (
+            each if isinstance(each, str) else frozenset(each) for each in (self.target_modules, self.exclude_modules)
+        )
+        return {name: self._rank(name) for name in names if self._matches(name, targets, excluded)}
 
     def config_fields(self) -> dict[str, Any]:
         """The fields of a peft config that say the rule, without those that are empty."""
@@ -87,16 +92,15 @@ class Rule:
         entries = sum(1 if isinstance(names, str) else len(names) for names in counted)
         return FORMS.index(self.kind), entries + len(self.rank_pattern)
 
-    def _matches(self, name: str) -> bool:
+    def _matches(self, name: str, targets: str | frozenset[str], excluded: str | frozenset[str]) -> bool:
         """`peft.tuners.tuners_utils.check_target_module_exists`."""
-        excluded = self.exclude_modules
         if re.fullmatch(excluded, name) if isinstance(excluded, str) else _ends(name, excluded):
             return False
-        if isinstance(self.target_modules, str):
-            return self.target_modules == ALL_LINEAR or re.fullmatch(self.target_modules, name) is not None
-        if name in self.target_modules:
+        if isinstance(targets, str):
+            return targets == ALL_LINEAR or re.fullmatch(targets, name) is not None
+        if name in targets:
             return True
-        if not _ends(name, self.target_modules):
+        if not _ends(name, targets):
             return False
         return self.layers_to_transform is None or layer_of(name, self.layers_pattern) in self.layers_to_transform
 
@@ -174,7 +178,7 @@ def _first_exact(search: _Search, everything: bool, forms: Collection[str]) -> d
     """Kind, targets and restrictions of the first form that matches what is chosen and nothing else."""
     wanted = set(search.chosen)
     few = len(wanted) <= _FEW
-    order = [form for form in FORMS if form in forms and not (few and form in ("exceptions", "pattern"))]
+    order = [form for form in FORMS if form in forms and not (few and form in _FOR_MANY)]
     for form in order:
         for fields in _attempts(form, search, everything):
             rule = Rule(kind=form, rank=1, **fields)
@@ -190,8 +194,8 @@ def _attempts(form: str, search: _Search, everything: bool) -> Iterable[dict[str
         yield {"target_modules": targets}
     elif form == "layers":
         yield from _layers(search)
-    elif form == "exceptions":
-        yield from _exceptions(search)
+    elif form in ("types and names", "types with exclusions"):
+        yield from _exceptions(search, form == "types with exclusions")
     elif form == "pattern" and (pattern := _pattern(search.chosen, search.known)):
         yield {"target_modules": pattern}
     elif form == "names":
@@ -233,8 +237,8 @@ def _layers(search: _Search) -> Iterable[dict[str, Any]]:
             yield {"target_modules": targets, "layers_to_transform": layers, "layers_pattern": patterns}
 
 
-def _exceptions(search: _Search) -> Iterable[dict[str, Any]]:
-    """The types that are chosen in most layers, with a few names more or fewer."""
+def _exceptions(search: _Search, exclude: bool) -> Iterable[dict[str, Any]]:
+    """The types that are chosen in most layers, with a few names more or, where `exclude`, fewer."""
     wanted = set(search.chosen)
     base = [
         name
@@ -244,7 +248,7 @@ def _exceptions(search: _Search) -> Iterable[dict[str, Any]]:
     ]
     more, fewer = [n for n in search.chosen if n not in set(base)], [n for n in base if n not in wanted]
     targets = _types(base, search.endings, search.known)
-    if targets and 0 < len(more) + len(fewer) <= _FEW:
+    if targets and 0 < len(more) + len(fewer) <= _FEW and bool(fewer) == exclude:
         yield {"target_modules": (*targets, *more), "exclude_modules": tuple(fewer)}
 
 
@@ -298,9 +302,8 @@ def members_of_types(names: Iterable[str]) -> dict[tuple[str, str], list[str]]:
 def _endings(names: Iterable[str]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = defaultdict(list)
     for name in names:
-        parts = name.split(".")
-        for start in range(len(parts)):
-            found[".".join(parts[start:])].append(name)
+        for ending in _all_endings(name):
+            found[ending].append(name)
     return found
 
 
@@ -310,8 +313,13 @@ def _own_endings(name: str) -> Iterable[str]:
     return (".".join(parts[start:]) for start in range(len(parts) - 1, -1, -1))
 
 
-def _ends(name: str, endings: Iterable[str]) -> bool:
-    return any(name == ending or name.endswith(f".{ending}") for ending in endings)
+def _ends(name: str, endings: Container[str]) -> bool:
+    return any(ending in endings for ending in _all_endings(name))
+
+
+def _all_endings(name: str) -> Iterator[str]:
+    parts = name.split(".")
+    return (".".join(parts[start:]) for start in range(len(parts)))
 
 
 def _as_list(names: str | tuple[str, ...]) -> str | list[str]:

@@ -118,7 +118,7 @@ def training_arguments(
 
 
 def _axolotl(plan: Plan) -> tuple[dict[str, Any], list[str]]:
-    rule = plan.rule_in("all-linear", "types", "layers", "pattern", "names", "name pattern")
+    rule = plan.rule_in("all-linear", "types", "layers", "types and names", "pattern", "names", "name pattern")
     rule = _known(rule, "axolotl")
     found, comments = rule.config_fields(), []
     if rule.rank_pattern:
@@ -138,7 +138,7 @@ def _axolotl(plan: Plan) -> tuple[dict[str, Any], list[str]]:
 
 
 def _trl(plan: Plan) -> tuple[dict[str, Any], list[str]]:
-    rule = _known(plan.rule_in("all-linear", "types", "pattern", "names", "name pattern"), "trl")
+    rule = _known(plan.rule_in("all-linear", "types", "types and names", "pattern", "names", "name pattern"), "trl")
     _check_one_rank(plan, "TRL")
     fields = {
         "use_peft": True,
@@ -160,7 +160,7 @@ def _for_trl(rule: Rule) -> list[str]:
 
 
 def _llamafactory(plan: Plan) -> tuple[dict[str, Any], list[str]]:
-    rule = _known(plan.rule_in("types", "names"), "llamafactory")
+    rule = _known(plan.rule_in("types", "types and names", "names"), "llamafactory")
     _check_one_rank(plan, "LLaMA-Factory")
     fields = {
         "finetuning_type": "lora",
@@ -203,7 +203,7 @@ def _other_form(plan: Plan, rule: Rule, tool: str) -> list[str]:
     if rule.kind == plan.rule.kind or plan.rule.kind == ALL_LINEAR:
         return []
     said = {"pattern": "a regular expression", "name pattern": "a regular expression"}.get(rule.kind, "full names")
-    what = {"layers": "layers", "exceptions": "modules that are left out"}.get(plan.rule.kind, "this rule")
+    what = {"layers": "layers", "types with exclusions": "modules that are left out"}.get(plan.rule.kind, "this rule")
     return [f"{tool} has no field for {what}: the same modules as {said}"]
 
 

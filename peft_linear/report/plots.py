@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from ..errors import PeftLinearError
 from ..files import atomic_file
 from ..recommendation.data import RecommendationData
 from ..recommendation.names import Grid, layer_grid, short_labels
-from .formatting import improvements
+from .formatting import alike, improvements
 
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 CHOSEN, ALL, REST, HEAD, INK = "#d1495b", "#30638e", "#b8c4cc", "#8d99a6", "#22303c"
 _MAX_BARS = 60
+_TITLE = 120  # characters of the rule above the figure
 _LOG_RANGE = 20.0  # with a best improvement so many times the median one, the axis is logarithmic
 
 
@@ -69,8 +71,9 @@ def recommendation_figure(recommendation: RecommendationData) -> Figure:
     draw_heat_map(figure.add_subplot(cells[1, 0]), recommendation)
     draw_scores(figure.add_subplot(cells[:, 1]), recommendation)
     total = sum(row.parameters for row in recommendation.scores)
+    rule = textwrap.shorten(recommendation.rule.text, _TITLE, placeholder=" …").replace("$", r"\$")
     figure.suptitle(
-        f"{len(recommendation.modules)} of {len(recommendation.scores)} modules chosen before training, "
+        f"{rule}\n{len(recommendation.modules)} of {len(recommendation.scores)} modules chosen before training, "
         f"{recommendation.parameters:,} of {total:,} adapter parameters",
         fontsize=15,
         color=INK,
@@ -141,9 +144,10 @@ def draw_spectra(axes: Axes, recommendation: RecommendationData) -> None:
 
 
 def draw_heat_map(axes: Axes, recommendation: RecommendationData) -> None:
-    """Each candidate by layer and kind, coloured by the rank of its score; the choice is framed and numbered.
+    """Each candidate by layer and kind, coloured by the rank of its score; a chosen one has a frame and its rank r.
 
-    Ranks, not scores, so that one outstanding module does not make all others look alike; the colour bar has scores.
+    Beside layers and kinds are the sums of their improvements. Ranks, not scores, so that one outstanding module does
+    not make all others look alike; the colour bar has scores.
     """
     import numpy as np
     from matplotlib.patches import Rectangle
@@ -153,19 +157,27 @@ def draw_heat_map(axes: Axes, recommendation: RecommendationData) -> None:
     matrix = np.full((len(grid.rows), len(grid.columns)), np.nan)
     for row in rows:
         matrix[grid.cells[row.name]] = len(rows) - row.rank
+    by_layer, by_kind = _sums(recommendation, grid)
     last = max(len(rows) - 1, 1)
     image = axes.imshow(matrix, aspect="auto", cmap="YlGnBu", vmin=0, vmax=last)
     axes.set_facecolor("#f4f6f7")
-    for place, name in enumerate(recommendation.modules, start=1):
+    for name, rank in recommendation.ranks.items():
         layer, x = grid.cells[name]
         axes.add_patch(Rectangle((x - 0.46, layer - 0.44), 0.92, 0.88, fill=False, edgecolor=CHOSEN, linewidth=2.6))
         color = "white" if matrix[layer, x] > 0.55 * last else INK
-        axes.text(x, layer, str(place), ha="center", va="center", fontsize=10, fontweight="bold", color=color)
+        axes.text(x, layer, str(rank), ha="center", va="center", fontsize=10, fontweight="bold", color=color)
     axes.set_xticks(
-        range(len(grid.columns)), grid.columns, rotation=28, ha="right", fontsize=9, rotation_mode="anchor"
+        range(len(grid.columns)),
+        [f"{c} ({s})" for c, s in zip(grid.columns, by_kind, strict=True)],
+        rotation=28,
+        ha="right",
+        fontsize=9,
+        rotation_mode="anchor",
     )
-    axes.set_yticks(range(len(grid.rows)), grid.rows, fontsize=9)
-    axes.set_ylabel("layer", color=INK)
+    axes.set_yticks(
+        range(len(grid.rows)), [f"{r} ({s})" for r, s in zip(grid.rows, by_layer, strict=True)], fontsize=9
+    )
+    axes.set_ylabel("layer (sum of improvements)", color=INK)
     axes.tick_params(length=0)
     bar = axes.figure.colorbar(image, ax=axes, pad=0.015, fraction=0.05)
     bar.outline.set_visible(False)  # type: ignore[operator]
@@ -174,7 +186,7 @@ def draw_heat_map(axes: Axes, recommendation: RecommendationData) -> None:
     bar.set_ticks(marks, labels=[f"{rows[len(rows) - 1 - mark].score:.4g}" for mark in marks])
     bar.ax.tick_params(labelsize=9, length=0)
     bar.set_label("score at this rank, best on top", fontsize=9, color=INK)
-    finish(axes, "Rank of the score by layer and kind; numbers: order of the picks")
+    finish(axes, "Rank of the score; framed: chosen, with the adapter's rank")
     for side in axes.spines.values():
         side.set_visible(False)
 
@@ -210,13 +222,22 @@ def draw_scores(axes: Axes, recommendation: RecommendationData) -> None:
     axes.set_axisbelow(True)
     axes.set_xlabel(label + (", log scale" if logarithmic else ""), color=INK)
     hidden = len(rows) - len(shown)
-    finish(axes, "Each candidate alone, best first; red: chosen" + (f" ({hidden} more not shown)" if hidden else ""))
+    finish(axes, "Each alone, best first; red: chosen" + (f" ({hidden} more not shown)" if hidden else ""))
 
 
 def _grid(recommendation: RecommendationData) -> Grid:
-    names = [row.name for row in recommendation.scores]
-    in_model = recommendation.settings.candidates or names
-    return layer_grid([name for name in in_model if name in set(names)])
+    return layer_grid(recommendation.candidates)
+
+
+def _sums(recommendation: RecommendationData, grid: Grid) -> tuple[list[str], list[str]]:
+    """Improvements summed by row and by column, as texts."""
+    gains, _ = improvements(recommendation)
+    totals = [[0.0] * len(grid.rows), [0.0] * len(grid.columns)]
+    for name, place in grid.cells.items():
+        for axis in (0, 1):
+            totals[axis][place[axis]] += gains[name]
+    by_layer, by_kind = ([alike(values)[value] for value in values] for values in totals)
+    return by_layer, by_kind
 
 
 def _best_and_chosen(recommendation: RecommendationData) -> list[Any]:

@@ -10,11 +10,13 @@ import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification
 
+from peft_linear.cli.main import TOOLS as CLI_TOOLS
 from peft_linear.cli.main import main
 from peft_linear.cli.models import load_model, model_path
 from peft_linear.cli.recommend import parse_budget_argument
 from peft_linear.errors import BudgetError, FileError, PeftLinearError
 from peft_linear.kernels.module_kernels import ModuleKernels
+from peft_linear.recommendation.tools import TOOLS
 from peft_linear.selection import Recommendation, recommend
 from tests.helpers.tiny import save_data, save_model
 
@@ -97,6 +99,16 @@ def test_recommend_for_a_language_model(place, tmp_path, capsys):
     total = sum(row.parameters for row in rec.scores)
     assert 0 < rec.parameters <= 0.25 * total
     assert PeftConfig.from_pretrained(out / "adapter").task_type == "CAUSAL_LM"
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_a_file_for_another_tool(place, tmp_path, capsys, tool):
+    assert CLI_TOOLS == TOOLS
+    given = arguments(place, model=place / "gpt2", task="causal-lm", budget="25%", output=tmp_path, yaml=tool)
+    assert main(given) == 0
+    written = (tmp_path / f"{tool}.yaml").read_text(encoding="utf-8")
+    assert written == Recommendation.load(tmp_path).to_yaml(tool)
+    assert f"{tool}.yaml" in capsys.readouterr().out
 
 
 def test_the_same_seed_gives_the_same_files(place, tmp_path):

@@ -135,9 +135,16 @@ def test_simpler_rules_are_allowed_sorted_and_hold_the_choice(problem):
         (
             LLAMA,
             of(LLAMA, lambda n: n.is_mlp) | {LLAMA[0]: 8},
-            "exceptions",
+            "types and names",
             ("gate_proj", "up_proj", "down_proj", LLAMA[0]),
-            "q_proj of layer 0; gate_proj, up_proj and down_proj of all 30 layers at rank 8",
+            "q_proj of layer 0; gate_proj, up_proj and down_proj of all 30 layers, all at rank 8",
+        ),
+        (
+            LLAMA,
+            of(LLAMA, lambda n: n.kind in ("mlp.gate_proj", "mlp.up_proj") and n.full != LLAMA[4]),
+            "types with exclusions",
+            ("gate_proj", "up_proj"),
+            "up_proj of all 30 layers; gate_proj of layers 1–29, all at rank 8",
         ),
         (
             BERT,

@@ -242,3 +242,18 @@ def test_the_choice_of_a_real_model_is_said_by_type(tmp_path):
         found = {name: m for name, m in model.named_modules() if isinstance(m, LoraLayer)}
         assert {name: layer.r["default"] for name, layer in found.items()} == mlp
         assert all(layer.scaling["default"] == 16 / mlp[name] for name, layer in found.items())
+
+
+def test_candidates_that_are_not_all_of_a_type_are_not_said_by_it():
+    """What was not asked about is not adapted, although it ends alike."""
+    asked = [f"model.layers.1.self_attn.{kind}_proj" for kind in "qk"]
+    batches = [batch | {"labels": batch["input_ids"]} for batch in text_batches()]
+    rec = recommend_modules(seeded(llama, causal=True), batches, 2, targets=asked, draws=1, progress=False)
+    assert rec.rule.kind == "layers" and str(rec.rule) == "all 2 candidates at rank 8"
+    model = get_peft_model(llama(causal=True), rec.to_config(task_type="CAUSAL_LM")).get_base_model()
+    assert [name for name, m in model.named_modules() if isinstance(m, LoraLayer)] == asked
+    assert yaml.safe_load(rec.to_yaml("axolotl"))["peft_layers_to_transform"] == [1]
+    about = rec.settings.kernels
+    earlier = {key: value for key, value in about["peft"].items() if key not in ("same_type", "all_linear")}
+    of_earlier = replace(rec, settings=replace(rec.settings, kernels=about | {"peft": earlier}))
+    assert of_earlier.target_modules == asked

@@ -105,17 +105,22 @@ def test_every_candidate_has_a_cell_in_the_heat_map_and_a_row(model):
 
 def test_the_heat_map_reads_as_a_table(rec, parsed):
     heat, outside = (t for t in parsed.tables if t[0][0] == "layer")
-    assert heat[0] == ["layer", *(name.removeprefix("bert.encoder.layer.0.") for name in BERT_NAMES[:6])]
-    assert [row[0] for row in heat[1:]] == ["0", "1"]
+    assert heat[0] == ["layer", *(name.removeprefix("bert.encoder.layer.0.") for name in BERT_NAMES[:6]), "sum"]
+    assert [row[0] for row in heat[1:]] == ["0", "1", "sum"]
     assert outside[0] == ["layer", "bert.pooler.dense"]
     by_name = {row.name: row for row in rec.scores}
+    gains = {name: row.score - rec.settings.start_score for name, row in by_name.items()}
     for layer in (0, 1):
+        of_layer = BERT_NAMES[6 * layer : 6 * layer + 6]
+        assert float(heat[1 + layer][-1]) == pytest.approx(sum(gains[name] for name in of_layer), rel=0.06)
+        of_type = gains[BERT_NAMES[layer]] + gains[BERT_NAMES[6 + layer]]
+        assert float(heat[3][1 + layer]) == pytest.approx(of_type, rel=0.06)
         for column, name in enumerate(BERT_NAMES[6 * layer : 6 * layer + 6], start=1):
             found = heat[1 + layer][column]
             assert f"rank {by_name[name].rank}" in found
             pick = f"pick {rec.modules.index(name) + 1}" if name in rec.modules else ""
-            assert found.endswith(pick) and ("pick" in found) == bool(pick)
-            gain = by_name[name].score - rec.settings.start_score
+            assert found.endswith(f"r = 8{pick}" if pick else "") and ("pick" in found) == bool(pick)
+            gain = gains[name]
             shown = float(re.match(r"[−\d.e]+", found)[0].split("rank")[0].replace("−", "-"))
             assert shown == pytest.approx(gain, rel=0.06)
 
@@ -125,7 +130,7 @@ def test_stacks_have_tables_of_their_own():
     captions = parsed.texts["code"]
     assert "encoder.block" in captions and "decoder.block" in captions
     encoder, decoder = (t for t in parsed.tables if t[0][0] == "layer")
-    assert (len(encoder[0]), len(decoder[0])) == (4, 5)
+    assert (len(encoder[0]), len(decoder[0])) == (5, 6)
     assert "no such module" not in str(encoder)
 
 

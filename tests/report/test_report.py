@@ -3,6 +3,7 @@
 import re
 import sys
 from dataclasses import replace
+from html import unescape
 
 import matplotlib
 import pytest
@@ -20,9 +21,10 @@ from peft_linear.report import (
     with_model_card_section,
     write_report,
 )
-from peft_linear.report.markdown import format_number, markdown_table
+from peft_linear.report.markdown import PREDICTIONS, format_number, markdown_table
 from peft_linear.report.plots import CHOSEN, REST
 from peft_linear.selection import CRITERIA, Recommendation, Settings, recommend
+from tests.helpers.pages import check_page, made
 from tests.helpers.planted import BERT_NAMES, planted_kernels
 
 
@@ -83,6 +85,96 @@ def test_the_terminal_table_leaves_out_the_tail():
     assert "more candidates" not in score_table(everything)
 
 
+LLAMA = [
+    f"model.layers.{i}.{kind}_proj"
+    for i in range(30)
+    for kind in ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up", "mlp.down")
+]
+
+
+def with_ranks(names, ranks):
+    """A recommendation for a model of these modules, the earlier the better, at these ranks."""
+    rec = made(names, picks=1, notes=("one", "two"))
+    rows = tuple(replace(row, chosen=row.name in ranks) for row in rec.scores)
+    about = replace(rec.settings, candidates=tuple(names), kernels={"peft": {"same_type": names}})
+    predicted = {key: 0.5 for key, _, _ in PREDICTIONS}
+    predicted |= {"all_candidates": dict(predicted), "before_training": {"loss": 1.0}}
+    return replace(
+        rec, modules=tuple(ranks), scores=rows, settings=about, module_ranks=ranks, predicted=predicted, budget=0.5
+    )
+
+
+@pytest.fixture(scope="module")
+def large():
+    return with_ranks(LLAMA, {name: 2 + 2 * name.endswith("down_proj") for name in LLAMA if "mlp" in name})
+
+
+def test_a_report_of_210_candidates_fits_a_screen(large):
+    text = large.to_markdown()
+    assert len(text.splitlines()) <= 60
+    rule = "gate_proj and up_proj of all 30 layers at rank 2; down_proj of all 30 layers at rank 4"
+    assert text.splitlines()[2] == f"**Adapt {rule}.**"
+    heat = tables(text)[0]
+    types = [f"{kind}_proj" for kind in ("q", "k", "v", "o", "gate", "up", "down")]
+    assert heat[0] == ["layer", *types, "sum"] and len(heat) == 2 + 30 + 1
+    assert {len(row) for row in heat} == {9}
+    for layer in range(30):
+        cells = heat[2 + layer][1:8]
+        assert [cell.split()[2:] for cell in cells] == [[], [], [], [], ["r2"], ["r2"], ["r4"]]
+        scores = [row.score for row in large.scores[7 * layer : 7 * layer + 7]]
+        assert [float(cell.split()[1]) for cell in cells] == pytest.approx(scores, abs=0.006)
+        assert float(heat[2 + layer][8]) == pytest.approx(sum(scores), abs=0.006)
+    of_type = [sum(row.score for row in large.scores[start::7]) for start in range(7)]
+    assert [float(cell) for cell in heat[-1][1:8]] == pytest.approx(of_type, rel=0.05)
+    assert float(heat[-1][8]) == pytest.approx(sum(of_type), rel=0.05)
+    assert heat[2][1].startswith("█") and heat[31][7].startswith("·"), "shades follow the scores"
+    assert len(str(large).splitlines()) <= 50 and f"Adapt {rule}." in str(large)
+    full = large.to_markdown(full=True)
+    assert all(f"`{name}`" in full for name in LLAMA) and "## Settings" in full
+
+
+def test_the_page_of_210_candidates_shows_ranks_and_sums(large):
+    page = large.to_html()
+    heat = next(table for table in check_page(page).tables if table[0][0] == "layer")
+    assert [row[0] for row in heat] == ["layer", *map(str, range(30)), "sum"]
+    assert heat[0][1:] == [*(name.removeprefix("model.layers.0.") for name in LLAMA[:7]), "sum"]
+    for row in heat[1:-1]:
+        assert [re.search(r"r = (\d)$", cell) and cell[-1] for cell in row[1:8]] == [None] * 4 + ["2", "2", "4"]
+    assert "Adapt gate_proj and up_proj of all 30 layers at rank 2; down_proj of all 30 layers at rank 4." in page
+    variables = {}
+    exec(unescape(re.findall(r"<pre[^>]*><code>(.*?)</code>", page, re.DOTALL)[0]), variables)
+    config = variables["config"]
+    assert (config.target_modules, config.r) == ({"gate_proj", "up_proj", "down_proj"}, 2)
+    assert (config.rank_pattern, config.lora_alpha) == ({"down_proj": 4}, 16)
+
+
+def test_many_layers_are_shown_in_blocks():
+    names = [f"model.layers.{i}.{kind}" for i in range(80) for kind in ("a", "b")]
+    rec = with_ranks(names, dict.fromkeys(names[:4], 4))
+    heat = tables(rec.to_markdown())[0]
+    assert [row[0] for row in heat[2:4]] == ["0–2", "3–5"] and len(heat) == 2 + 27 + 1
+    assert heat[2][1].endswith(" r4 2/3") and not heat[3][1].endswith("/3")
+
+
+def test_what_is_outside_of_layers_stays_in_the_report():
+    names = [*LLAMA, "lm_head", "vision.proj"]
+    text = with_ranks(names, {LLAMA[0]: 2, "lm_head": 4}).to_markdown()
+    assert re.search(r"^lm_head: score [\d.]+, r4; vision.proj: score [\d.]+$", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("form", ["part{}x.fc", "a{}", "layers.0.{}x"])
+def test_candidates_without_layers_or_with_many_types_are_a_list(form):
+    names = [form.format(index) for index in range(50)]
+    text = with_ranks(names, {names[0]: 2}).to_markdown()
+    assert all(f"`{name}`" in text for name in names)
+
+
+def test_a_model_card_of_many_modules_has_the_rule(large, rec):
+    card = with_model_card_section("", large)
+    assert "Recommended: gate_proj and up_proj of all 30 layers at rank 2" in card and LLAMA[4] not in card
+    assert all(f"`{name}`" in with_model_card_section("", rec) for name in rec.modules)
+
+
 def test_markdown_table_escapes_pipes():
     assert tables(markdown_table(("a", "b"), [("x|y", "z")]))[0][2] == [r"x\|y", "z"]
     assert (format_number(float("inf")), format_number(1234.56)) == ("∞", "1235")
@@ -115,7 +207,8 @@ def test_figure_marks_the_choice(rec):
     figure = recommendation_figure(rec)
     spectra, heat, _, scores = figure.axes  # the third is the colour bar
     assert heat.images[0].get_array().shape == (3, 7)
-    assert [text.get_text() for text in heat.texts] == ["1", "2", "3"]
+    assert [text.get_text() for text in heat.texts] == ["8", "8", "8"]
+    assert heat.get_yticklabels()[-1].get_text().startswith("– (")
     colors = [to_hex(bar.get_facecolor()) for bar in scores.patches]
     assert colors == [CHOSEN if row.chosen else REST for row in rec.scores]
     labels = [text.get_text() for text in scores.get_yticklabels()]

@@ -5,14 +5,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from ...errors import PeftLinearError
 from ...functional.simulation import TrainingCurve
 from ...recommendation.data import RecommendationData
 from ..formatting import budget_words, criterion_label, direction, known
-from ..markdown import PREDICTIONS
+from ..markdown import PREDICTIONS, sentence
 from ..training_plots import History
 from .charts import spectra_figure, training_figure
 from .elements import Markup, breakable, text
@@ -22,6 +22,7 @@ from .tables import candidates_table, predictions_table, settings_table, spectra
 
 
 PAPER = "https://arxiv.org/abs/2602.08239"
+_LINE = 90  # characters of a list that is not broken
 _PREFIXES = ("eval_", "test_")  # what the Trainer puts before the names of what it measures
 
 
@@ -109,7 +110,7 @@ def _headline(rec: RecommendationData, measured: Mapping[str, float]) -> str:
     signal = f"rank correlation {halves}, chance {chance or '?'}" if halves else ""
     facts = [
         ("Modules", f"{len(rec.modules)} of {len(rec.scores)}", f"budget: {budget_words(rec.budget)}"),
-        ("Adapter parameters", f"{rec.parameters:,}", f"{share} at rank {rec.settings.rank}"),
+        ("Adapter parameters", f"{rec.parameters:,}", f"{share}, counted at rank {rec.settings.rank}"),
         ("Is the ranking better than chance?", {True: "yes", False: "no", None: "not known"}[rec.signal], signal),
     ]
     if "loss" in rec.predicted:
@@ -128,6 +129,7 @@ def _headline(rec: RecommendationData, measured: Mapping[str, float]) -> str:
         title = f"{len(rec.modules)} of {len(rec.scores)} modules, without a clear signal"
     return (
         f"<header><h1>{title}</h1>\n"
+        f"<p><strong>{text(sentence(rec))}.</strong></p>\n"
         f'<p class="soft">{breakable(_model_name(rec))}. Chosen before training by '
         f"{text(criterion_label(rec))}{_formula(rec)}, {text(known(settings.strategy))} search, "
         f"from {text(known(settings.examples))} examples × {text(known(settings.outputs))} outputs "
@@ -173,25 +175,24 @@ def _agreement(rec: RecommendationData) -> tuple[str, str]:
 
 def _code(rec: RecommendationData) -> str:
     config = rec.to_config()
-    quoted = [json.dumps(name, ensure_ascii=False) for name in rec.modules]
-    targets = "[\n" + "".join(f"        {name},\n" for name in quoted) + "    ]"
-    if isinstance(config.target_modules, str):
-        targets = json.dumps(config.target_modules, ensure_ascii=False)
-    code = (
-        "from peft_linear import ProximalLoraConfig\n\nconfig = ProximalLoraConfig(\n"
-        f"    r={config.r},\n    lora_alpha={config.lora_alpha},\n    target_modules={targets},\n"
-    )
-    if config.exclude_modules:
-        code += f"    exclude_modules={json.dumps(config.exclude_modules, ensure_ascii=False)},\n"
-    if config.modules_to_save:
-        code += f"    modules_to_save={json.dumps(config.modules_to_save, ensure_ascii=False)},\n"
-    code += ")\n"
+    names = ("r", "lora_alpha", *rec.rule.config_fields(), "modules_to_save")
+    lines = [f"    {name}={_source(value)},\n" for name in names if (value := getattr(config, name)) is not None]
+    code = f"from peft_linear import ProximalLoraConfig\n\nconfig = ProximalLoraConfig(\n{''.join(lines)})\n"
     return (
-        "<h2>Use it</h2>\n<p>Modules are listed in the order they were chosen. <code>peft.LoraConfig</code> "
-        "takes the same arguments; add "
+        "<h2>Use it</h2>\n<p><code>peft.LoraConfig</code> takes the same arguments; add "
         "<code>task_type</code> and other fields that your task needs.</p>\n"
         f'<div class="code"><pre tabindex="0"><code>{text(code)}</code></pre></div>'
     )
+
+
+def _source(value: Any) -> str:
+    """A field as Python writes it; a list of more than a line has an entry a line."""
+    if isinstance(value, Collection) and not isinstance(value, str | Mapping):
+        value = value if isinstance(value, list | tuple) else sorted(value)
+        parts = [json.dumps(entry, ensure_ascii=False) for entry in value]
+        short = f"[{', '.join(parts)}]"
+        return short if len(short) <= _LINE else "[\n" + "".join(f"        {part},\n" for part in parts) + "    ]"
+    return json.dumps(dict(value) if isinstance(value, Mapping) else value, ensure_ascii=False)
 
 
 def _predicted(rec: RecommendationData, measured: Mapping[str, float]) -> str:

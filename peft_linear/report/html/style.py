@@ -65,9 +65,10 @@ th button::after { content: "\\00a0\\2195"; opacity: .45; }
 .heat td { text-align: center; min-width: 6rem; height: 3rem; padding: .2rem .3rem; border: 2px solid transparent;
   border-radius: 6px; vertical-align: middle; line-height: 1.2;
   background: rgb(var(--heat) / calc(var(--q) * var(--depth))); }
+.heat.dense { border-spacing: 2px; } .heat.dense td { height: 1.7rem; padding: 0 .3rem; }
 .heat small { display: inline-block; font-size: .74rem; margin: 0 .25rem; }
 .heat td.hit { border: 3px solid var(--chosen); font-weight: 700; }
-.heat td.none { background: none; color: var(--line); }
+.heat td.sum { background: none; color: var(--soft); } .heat td.none { background: none; color: var(--line); }
 .key { display: flex; flex-wrap: wrap; gap: .3rem 1.4rem; align-items: center; }
 .ramp { display: inline-block; width: 7rem; height: .8rem; border-radius: 4px; vertical-align: -.05rem;
   background: linear-gradient(90deg, rgb(var(--heat) / 0), rgb(var(--heat) / var(--depth)));
