@@ -259,7 +259,7 @@ def summary(recommendation: Recommendation) -> dict[str, float]:
         "ntk_parameters": float(rec.parameters),
         "ntk_score": float(math.nan if rec.settings.set_score is None else rec.settings.set_score),
     }
-    if chosen is not None:
+    if chosen is not None and rec.ridge is not None:
         values["ntk_condition_number"] = chosen.condition_number(rec.ridge)
         values["ntk_effective_dimension"] = chosen.effective_dimension(rec.ridge)
     for key in ("loss", "accuracy", "distance", "leave_one_out_accuracy", "leave_one_out_squared_loss"):

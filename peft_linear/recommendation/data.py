@@ -270,5 +270,6 @@ class RecommendationData:
     def _values(self) -> dict[str, Any]:
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "spectra"}
         values["scores"] = [asdict(row) for row in self.scores]
+        values["options"] = [asdict(option) for option in self.options]
         values["settings"] = self.settings.to_dict()
         return {k: dict(v) if isinstance(v, Mapping) else v for k, v in values.items()}

@@ -13,6 +13,7 @@ from ..recommendation.values import ModuleScore
 from .escaping import cell, code, plain
 from .formatting import budget_words, criterion_label, direction, known
 from .heat import HeatMap, heat_maps, legend, outside_of_layers
+from .options import EXPLAINED, HEADER, option_rows
 
 
 # Key in `Recommendation.predicted`, words, format.
@@ -38,7 +39,8 @@ def score_table(recommendation: RecommendationData) -> str:
     rec = recommendation
     maps = heat_maps(rec)
     table = _heat_lines(rec, maps) if maps else _listed(rec)
-    lines = [f"{sentence(rec)}.", _headline(rec), _how(rec), "", *table, ""]
+    options = [*_aligned([HEADER, *option_rows(rec)], left=(0,)), ""] if rec.options else []
+    lines = [f"{sentence(rec)}.", _headline(rec), _how(rec), "", *options, *table, ""]
     for key, words, form in PREDICTIONS[1:]:
         if key in rec.predicted and (key in _HELD_OUT or not maps):
             everything = rec.predicted.get("all_candidates", {}).get(key)
@@ -61,8 +63,9 @@ def recommendation_markdown(recommendation: RecommendationData, full: bool = Fal
         sections = [
             *opening,
             f"{plain(_headline(rec))} {plain(_how(rec))}",
+            *_option_sections(rec),
             *_heat_sections(rec, maps),
-            prediction_table(rec.predicted, ("parameters", *_HELD_OUT)),
+            *([prediction_table(rec.predicted, ("parameters", *_HELD_OUT))] if rec.predicted else []),
             *([notes] if notes else []),
             "Every candidate with its reason: `report.html`, `recommendation.json`, or `to_markdown(full=True)`.",
         ]
@@ -70,22 +73,45 @@ def recommendation_markdown(recommendation: RecommendationData, full: bool = Fal
     sections = [
         *opening,
         f"{plain(_headline(rec))}\n\n{plain(_how(rec))}",
+        *_option_sections(rec),
         "## The choice",
         choice_table(rec),
-        "## Predictions",
-        "Predictions are of the linearised model on the calibration examples; they rank choices better than they "
-        "forecast the numbers of a real run.",
-        prediction_table(rec.predicted),
+        *_prediction_sections(rec),
         *(["## Warnings", notes] if notes else []),
         "## Every candidate",
-        f"Score: {plain(criterion_label(rec))} of the module alone, with the always-trained "
-        f"parameters ({direction(rec)}), with a 90 % resampling interval. The "
-        "condition number is (λ1 + ridge)/(λn + ridge) of the same kernel.",
+        _score_words(rec),
         _candidates_table(rec.scores),
         "## Settings",
         _settings_table(rec),
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def _option_sections(rec: RecommendationData) -> list[str]:
+    if not rec.options:
+        return []
+    rows = [tuple(map(plain, row)) for row in option_rows(rec)]
+    return ["## Options", EXPLAINED, markdown_table(HEADER, rows, right=(1, 2, 3, 4, 5))]
+
+
+def _prediction_sections(rec: RecommendationData) -> list[str]:
+    if not rec.predicted:
+        return []
+    said = (
+        "Predictions are of the linearised model on the calibration examples; they rank choices better than they "
+        "forecast the numbers of a real run."
+    )
+    return ["## Predictions", said, prediction_table(rec.predicted)]
+
+
+def _score_words(rec: RecommendationData) -> str:
+    if rec.options:
+        return f"Score: {plain(criterion_label(rec))} of the module alone ({direction(rec)})."
+    return (
+        f"Score: {plain(criterion_label(rec))} of the module alone, with the always-trained parameters "
+        f"({direction(rec)}), with a 90 % resampling interval. The condition number is (λ1 + ridge)/(λn + ridge) of the "
+        "same kernel."
+    )
 
 
 def sentence(recommendation: RecommendationData) -> str:
@@ -203,9 +229,9 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], right: 
     return "\n".join([line, rule, *body])
 
 
-def format_number(value: float) -> str:
-    """Four digits; ∞ as such."""
-    return "∞" if math.isinf(value) else f"{value:.4g}"
+def format_number(value: float | None) -> str:
+    """Four digits; ∞ as such, – for None."""
+    return "–" if value is None else "∞" if math.isinf(value) else f"{value:.4g}"
 
 
 def _headline(rec: RecommendationData) -> str:
@@ -219,9 +245,15 @@ def _headline(rec: RecommendationData) -> str:
 
 def _how(rec: RecommendationData) -> str:
     s = rec.settings
+    if rec.options:
+        return (
+            f"{len(rec.options)} options compared by one step of AdamW, {known(s.examples)} examples; scores of single "
+            f"modules are the {criterion_label(rec)} ({direction(rec)})."
+        )
+    ridge = "" if rec.ridge is None else f"ridge {rec.ridge:.4g}, "
     return (
         f"Criterion {rec.criterion}: {criterion_label(rec)} ({direction(rec)}), {known(s.strategy)} search, "
-        f"ridge {rec.ridge:.4g}, {known(s.examples)} examples "
+        f"{ridge}{known(s.examples)} examples "
         f"× {known(s.outputs)} {s.output_kind or ''}, "
         f'space "{known(s.space)}".'
     )
@@ -254,7 +286,8 @@ def interval_words(row: ModuleScore) -> str:
 def setting_rows(recommendation: RecommendationData) -> list[tuple[str, str]]:
     """(name, value) of every setting that is short; parts of a nested one as `kernels: versions: torch`."""
     rec = recommendation
-    rows = [("criterion", rec.criterion), ("budget", repr(rec.budget)), ("ridge", f"{rec.ridge:.6g}")]
+    rows = [("criterion", rec.criterion), ("budget", repr(rec.budget))]
+    rows += [] if rec.ridge is None else [("ridge", f"{rec.ridge:.6g}")]
     return rows + _flat("", rec.settings.to_dict())
 
 

@@ -120,15 +120,16 @@ def draw_spectra(axes: Axes, recommendation: RecommendationData) -> None:
         axes.text(0.5, 0.5, "no spectrum", ha="center", transform=axes.transAxes, color=INK)
         return finish(axes, "Spectrum of the kernel")
     axes.set_yscale("log")
-    bottom = min(low, recommendation.ridge) / 8
+    ridge = low if recommendation.ridge is None else recommendation.ridge
+    bottom = min(low, ridge) / 8
     if floor * 100 > bottom:  # near enough to be worth the room
         bottom = min(bottom, floor / 3)
         axes.axhspan(bottom, floor, color="#eceff1", zorder=0)
         axes.text(0.01, floor, " noise floor", va="top", fontsize=9, color=HEAD, transform=axes.get_yaxis_transform())
-    axes.axhline(recommendation.ridge, color=INK, linewidth=1, linestyle=(0, (5, 4)))
+    axes.axhline(ridge, color=INK, linewidth=1, linestyle=(0, (5, 4)))
     axes.text(
         0.99,
-        recommendation.ridge,
+        ridge,
         "ridge λ ",
         va="bottom",
         ha="right",

@@ -18,7 +18,7 @@ from torch import nn
 from ..capture.adaptable import facts_for_peft
 from ..capture.layers import Layer
 from ..capture.targets import base_model
-from ..capture.trial import Run, Trial
+from ..capture.trial import Trial
 from ..errors import OutputError, PeftLinearError, TargetError
 from ..recommendation.budget import Budget
 from ..recommendation.values import ModuleScore, OptionScore, Settings
@@ -79,14 +79,12 @@ class LanguageRequest:
                 raise OutputError("the loss does not depend on any candidate; are they part of the model's forward?")
             names = [name for name in layers if name in gradients]
             gains = first_order(gradients, dict.fromkeys(names, min(ranks)), self.lora_alpha)
-            options = make_options(names, lambda chosen: _allows(self.budget, costs, chosen), ranks, gains)
+            options = make_options(names, lambda chosen: _allows(self.budget, costs, chosen), ranks)
             scores = score_options(run, options, gradients, held_out, costs, self.seed)
             chosen = decide(scores)
             if self.training.learning_rate is None:
                 guess = _START * chosen.step_size
-                rate = find_learning_rate(
-                    run, chosen.ranks, learning, held_out, guess, self.training.steps, self.seed
-                )
+                rate = find_learning_rate(run, chosen.ranks, learning, held_out, guess, self.training.steps, self.seed)
             start = run.losses(held_out)
         facts = _Facts(
             gains=gains,
@@ -210,6 +208,11 @@ def _notes(
             f"Only {facts.examples} examples: scores from fewer than 32 change much with the sample; pass more batches."
         )
     best = max(scores, key=lambda score: score.decrease)
+    if best.interval[0] <= 0:
+        yield (
+            "No option lowers the loss of held-out examples beyond its interval: these examples share nothing that one "
+            "step could learn. Pass more examples, or check the labels."
+        )
     if best is not chosen:
         yield (
             f"{best.label} has the largest decrease ({best.decrease:.3f} nats against {chosen.decrease:.3f}), but not "
@@ -219,6 +222,12 @@ def _notes(
         yield (
             f"The choice is the best option in {chosen.best_share:.0%} of the resamples of the examples: another "
             "sample could choose otherwise."
+        )
+    left = request.budget.parameters
+    if left is not None and chosen.parameters < 0.9 * left:
+        yield (
+            f"The choice has {chosen.parameters:,} of the {left:,} parameters of the budget: the next rank for all its "
+            "modules would be above it."
         )
     needed = facts.start * facts.label_tokens * request.training.steps * request.training.batch_size / 0.6931
     held = BITS_A_PARAMETER * chosen.parameters

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Options: sets of modules that a rule names, each at the ranks that the budget has room for.
 
-An option spreads over all layers. Where even rank 1 is above the budget it takes evenly spaced layers. What uniform
-ranks leave of the budget gives whole types of module one rank more.
+An option spreads over all layers and has one rank, the highest for which the budget has room, so that every tool can
+take it. Where even the lowest is above the budget it is on evenly spaced layers.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..errors import BudgetError
-from ..recommendation.names import parse_name, type_labels
+from ..recommendation.names import parse_name
 
 
 ALL_LINEAR = "all linear"
@@ -31,7 +31,6 @@ def make_options(
     names: Sequence[str],
     allows: Allows,
     ranks: Sequence[int],
-    gains: Mapping[str, float],
     calls: Sequence[str] | None = None,
 ) -> tuple[Option, ...]:
     """All linear modules first, then MLP, attention, the last module of both; no set twice.
@@ -40,7 +39,6 @@ def make_options(
         names: Of the candidates, in model order.
         allows: Whether a budget has room for {module: rank}.
         ranks: That a module may have.
-        gains: {module: first-order decrease}, by which types are ordered where only some get a rank more.
         calls: The candidates in the order in which the model calls them; default: model order.
 
     Raises:
@@ -48,7 +46,7 @@ def make_options(
     """
     found: dict[frozenset, Option] = {}
     for label, members in _groups(names, calls or names):
-        if members and (chosen := _fit(members, allows, sorted(ranks), gains)):
+        if members and (chosen := _fit(members, allows, sorted(ranks))):
             found.setdefault(frozenset(chosen.items()), Option(label, chosen))
     if not found:
         raise BudgetError(
@@ -75,24 +73,12 @@ def _groups(names: Sequence[str], calls: Sequence[str]) -> list[tuple[str, list[
     ]
 
 
-def _fit(members: Sequence[str], allows: Allows, ranks: Sequence[int], gains: Mapping[str, float]) -> dict[str, int]:
+def _fit(members: Sequence[str], allows: Allows, ranks: Sequence[int]) -> dict[str, int]:
     """The ranks of an option; empty where the budget has no room for one of its layers."""
-    uniform = [rank for rank in ranks if allows(dict.fromkeys(members, rank))]
-    if not uniform:
-        return _evenly_spaced(members, allows, ranks[0])
-    chosen = dict.fromkeys(members, uniform[-1])
-    higher = [rank for rank in ranks if rank > uniform[-1]]
-    labels = type_labels(members)
-    types: dict[str, list[str]] = {}
-    for name in members:
-        place = parse_name(name)
-        types.setdefault(labels[place.stack, place.kind], []).append(name)
-    order = sorted(types.values(), key=lambda of_type: -sum(gains.get(name, 0.0) for name in of_type))
-    for of_type in order if higher and len(order) > 1 else []:
-        raised = {**chosen, **dict.fromkeys(of_type, higher[0])}
-        if allows(raised):
-            chosen = raised
-    return chosen
+    for rank in reversed(ranks):
+        if allows(chosen := dict.fromkeys(members, rank)):
+            return chosen
+    return _evenly_spaced(members, allows, ranks[0])
 
 
 def _evenly_spaced(members: Sequence[str], allows: Allows, rank: int) -> dict[str, int]:

@@ -143,7 +143,9 @@ class ModuleRequest:
         """Whether the decision is that for language models (`selection.language`): the default, where nothing that
         is asked for needs kernels."""
         plain = self.criterion == DEFAULT_NAME and self.strategy == "greedy" and self.ridge is None
-        others = {"outputs", "draws", "always_trained"} & set(self.kernels) or self.kernels.get("space", "lora") != "lora"
+        others = {"outputs", "draws", "always_trained"} & set(self.kernels) or self.kernels.get(
+            "space", "lora"
+        ) != "lora"
         adam = self.training.optimizer in (None, "adamw")
         return plain and adam and not others and not self.head_steps and default_outputs(model) == "log_likelihood"
 

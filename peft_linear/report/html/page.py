@@ -18,7 +18,7 @@ from .charts import spectra_figure, training_figure
 from .elements import Markup, breakable, text
 from .heat_map import heat_map_html
 from .style import SCRIPT, STYLE, content_policy
-from .tables import candidates_table, predictions_table, settings_table, spectra_table
+from .tables import candidates_table, options_table, predictions_table, settings_table, spectra_table
 
 
 PAPER = "https://arxiv.org/abs/2602.08239"
@@ -40,12 +40,12 @@ def recommendation_html(
         raise PeftLinearError("a predicted curve is drawn against what was measured: pass history= beside curve=")
     sections = [
         _headline(rec, values),
-        _signal(rec),
+        _options(rec) if rec.options else _signal(rec),
         _code(rec),
         "<h2>Scores by layer</h2>",
         f"<p>Each candidate alone, by {text(criterion_label(rec))} ({text(direction(rec))}).</p>",
         heat_map_html(rec),
-        _predicted(rec, values),
+        _predicted(rec, values) if rec.predicted or values else "",
     ]
     if history:
         sections.append(f'<div class="charts">{training_figure(history, curve, _end_loss(rec, curve))}</div>')
@@ -111,8 +111,17 @@ def _headline(rec: RecommendationData, measured: Mapping[str, float]) -> str:
     facts = [
         ("Modules", f"{len(rec.modules)} of {len(rec.scores)}", f"budget: {budget_words(rec.budget)}"),
         ("Adapter parameters", f"{rec.parameters:,}", f"{share}, counted at rank {rec.settings.rank}"),
-        ("Is the ranking better than chance?", {True: "yes", False: "no", None: "not known"}[rec.signal], signal),
     ]
+    if rec.options:
+        chosen = next(option for option in rec.options if option.chosen)
+        facts.append(("Best option in", f"{chosen.best_share:.0%}", "of the resamples of the examples"))
+    else:
+        said = {True: "yes", False: "no", None: "not known"}[rec.signal]
+        facts.append(("Is the ranking better than chance?", said, signal))
+    if rec.learning_rate is not None:
+        interval = rec.learning_rate_interval
+        words = "" if interval is None else f"90 % interval: {interval[0]:.2g} to {interval[1]:.2g}"
+        facts.append(("Learning rate", f"{rec.learning_rate:.2g}", words))
     if "loss" in rec.predicted:
         before = rec.predicted.get("before_training", {}).get("loss")
         words = "held out" if before is None else f"held out; {before:.3g} before training"
@@ -136,6 +145,12 @@ def _headline(rec: RecommendationData, measured: Mapping[str, float]) -> str:
         f"({text(known(settings.output_kind))}).{text(_cost(rec))}</p></header>\n"
         f'<dl class="facts">\n{entries}\n</dl>'
     )
+
+
+def _options(rec: RecommendationData) -> str:
+    notes = "".join(f"<li>{text(note)}</li>" for note in rec.notes)
+    listed = f"<ul>{notes}</ul>" if notes else ""
+    return f'<section class="box unknown"><h2>Options</h2>{options_table(rec)}{listed}</section>'
 
 
 def _signal(rec: RecommendationData) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 from ...recommendation.data import RecommendationData
 from ...recommendation.values import ModuleScore
 from ..markdown import PREDICTIONS, format_number, interval_words, prediction_columns, setting_rows
+from ..options import EXPLAINED, HEADER, option_rows
 from .elements import Cell, Markup, Row, breakable, cell, table, text
 
 
@@ -45,19 +46,29 @@ def spectra_table(recommendation: RecommendationData) -> Markup:
     shown = [key for key in _SPECTRA if key in rec.spectra]
     if "always trained" in shown:
         shown = [key for key in shown if key not in ("chosen", "all")]
-    spectra = [rec.spectra[key] for key in shown]
+    spectra, ridge = [rec.spectra[key] for key in shown], rec.ridge or 0.0
     columns = {
         "numerical rank": [f"{s.numerical_rank} of {len(s)}" for s in spectra],
         "largest eigenvalue": [format_number(float(s.eigenvalues[0])) for s in spectra],
         "trace": [format_number(s.trace) for s in spectra],
-        "effective dimension": [format_number(s.effective_dimension(rec.ridge)) for s in spectra],
-        "condition number": [format_number(s.condition_number(rec.ridge)) for s in spectra],
+        "effective dimension": [format_number(s.effective_dimension(ridge)) for s in spectra],
+        "condition number": [format_number(s.condition_number(ridge)) for s in spectra],
     }
     rows = [
         Row([cell(title), *(cell(number, "right line") for number in numbers)]) for title, numbers in columns.items()
     ]
-    caption = text(f"Effective dimension and condition number at ridge λ = {rec.ridge:.4g}")
+    caption = text(f"Effective dimension and condition number at ridge λ = {ridge:.4g}")
     return table(caption, [cell("kernel of"), *(cell(_SPECTRA[key], "right") for key in shown)], rows)
+
+
+def options_table(recommendation: RecommendationData) -> Markup:
+    """The sets that were weighed as a whole, for a language model."""
+    rows = [
+        Row([cell(value, "" if place in (0, 6) else "right") for place, value in enumerate(row)], header=0)
+        for row in option_rows(recommendation)
+    ]
+    header = [cell(title, "" if place in (0, 6) else "right") for place, title in enumerate(HEADER)]
+    return table(text(EXPLAINED), header, rows, "wide")
 
 
 def candidates_table(recommendation: RecommendationData) -> Markup:
@@ -96,7 +107,7 @@ def _candidate_columns(rec: RecommendationData) -> list[tuple[str, str, Callable
         (
             "condition number",
             "right",
-            lambda row: cell(format_number(row.condition_number), "right", row.condition_number),
+            lambda row: cell(format_number(row.condition_number), "right", row.condition_number or math.inf),
         ),
         ("why", "", lambda row: cell(_ALONE.sub("", row.reason), "why")),
     ]
