@@ -117,9 +117,19 @@ class Trial:
             finally:
                 handles.remove()
 
-    def initial_a(self, name: str) -> Tensor:  # (rank, d_in) float32
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the adapters: float32, as peft's, or float64 for a model in float64."""
+        first = next((parameter for parameter in self.model.parameters() if parameter.is_floating_point()), None)
+        return torch.float64 if first is not None and first.dtype == torch.float64 else torch.float32
+
+    def initial_a(self, name: str) -> Tensor:  # (rank, d_in)
         d_in, _ = self.layers[name].shape
-        return initial_lora_a(name, d_in, self.rank, self.seed).to(self.device, torch.float32)
+        return initial_lora_a(name, d_in, self.rank, self.seed).to(self.device, self.dtype)
+
+    def initial_b(self, name: str, rank: int) -> Tensor:  # (d_out, rank), takes gradients
+        _, d_out = self.layers[name].shape
+        return torch.zeros(d_out, rank, device=self.device, dtype=self.dtype, requires_grad=True)
 
 
 class Run:
@@ -149,9 +159,9 @@ class Run:
     def losses(self, batches: Sequence[Batch]) -> TokenLosses:
         """A forward pass of the batches."""
         parts = [self._losses(batch) for batch in batches]
-        return TokenLosses(
-            torch.cat([sums.double().cpu() for sums, _ in parts]), torch.cat([counts.cpu() for _, counts in parts])
-        )
+        counts = torch.cat([counts.cpu() for _, counts in parts])
+        _check_labelled(int(counts.sum()))
+        return TokenLosses(torch.cat([sums.double().cpu() for sums, _ in parts]), counts)
 
     def gradients(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
         """{module: gradient of the mean loss in B, (d_out, rank)} at B = 0, with scaling 1; modules it depends on.
@@ -160,12 +170,10 @@ class Run:
         """
         trial = self.trial
         a = {name: trial.initial_a(name) for name in trial.layers}
-        b = {
-            name: torch.zeros(layer.shape[1], trial.rank, device=trial.device, requires_grad=True)
-            for name, layer in trial.layers.items()
-        }
+        b = {name: trial.initial_b(name, trial.rank) for name in trial.layers}
         self._active = {name: (a[name], b[name], 1.0) for name in b}
         total = sum(self._tokens(batch) for batch in batches)
+        _check_labelled(total)
         found: dict[str, Tensor] = {}
         for batch in batches:
             sums, _ = self._losses(batch)
@@ -185,10 +193,7 @@ class Run:
         """One AdamW step a batch, with a linear decay of the rate to zero; leaves the trained adapters in use."""
         trial = self.trial
         a = {name: trial.initial_a(name)[:rank].clone().requires_grad_() for name, rank in ranks.items()}
-        b = {
-            name: torch.zeros(trial.layers[name].shape[1], rank, device=trial.device, requires_grad=True)
-            for name, rank in ranks.items()
-        }
+        b = {name: trial.initial_b(name, rank) for name, rank in ranks.items()}
         self.use(a, b)
         parameters = [*a.values(), *b.values()]
         optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
@@ -218,7 +223,8 @@ class Run:
                 f"logits of shape {tuple(logits.shape)} do not belong to labels of shape {tuple(batch.labels.shape)}; "  # type: ignore[union-attr]
                 "pass one label a token, -100 where there is none"
             )
-        flat = cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORED, reduction="none")
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        flat = cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="none")
         return flat.view(labels.shape).sum(1), (labels != IGNORED).sum(1).double()
 
     def _tokens(self, batch: Batch) -> int:
@@ -229,6 +235,14 @@ class Run:
         if labels is None or labels.ndim != 2:
             raise OutputError("a trial needs labels of shape (examples, tokens); -100 marks tokens without a label")
         return labels[:, self.shift :]
+
+
+def _check_labelled(tokens: int) -> None:
+    if not tokens:
+        raise OutputError(
+            "no label token is left in half of the examples (all are -100); check the mask of the prompts, and whether "
+            "texts are cut off before their answers"
+        )
 
 
 def _halved(batch: Batch) -> list[Batch]:

@@ -109,8 +109,8 @@ def _score_words(rec: RecommendationData) -> str:
         return f"Score: {plain(criterion_label(rec))} of the module alone ({direction(rec)})."
     return (
         f"Score: {plain(criterion_label(rec))} of the module alone, with the always-trained parameters "
-        f"({direction(rec)}), with a 90 % resampling interval. The condition number is (λ1 + ridge)/(λn + ridge) of the "
-        "same kernel."
+        f"({direction(rec)}), with a 90 % resampling interval. The condition number is (λ1 + ridge)/(λn + ridge) of "
+        "the same kernel."
     )
 
 
@@ -247,8 +247,8 @@ def _how(rec: RecommendationData) -> str:
     s = rec.settings
     if rec.options:
         return (
-            f"{len(rec.options)} options compared by one step of AdamW, {known(s.examples)} examples; scores of single "
-            f"modules are the {criterion_label(rec)} ({direction(rec)})."
+            f"{len(rec.options)} options compared by one step of AdamW, {known(s.examples)} examples; scores of "
+            f"single modules are the {criterion_label(rec)} ({direction(rec)})."
         )
     ridge = "" if rec.ridge is None else f"ridge {rec.ridge:.4g}, "
     return (

@@ -10,9 +10,9 @@ from ..recommendation.values import OptionScore
 
 HEADER = ("option", "rank", "parameters", "decrease", "minus all linear", "best in", "")
 EXPLAINED = (
-    "Decrease: nats a label token that one Adam step of the best size takes off the loss of held-out examples, with its "
-    "90 % interval over resamples. All linear modules are chosen unless another option is better beyond the interval "
-    "of the difference."
+    "Decrease: nats a label token that one Adam step of the best size takes off the loss of held-out examples, with "
+    "its 90 % interval over resamples. All linear modules are chosen unless another option is better beyond the "
+    "interval of the difference."
 )
 
 

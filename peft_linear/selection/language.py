@@ -10,7 +10,7 @@ better beyond the interval. The learning rate is that of the choice (`learning_r
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -56,7 +56,7 @@ class LanguageRequest:
     ranks: Sequence[int] | None = None
     rank: int = 8
     lora_alpha: float = 16.0
-    training: Training = Training()
+    training: Training = field(default_factory=Training)
     seed: int = 0
 
     def recommend(self, model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Recommendation:
@@ -205,13 +205,14 @@ def _notes(
 ) -> Iterable[str]:
     if facts.examples < 32:
         yield (
-            f"Only {facts.examples} examples: scores from fewer than 32 change much with the sample; pass more batches."
+            f"Only {facts.examples} examples: scores from fewer than 32 change much with the sample; pass more "
+            "batches."
         )
     best = max(scores, key=lambda score: score.decrease)
     if best.interval[0] <= 0:
         yield (
-            "No option lowers the loss of held-out examples beyond its interval: these examples share nothing that one "
-            "step could learn. Pass more examples, or check the labels."
+            "No option lowers the loss of held-out examples beyond its interval: these examples share nothing that "
+            "one step could learn. Pass more examples, or check the labels."
         )
     if best is not chosen:
         yield (
@@ -226,8 +227,8 @@ def _notes(
     left = request.budget.parameters
     if left is not None and chosen.parameters < 0.9 * left:
         yield (
-            f"The choice has {chosen.parameters:,} of the {left:,} parameters of the budget: the next rank for all its "
-            "modules would be above it."
+            f"The choice has {chosen.parameters:,} of the {left:,} parameters of the budget: the next rank for all "
+            "its modules would be above it."
         )
     needed = facts.start * facts.label_tokens * request.training.steps * request.training.batch_size / 0.6931
     held = BITS_A_PARAMETER * chosen.parameters

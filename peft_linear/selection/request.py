@@ -143,14 +143,13 @@ class ModuleRequest:
         """Whether the decision is that for language models (`selection.language`): the default, where nothing that
         is asked for needs kernels."""
         plain = self.criterion == DEFAULT_NAME and self.strategy == "greedy" and self.ridge is None
-        others = {"outputs", "draws", "always_trained"} & set(self.kernels) or self.kernels.get(
-            "space", "lora"
-        ) != "lora"
+        lora = self.kernels.get("space", "lora") == "lora"
+        needs_kernels = self.head_steps or {"outputs", "draws", "always_trained"} & set(self.kernels)
         adam = self.training.optimizer in (None, "adamw")
-        return plain and adam and not others and not self.head_steps and default_outputs(model) == "log_likelihood"
+        return plain and lora and adam and not needs_kernels and default_outputs(model) == "log_likelihood"
 
     def language(self, model: nn.Module, sizes: Mapping[str, int]) -> LanguageRequest:
-        """The request of a decision for a language model; `sizes` are adapter parameters as `candidates` gives them."""
+        """The request of a decision for a language model; `sizes` as `candidates` gives them."""
         request = self.kernel_request(model)
         budget = parse_budget(self.budget, sizes)
         return LanguageRequest(
