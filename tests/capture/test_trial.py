@@ -150,7 +150,13 @@ def test_a_diverged_loss_is_infinite_and_not_an_error():
     trial = trial_of(model, language_batches())
     with trial.running() as run:
         a = {name: trial.initial_a(name) for name in trial.layers}
-        run.use(a, {name: torch.full((layer.shape[1], RANK), 1e200, dtype=torch.float64) for name, layer in trial.layers.items()})
+        run.use(
+            a,
+            {
+                name: torch.full((layer.shape[1], RANK), 1e200, dtype=torch.float64)
+                for name, layer in trial.layers.items()
+            },
+        )
         assert run.losses(trial.batches).mean == math.inf
 
 
@@ -171,6 +177,5 @@ def test_a_diverged_loss_is_infinite_and_not_an_error():
 )
 def test_data_that_cannot_be_tried_on_is_refused(change, error, message):
     model = small.seeded(MAKERS["llama"])
-    with pytest.raises(error, match=message):
-        with trial_of(model, change(language_batches())).running() as run:
-            run.gradients(run.trial.batches)
+    with pytest.raises(error, match=message), trial_of(model, change(language_batches())).running() as run:
+        run.gradients(run.trial.batches)
