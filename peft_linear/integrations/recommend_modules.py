@@ -28,7 +28,9 @@ def recommend_modules(
     batches: Any = None,
     budget: int | float | str | None = None,
     criterion: str = DEFAULT_NAME,
-    *choosing: Any,
+    ridge: float | None = None,
+    strategy: str = "greedy",
+    *,
     tokenizer: Any = None,
     args: Any = None,
     examples: int | None = None,
@@ -53,16 +55,14 @@ def recommend_modules(
         model: Left as it was found; or a Trainer.
         batches: Dict batches (a DataLoader); or rows, with `tokenizer`; nothing with a Trainer.
         budget: As for `recommend`; there is no default.
-        criterion: As for `recommend`.
-        *choosing: `ridge`, then `strategy`, as for `recommend`; also by name.
+        criterion, ridge, strategy: As for `recommend`.
         tokenizer: Of rows of text or chats.
         args: The `trl.SFTConfig` of the training that is planned, for rows. Default: TRL's defaults.
         examples: Of a Trainer's data or of rows: a random sample, the first of a stream. Default: 64.
         batch_size: Examples in a forward pass. Default: that of the Trainer, or of `args`.
-        **options: `ridge`, `strategy`, `seed`, `exclude` and `training` as for `recommend`; `head_steps`, the steps
-            for which a task head is trained, alone and for this computation only (default: 20 for gradient energy
-            where there is a head, else 0; 0: the head as it is); and the arguments of `compute_ntk` (`targets`,
-            `space`, `rank`, `draws`, `outputs`, `resources`, …). `outputs` defaults to "log_likelihood" for language
+        **options: `seed`, `exclude` and `training` as for `recommend`; `head_steps`, the steps for which a task head
+            is trained, alone and for this computation only (default: 20 for gradient energy where there is a head,
+            else 0; 0: the head as it is); and the arguments of `compute_ntk` (`targets`, `space`, `rank`, `draws`, `outputs`, `resources`, …). `outputs` defaults to "log_likelihood" for language
             models, then `draws` to 32, and to "logits" otherwise, with 8 draws for the kernels through heads. `draws`
             that are passed are taken everywhere. For a language model that fits, space="weight" chooses better than
             the default (docs/decisions/0009).
@@ -70,7 +70,6 @@ def recommend_modules(
     Raises:
         PeftLinearError: or a subclass, as `compute_ntk`, `recommend` and `language_batches`.
     """
-    options |= dict(zip(("ridge", "strategy"), choosing, strict=False))
     if isinstance(batches, PreTrainedTokenizerBase) or isinstance(budget, PreTrainedTokenizerBase):
         raise PeftLinearError(
             "pass the tokenizer by name: recommend_modules(model, dataset, tokenizer=tokenizer, ...)"
@@ -105,7 +104,7 @@ def recommend_modules(
         raise PeftLinearError(
             "args, examples and batch_size are for rows with a tokenizer; batches are taken as they are"
         )
-    return recommend_from_batches(model, batches, budget, criterion, **options)
+    return recommend_from_batches(model, batches, budget, criterion, ridge, strategy, **options)
 
 
 def _of_trainer(
