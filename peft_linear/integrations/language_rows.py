@@ -56,7 +56,9 @@ def find_format(row: Row, text_column: str = "text") -> str | None:
     return "alpaca" if {"instruction", "output"} <= set(row) else None
 
 
-def to_trl_rows(rows: Sequence[Row], chat_template: bool = True, text_column: str = "text") -> list[dict[str, Any]]:
+def to_trl_rows(
+    rows: Sequence[Row], chat_template: bool = True, text_column: str = "text", numbers: Sequence[int] | None = None
+) -> list[dict[str, Any]]:
     """Rows as `SFTTrainer` takes them: ShareGPT becomes `messages`, Alpaca `prompt` and `completion`.
 
     ShareGPT's roles become those of chat templates (human: user, gpt: assistant), which TRL alone does not do. The
@@ -67,6 +69,7 @@ def to_trl_rows(rows: Sequence[Row], chat_template: bool = True, text_column: st
         rows: All in the format of the first.
         chat_template: Whether the tokenizer has one.
         text_column: Name of the column of the format `text`.
+        numbers: Of the rows in their dataset, for messages of errors.
 
     Raises:
         PeftLinearError: columns of none of the formats, a role that is not known, a row without one of its values, or
@@ -76,13 +79,14 @@ def to_trl_rows(rows: Sequence[Row], chat_template: bool = True, text_column: st
         raise PeftLinearError("the dataset has no rows; pass at least one example")
     found = find_format(rows[0], text_column)
     if found is None:
-        raise PeftLinearError(_unknown(rows[0]))
+        raise PeftLinearError(unknown_format(rows[0]))
     converted = []
-    for number, row in enumerate(rows):
+    numbers = range(len(rows)) if numbers is None else numbers
+    for number, row in zip(numbers, rows, strict=True):
         if found != PREPARED and find_format(row, text_column) != found:
             raise PeftLinearError(
                 f"row {number} has the columns {', '.join(map(str, row))}, or values in them, that are not of the "
-                f"format of row 0 ({FORMATS[found]}); fix the row"
+                f"format of row {numbers[0]} ({FORMATS[found]}); fix the row"
             )
         converted.append(_converted(row, found, number, chat_template))
     return converted
@@ -170,7 +174,8 @@ def _require_text(value: Any, name: str, number: int) -> None:
         raise PeftLinearError(f"row {number} has an empty {name}, of which nothing can be learned; leave it out")
 
 
-def _unknown(row: Row) -> str:
+def unknown_format(row: Row) -> str:
+    """What an error says of a row for which `find_format` found nothing."""
     columns = ", ".join(map(str, row))
     if {"chosen", "rejected"} & set(row):
         return f"rows with the columns {columns} are preferences, and supervised data are taken: {FIVE_FORMATS}"

@@ -8,7 +8,7 @@ from typing import Any
 
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from ..capture.targets import base_model
 from ..errors import BudgetError, PeftLinearError
@@ -57,15 +57,16 @@ def recommend_modules(
         budget: As for `recommend`; there is no default.
         criterion, ridge, strategy: As for `recommend`.
         tokenizer: Of rows of text or chats.
-        args: The `trl.SFTConfig` of the training that is planned, for rows. Default: TRL's defaults.
+        args: Of rows: the `trl.SFTConfig` of the training that is planned, or a dict of its fields.
         examples: Of a Trainer's data or of rows: a random sample, the first of a stream. Default: 64.
         batch_size: Examples in a forward pass. Default: that of the Trainer, or of `args`.
         **options: `seed`, `exclude` and `training` as for `recommend`; `head_steps`, the steps for which a task head
             is trained, alone and for this computation only (default: 20 for gradient energy where there is a head,
-            else 0; 0: the head as it is); and the arguments of `compute_ntk` (`targets`, `space`, `rank`, `draws`, `outputs`, `resources`, …). `outputs` defaults to "log_likelihood" for language
-            models, then `draws` to 32, and to "logits" otherwise, with 8 draws for the kernels through heads. `draws`
-            that are passed are taken everywhere. For a language model that fits, space="weight" chooses better than
-            the default (docs/decisions/0009).
+            else 0; 0: the head as it is); and the arguments of `compute_ntk` (`targets`, `space`, `rank`, `draws`,
+            `outputs`, `resources`, …). `outputs` defaults to "log_likelihood" for language models, then `draws` to
+            32, and to "logits" otherwise, with 8 draws for the kernels through heads. `draws` that are passed are
+            taken everywhere. For a language model that fits, space="weight" chooses better than the default
+            (docs/decisions/0009).
 
     Raises:
         PeftLinearError: or a subclass, as `compute_ntk`, `recommend` and `language_batches`.
@@ -89,7 +90,7 @@ def recommend_modules(
         _require_language_model(model)
         batches = language_batches(batches, tokenizer, args, seed=options.get("seed", 0), **_given(sampling))
         _require_ids_of(model, batches)
-        if args is not None:
+        if isinstance(args, TrainingArguments):
             options.setdefault("training", planned_training(args, criterion))
     elif batches is None:
         raise PeftLinearError(

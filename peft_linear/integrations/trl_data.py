@@ -53,7 +53,8 @@ def language_batches(
             and `completion`; `text`; `instruction`, `input`, `output` (Alpaca); `conversations` (ShareGPT). Rows with
             `input_ids` are taken as they are.
         tokenizer: Of the model (a processor is taken too); it is not changed.
-        args: The `trl.SFTConfig` of the training that is planned. Default: TRL's defaults.
+        args: The `trl.SFTConfig` of the training that is planned, or a dict of its fields that differ from TRL's
+            defaults.
         examples: Rows to take: a random sample, or the first of a stream. Default: 64.
         batch_size: Examples in a batch. Default: `args.per_device_train_batch_size`.
         seed: Of the sample.
@@ -63,7 +64,7 @@ def language_batches(
             completion is empty; the tokenizer is missing, or has no chat template or end token where one is needed;
             truncation leaves no label token in any example.
     """
-    trl = _trl()
+    trl = require_trl()
     if not isinstance(tokenizer, (PreTrainedTokenizerBase, ProcessorMixin)):
         raise PeftLinearError(
             f"`tokenizer` must be the model's tokenizer, got {type(tokenizer).__name__}; load it with "
@@ -73,8 +74,8 @@ def language_batches(
         raise PeftLinearError(f"examples must be at least 1, got {examples}")
     with _left_as_found():
         args = _own_arguments(trl, args)
-        rows = _sampled(dataset, examples or DEFAULT_EXAMPLES, seed)
-        rows = _in_trl_format(rows, tokenizer, args)
+        rows, numbers = _sampled(dataset, examples or DEFAULT_EXAMPLES, seed)
+        rows = _in_trl_format(rows, numbers, tokenizer, args)
         prepared, collate = _prepare(trl, rows, copy.deepcopy(tokenizer), args)
     size = args.per_device_train_batch_size if batch_size is None else batch_size
     if size < 1:
@@ -136,7 +137,12 @@ def _has_length(value: Any, length: int) -> bool:
     return isinstance(value, (list, tuple, np.ndarray, torch.Tensor)) and len(value) == length
 
 
-def _trl() -> Any:
+def require_trl() -> Any:
+    """The package TRL.
+
+    Raises:
+        PeftLinearError: it is not installed.
+    """
     try:
         import trl
     except ImportError as error:
@@ -146,18 +152,18 @@ def _trl() -> Any:
 
 def _own_arguments(trl: Any, args: Any) -> Any:
     """A copy that the preparation may change, without what concerns the model alone."""
-    if args is None:
-        return trl.SFTConfig(output_dir="unused", report_to="none", use_cpu=True, bf16=False)
+    if args is None or isinstance(args, Mapping):
+        return trl.SFTConfig(output_dir="unused", report_to="none", use_cpu=True, bf16=False, **(args or {}))
     if not isinstance(args, trl.SFTConfig):
-        raise PeftLinearError(f"`args` must be a trl.SFTConfig, got {type(args).__name__}; its defaults are TRL's")
+        raise PeftLinearError(f"`args` must be a trl.SFTConfig or a dict of its fields, got {type(args).__name__}")
     args = copy.copy(args)
     args.model_init_kwargs = args.gradient_checkpointing_kwargs = None
     args.gradient_checkpointing, args.label_smoothing_factor = False, 0.0
     return args
 
 
-def _sampled(dataset: Any, count: int, seed: int) -> Any:
-    """Random rows of a dataset, the first of a stream: a `datasets.Dataset` in memory, or a list."""
+def _sampled(dataset: Any, count: int, seed: int) -> tuple[Any, list[int]]:
+    """Random rows of a dataset, the first of a stream, and their numbers; a `datasets.Dataset` stays one."""
     import datasets
 
     random_access = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
@@ -170,10 +176,11 @@ def _sampled(dataset: Any, count: int, seed: int) -> Any:
     if random_access:
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:count].tolist()
         if isinstance(dataset, datasets.Dataset):
-            return dataset.select(order).flatten_indices(keep_in_memory=True)
+            return dataset.select(order).flatten_indices(keep_in_memory=True), order
         rows = [dataset[i] for i in order]
     else:
         rows = list(islice(iter(dataset), count))
+        order = list(range(len(rows)))
     for row in rows:
         if not isinstance(row, Mapping) or any(isinstance(v, torch.Tensor) and v.ndim > 1 for v in row.values()):
             what = "batch of tensors" if isinstance(row, Mapping) else type(row).__name__
@@ -181,19 +188,19 @@ def _sampled(dataset: Any, count: int, seed: int) -> Any:
                 f"the dataset holds a {what}, expected rows in one of the five formats: {FIVE_FORMATS}. Batches of "
                 "tensors are passed without a tokenizer"
             )
-    return rows
+    return rows, order
 
 
 def _has_splits(dataset: Any) -> bool:
     return isinstance(dataset, Mapping) and all(hasattr(split, "column_names") for split in dataset.values())
 
 
-def _in_trl_format(rows: Any, tokenizer: Any, args: Any) -> Any:
+def _in_trl_format(rows: Any, numbers: list[int], tokenizer: Any, args: Any) -> Any:
     """The rows as a `datasets.Dataset` that SFTTrainer takes; those that it takes already keep their features."""
     import datasets
 
     template = bool(tokenizer.chat_template or args.chat_template_path)
-    converted = to_trl_rows(rows, template, args.dataset_text_field)
+    converted = to_trl_rows(rows, template, args.dataset_text_field, numbers)
     if is_chat(converted[0]) and not template:
         raise PeftLinearError(
             "the rows are chats, and the tokenizer has no chat template; take the tokenizer of an instruction-tuned "
