@@ -103,7 +103,9 @@ def test_named_columns_are_scored_as_trl_trains_them_or_refused(place, tmp_path,
     assert_scored(tmp_path / "pair", language_batches(rows_in("plain"), chat_tokenizer(), batch_size=5))
     other = jsonl(tmp_path / "other.jsonl", [{"body": row["text"], "note": "w1"} for row in rows_in("text")])
     assert run(place, other, tmp_path / "body", text_column=["body"]) == 0
-    assert_scored(tmp_path / "body", language_batches(rows_in("text"), chat_tokenizer(), batch_size=5))
+    settings = {"dataset_text_field": "body"}
+    bodies = [{"body": row["text"]} for row in rows_in("text")]
+    assert_scored(tmp_path / "body", language_batches(bodies, chat_tokenizer(), settings, batch_size=5))
     assert run(place, other, tmp_path / "no", text_column=["body", "note"], task="causal-lm") == 2
     assert "the columns body, note are in none of the formats" in error(capsys) and not (tmp_path / "no").exists()
 
