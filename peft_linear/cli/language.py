@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from typing import Any
 
 from ..errors import FileError
@@ -95,14 +94,6 @@ def batches_as_in_training(
     named = {"dataset_text_field": columns[0]} if len(columns) == 1 and columns[0] not in FORMATS else {}
     given = {name: value for name, value in settings.items() if value is not None}
     return language_batches(kept, tokenizer, {**named, **given}, examples=examples, batch_size=batch_size, seed=seed)
-
-
-def quiet_datasets() -> None:
-    """No progress bars of the package datasets, where it is installed."""
-    with suppress(ImportError):
-        import datasets
-
-        datasets.disable_progress_bars()
 
 
 def _require_columns(row: Row, wanted: Sequence[str], source: str) -> None:

@@ -20,7 +20,7 @@ from ..selection.request import ModuleRequest
 from ..selection.training import Training
 from ..tuners.proximal_lora import ProximalLoraConfig
 from .data import batches_of, collator, load_text_data, sample_rows, tokenize
-from .language import batches_as_in_training, quiet_datasets
+from .language import batches_as_in_training
 from .models import load_model
 from .sources import Rows
 
@@ -68,7 +68,6 @@ def run_recommend(arguments: argparse.Namespace) -> None:
     if arguments.quiet:
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
-        quiet_datasets()
     data = load_text_data(arguments.dataset, arguments.task, arguments.text_column, arguments.label_column)
     language = data.task == "causal-lm"
     adapter["task_type"] = "CAUSAL_LM" if language else "SEQ_CLS"

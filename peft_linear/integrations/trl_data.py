@@ -263,7 +263,14 @@ def _prepare(trl: Any, rows: Any, tokenizer: Any, args: Any) -> tuple[Any, Any]:
 
 @contextmanager
 def _left_as_found() -> Iterator[None]:
-    """TRL's configs and trainers seed the global generators and set accelerate's global state anew."""
+    """TRL's configs and trainers seed the global generators and set accelerate's global state anew.
+
+    The progress bars of its steps, each of which takes less than a second here, are not shown.
+    """
+    from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    shown = not are_progress_bars_disabled()
+    disable_progress_bars()
     generators = random.getstate(), np.random.get_state()
     states = [(kind._shared_state, dict(kind._shared_state)) for kind in (AcceleratorState, PartialState)]
     environment = {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
@@ -271,6 +278,8 @@ def _left_as_found() -> Iterator[None]:
         with torch.random.fork_rng():
             yield
     finally:
+        if shown:
+            enable_progress_bars()
         random.setstate(generators[0])
         np.random.set_state(generators[1])
         for shared, saved in states:

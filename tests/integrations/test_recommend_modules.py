@@ -99,6 +99,16 @@ def test_packed_sequences_are_the_examples(settings, tmp_path):
     assert few.settings.examples == 4
 
 
+def test_a_stream_and_a_trainer_that_has_trained(tmp_path):
+    stream = Dataset.from_list(rows_in("messages")).to_iterable_dataset()
+    trainer = sft_trainer(tmp_path, data=stream, max_steps=3)
+    before = recommend_modules(trainer, budget=3, examples=6, **QUICK)
+    assert before.settings.examples == 6 and before.settings.steps == 3
+    trainer.train()
+    after = recommend_modules(trainer, budget=3, examples=6, **QUICK)
+    assert [row.score for row in after.scores] != [row.score for row in before.scores]
+
+
 def test_another_trainer(tmp_path):
     trainer = trainer_for(peft_bert(), tmp_path, max_steps=-1, num_train_epochs=5, optim="sgd", learning_rate=0.1)
     found = recommend_modules(trainer, budget=3, examples=12, progress=False)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, are_progress_bars_disabled
 
 from peft_linear import PeftLinearError, language_batches
 from peft_linear.integrations.trl_data import single_examples
@@ -165,7 +165,6 @@ def test_rows_without_label_tokens_are_left_out(caplog):
 
 
 def test_everything_is_left_as_it_was(tmp_path):
-    accelerator = Accelerator(cpu=True, mixed_precision="no")
     tokenizer, rows = chat_tokenizer(pad_token=None), rows_in("turns")
     arguments = sft_arguments(
         tmp_path, gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True}
@@ -173,11 +172,13 @@ def test_everything_is_left_as_it_was(tmp_path):
     accelerator = Accelerator(cpu=True)
     before = dict(arguments.to_dict()), torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
     state = dict(accelerator.state.__dict__)
+    bars = are_progress_bars_disabled()
     language_batches(rows, tokenizer, arguments)
     language_batches(rows, tokenizer)
     assert arguments.to_dict() == before[0] and rows == rows_in("turns") and tokenizer.pad_token is None
     assert torch.equal(torch.get_rng_state(), before[1]) and random.getstate() == before[2]
     assert np.array_equal(np.random.get_state()[1], before[3])
+    assert are_progress_bars_disabled() == bars
     assert accelerator.state.__dict__ == state and accelerator.device.type == "cpu"
 
 
