@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase,
 from transformers.utils import logging
 
 from ..errors import PeftLinearError
-from .language_rows import FIVE_FORMATS, PREPARED, find_format, is_chat, to_trl_rows
+from .language_rows import FIVE_FORMATS, FORMATS, PREPARED, find_format, is_chat, to_trl_rows
 
 
 logger = logging.get_logger(__name__)
@@ -130,7 +130,7 @@ def looks_like_rows(data: Any) -> bool:
     if hasattr(data, "column_names"):
         return True
     first = data[0] if isinstance(data, (list, tuple)) and data else None
-    return isinstance(first, Mapping) and not any(isinstance(value, torch.Tensor) for value in first.values())
+    return isinstance(first, Mapping) and find_format(first) in FORMATS
 
 
 def _has_length(value: Any, length: int) -> bool:
@@ -153,7 +153,9 @@ def require_trl() -> Any:
 def _own_arguments(trl: Any, args: Any) -> Any:
     """A copy that the preparation may change, without what concerns the model alone."""
     if args is None or isinstance(args, Mapping):
-        return trl.SFTConfig(output_dir="unused", report_to="none", use_cpu=True, bf16=False, **(args or {}))
+        # among several processes a config joins their group, which must be that of the training's device
+        alone = int(os.environ.get("WORLD_SIZE", "1")) <= 1
+        return trl.SFTConfig(output_dir="unused", report_to="none", use_cpu=alone, bf16=False, **(args or {}))
     if not isinstance(args, trl.SFTConfig):
         raise PeftLinearError(f"`args` must be a trl.SFTConfig or a dict of its fields, got {type(args).__name__}")
     args = copy.copy(args)

@@ -131,6 +131,7 @@ def test_another_trainer(tmp_path):
             PeftLinearError,
             "rows need the model's tokenizer",
         ),
+        (([{"input_ids": [1, 2]}], 8), {}, PeftLinearError, "batch 0 has no tensor that LlamaForCausalLM takes"),
         ((rows_in("text"), chat_tokenizer(), 8), {}, PeftLinearError, "pass the tokenizer by name"),
         ((rows_in("text"), 8), {"tokenizer": "gpt2"}, PeftLinearError, "must be the model's tokenizer, got str"),
         (
