@@ -13,13 +13,14 @@ from .capture.resources import Resources
 from .errors import PeftLinearError
 from .functional.spectrum import Spectrum
 from .integrations.callbacks import ProximalCallback
+from .integrations.recommend_modules import recommend_modules
 from .integrations.recommendation_callback import NtkRecommendationCallback
+from .integrations.trl_data import language_batches
 from .kernels.module_kernels import ModuleKernels
 from .kernels.regression import fit_kernel_regression
 from .proximal import attach_proximal, proximal_distance
 from .report.recommendation import Recommendation
 from .selection.recommend import recommend
-from .selection.request import recommend_modules
 from .selection.training import Training
 from .tuners.proximal_lora import ProximalLoraConfig, ProximalLoraModel, export_lora
 
@@ -42,6 +43,7 @@ __all__ = [
     "compute_ntk",
     "export_lora",
     "fit_kernel_regression",
+    "language_batches",
     "linearization_gap",
     "linearize",
     "proximal_distance",

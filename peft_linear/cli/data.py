@@ -8,18 +8,19 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import DataCollatorForLanguageModeling, DataCollatorWithPadding, PreTrainedTokenizerBase
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from ..errors import FileError, PeftLinearError
-from .sources import LABEL_COLUMNS, SUFFIXES, Rows, read_file, read_folder, read_hub
+from .language import infer_task, language_columns
+from .sources import LABEL_COLUMNS, SUFFIXES, Rows, Source, read_file, read_folder, read_hub
 
 
-TASKS = ("classification", "causal-lm")
+TASKS = ("auto", "classification", "causal-lm")
 MOST_CLASSES = 1000  # more distinct labels are ids or texts
 CHAT_COLUMNS = ("messages", "conversations", "conversation", "chosen", "rejected")
 _CLASS = re.compile(r"[+-]?[0-9]{1,18}")
@@ -49,13 +50,16 @@ class TextData:
         text_columns: One column, or two for pairs.
         label_column: None for language modelling.
         label_names: Of a classification, in the order of the class numbers; None for regression and language models.
+        source: Where they are from.
+        task: "classification" or "causal-lm".
     """
 
     splits: Mapping[str, Rows]
     text_columns: tuple[str, ...]
     label_column: str | None = None
     label_names: tuple[str, ...] | None = None
-    source: str = field(default="")
+    source: str = ""
+    task: str = "classification"
 
     @property
     def num_labels(self) -> int:
@@ -109,7 +113,8 @@ def load_text_data(
             test.jsonl or the like (and optionally labels.json with {"labels": [names]}), or one that
             `datasets.save_to_disk` wrote; or a name on the Hub, "glue/sst2" or "owner/name/config" for a
             configuration.
-        task: "classification" (a number with a fraction as label makes it a regression) or "causal-lm".
+        task: "classification" (a number with a fraction as label makes it a regression), "causal-lm", or "auto": what
+            the columns are for (`infer_task`).
         text_columns: One column, or two for pairs; default: found by the usual names.
         label_column: Default: found by the usual names; not used for "causal-lm".
 
@@ -119,27 +124,34 @@ def load_text_data(
     """
     if task not in TASKS:
         raise PeftLinearError(f"unknown task {task!r}; there are: {', '.join(TASKS)}")
-    path = Path(source)
-    names: tuple[str, ...] | None = None
-    if path.is_dir():
-        splits, names = read_folder(path)
-    elif path.is_file():
-        splits = {"train": read_file(path)}
-    elif path.suffix.lower() in SUFFIXES or path.is_absolute() or str(source).startswith("."):
-        raise FileError(f"there is no file or folder {os.fspath(source)!r}; check the path of the dataset")
-    else:
-        splits, names = read_hub(str(source), label_column)
+    splits, names = _read(source, label_column)
     rows = next(iter(splits.values()), [])
     if not len(rows):
         raise FileError(f"{os.fspath(source)} has no rows; pass a dataset with at least one example")
-    columns = list(rows[0])
-    label = None if task == "causal-lm" else _find_label_column(columns, label_column, os.fspath(source))
-    texts = _find_text_columns(rows[0], text_columns, label, os.fspath(source))
-    if label is None:
-        return TextData(splits, texts, None, None, os.fspath(source))
-    looked_at = {"first": [rows[0]]} if names else splits  # with names there is no need to read all rows
-    values = _label_values(looked_at, label, os.fspath(source))
-    return TextData(splits, texts, label, names or _label_names(values, label, os.fspath(source)), os.fspath(source))
+    source, row = os.fspath(source), rows[0]
+    if task == "auto":
+        task = infer_task(row, text_columns, label_column, source)
+    if task == "causal-lm":
+        texts = language_columns(row, text_columns, source)
+        if not texts:
+            texts = language_columns(row, _find_text_columns(row, None, None, source), source)
+        return TextData(splits, texts, None, None, source, task)
+    label = _find_label_column(list(row), label_column, source)
+    texts = _find_text_columns(row, text_columns, label, source)
+    looked_at = {"first": [row]} if names else splits  # with names there is no need to read all rows
+    values = _label_values(looked_at, label, source)
+    return TextData(splits, texts, label, names or _label_names(values, label, source), source, task)
+
+
+def _read(source: str | os.PathLike, label_column: str | None) -> Source:
+    path = Path(source)
+    if path.is_dir():
+        return read_folder(path)
+    if path.is_file():
+        return {"train": read_file(path)}, None
+    if path.suffix.lower() in SUFFIXES or path.is_absolute() or str(source).startswith("."):
+        raise FileError(f"there is no file or folder {os.fspath(source)!r}; check the path of the dataset")
+    return read_hub(str(source), label_column)
 
 
 def sample_rows(data: TextData, count: int, split: str = "train", seed: int = 0) -> list[Mapping[str, Any]]:
@@ -184,9 +196,7 @@ def tokenize(
 
 
 def collator(data: TextData, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """The data collator of the task: padding, and labels of shifted tokens for language models."""
-    if data.label_column is None:
-        return DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    """The data collator of a classification: padding. Language models' batches are `cli.language`'s."""
     return DataCollatorWithPadding(tokenizer)
 
 
@@ -218,9 +228,8 @@ def _find_text_columns(
     pair = () if wanted else tuple(name for name in ("prompt", "completion") if name in row)
     if chat or len(pair) == 2:
         raise FileError(
-            f"{source} holds chats ({', '.join(chat or pair)}), which the command line does not read; write each into "
-            'one column "text" (tokenizer.apply_chat_template(messages, tokenize=False), or prompt + completion), or '
-            "pass the batches of your trainer's DataLoader to peft_linear.recommend_modules"
+            f"{source} holds chats ({', '.join(chat or pair)}), which are not classified; pass --task causal-lm for a "
+            "language model, or name a column of texts with --text-column"
         )
     if wanted:
         missing = [name for name in wanted if name not in row]

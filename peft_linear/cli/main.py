@@ -12,6 +12,10 @@ from importlib.metadata import version
 
 TOOLS = ("axolotl", "llamafactory", "trl")
 SPACES = ("lora", "weight", "rows", "columns", "bias")
+DATA_HELP = """Columns of language data (causal-lm), prepared as TRL's SFTTrainer does (extra [trl]): messages, a list
+of {role, content}; prompt and completion, texts or such lists; text; instruction, input and output (Alpaca); or
+conversations, a list of {from, value} (ShareGPT). Columns of a classification: a text or a pair (text, sentence,
+premise and hypothesis, ...) and a label (label, labels, class, ...)."""
 CRITERIA_HELP = "default-by-evidence, or the name of a criterion; an unknown name lists them"
 
 
@@ -59,7 +63,7 @@ def _add_recommend(commands: argparse._SubParsersAction) -> None:
         formatter_class=_Defaults,
     )
     parser.set_defaults(run=_recommend)
-    _add_data_arguments(parser.add_argument_group("model and data"))
+    _add_data_arguments(parser.add_argument_group("model and data", DATA_HELP))
     _add_choice_arguments(parser.add_argument_group("choice"))
     _add_run_arguments(parser.add_argument_group("run"))
 
@@ -67,21 +71,40 @@ def _add_recommend(commands: argparse._SubParsersAction) -> None:
 def _add_data_arguments(what: argparse._ArgumentGroup) -> None:
     what.add_argument("--model", required=True, help='folder, Hub name, or "minilm" (extra [demo])')
     what.add_argument("--dataset", required=True, help="JSONL/CSV file, folder with train.jsonl …, or a Hub name")
-    what.add_argument("--task", choices=("classification", "causal-lm"), default="classification", help="kind of task")
+    what.add_argument(
+        "--task",
+        choices=("auto", "classification", "causal-lm"),
+        default="auto",
+        help="auto: causal-lm for the five formats of language data without labels, classification for a text with a "
+        "label",
+    )
     what.add_argument("--split", default="train", help="split to take examples from")
     what.add_argument(
         "--text-column",
         "--text-columns",
         nargs="+",
         metavar="NAME",
-        help="column(s) with the text; default: found by the usual names",
+        help="column(s) with the text (two: a pair for a classifier, or prompt and completion); default: found by the "
+        "usual names",
     )
     what.add_argument(
         "--label-column", metavar="NAME", help="column with the label; default: found by the usual names"
     )
+    what.add_argument(
+        "--assistant-only-loss", action="store_true", help="as in trl.SFTConfig: only the assistant's tokens count"
+    )
     what.add_argument("--examples", type=int, default=64, help="examples to compute kernels on")
     what.add_argument("--batch-size", type=int, default=16, help="examples in a forward pass")
-    what.add_argument("--max-length", type=int, default=128, help="tokens of an example at most")
+    what.add_argument(
+        "--max-length",
+        type=int,
+        help="tokens of an example at most; default: 128 for classification, TRL's default for causal-lm",
+    )
+    what.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="of the model's weights; default: that of from_pretrained",
+    )
 
 
 def _add_choice_arguments(choice: argparse._ArgumentGroup) -> None:
@@ -133,6 +156,9 @@ def _add_choice_arguments(choice: argparse._ArgumentGroup) -> None:
 def _add_run_arguments(run: argparse._ArgumentGroup) -> None:
     run.add_argument(
         "--seed", type=int, default=0, help="seed of the sampled examples, a new head, LoRA's A and the folds"
+    )
+    run.add_argument(
+        "--max-memory", metavar="SIZE", help="such as 4GB: what kernels may keep in memory, more goes to files"
     )
     run.add_argument("--device", help="cpu, cuda, …; default: cuda where there is one")
     run.add_argument("--output", default="recommendation", metavar="FOLDER", help="where the files go")

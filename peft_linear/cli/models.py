@@ -47,6 +47,7 @@ def load_model(
     label_names: Sequence[str] | None = None,
     seed: int = 0,
     device: str | torch.device | None = None,
+    dtype: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A pretrained model with a head for the task, and its tokenizer.
 
@@ -56,13 +57,14 @@ def load_model(
         label_names: Of a classification.
         seed: Of a new head's weights; the global random state is left as it was.
         device: Default: "cuda" where there is one, else "cpu".
+        dtype: "float32", "bfloat16", "float16" or "auto" (the checkpoint's). Default: that of `from_pretrained`.
 
     Raises:
         FileError: there is no such model, or it has no tokenizer.
         PeftLinearError: the device does not exist, or the model is no causal language model.
     """
     path = model_path(name)
-    arguments: dict[str, Any] = {}
+    arguments: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
     model_class: Any = AutoModelForCausalLM
     if task == "classification":
         model_class = AutoModelForSequenceClassification

@@ -14,18 +14,22 @@ from transformers.utils import logging as transformers_logging
 from ..capture.resources import Resources
 from ..errors import BudgetError, FileError
 from ..files import write_text
+from ..integrations.trl_data import require_trl
 from ..report.writer import write_report
 from ..selection.exclusion import DEFAULT_EXCLUDE
 from ..selection.request import ModuleRequest
 from ..selection.training import Training
 from ..tuners.proximal_lora import ProximalLoraConfig
 from .data import batches_of, collator, load_text_data, sample_rows, tokenize
+from .language import batches_as_in_training
 from .models import load_model
+from .sources import Rows
 
 
 KERNELS_NAME = "kernels.safetensors"
 HEAD_NAMES = ("losses_untrained_head.safetensors", "losses_trained_head.safetensors")
 ADAPTER_NAME = "adapter"
+MAX_LENGTH = 128  # tokens of a classification's texts; language models take TRL's default
 
 
 def parse_budget_argument(text: str) -> int | float | str:
@@ -56,11 +60,8 @@ def run_recommend(arguments: argparse.Namespace) -> None:
         PeftLinearError: or a subclass; nothing has been written then.
     """
     budget = parse_budget_argument(arguments.budget)
-    adapter = {
-        "task_type": "CAUSAL_LM" if arguments.task == "causal-lm" else "SEQ_CLS",
-        "proximal_lambda": arguments.proximal_lambda,
-        "base_model_name_or_path": arguments.model,
-    }
+    resources = Resources(max_memory=arguments.max_memory, progress=not arguments.quiet)
+    adapter = {"proximal_lambda": arguments.proximal_lambda, "base_model_name_or_path": arguments.model}
     ProximalLoraConfig(**adapter)  # refuses values that are none before anything is loaded
     output = Path(arguments.output)
     if output.exists() and not output.is_dir():
@@ -69,12 +70,23 @@ def run_recommend(arguments: argparse.Namespace) -> None:
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
     data = load_text_data(arguments.dataset, arguments.task, arguments.text_column, arguments.label_column)
-    rows = sample_rows(data, arguments.examples, arguments.split, arguments.seed)
-    model, tokenizer = load_model(arguments.model, arguments.task, data.label_names, arguments.seed, arguments.device)
-    request = _request(arguments, budget)
+    language = data.task == "causal-lm"
+    adapter["task_type"] = "CAUSAL_LM" if language else "SEQ_CLS"
+    if language:
+        require_trl()
+        rows = data.rows(arguments.split)
+    else:
+        rows = sample_rows(data, arguments.examples, arguments.split, arguments.seed)
+    request = _request(arguments, budget, data.task, resources)
+    model, tokenizer = load_model(
+        arguments.model, data.task, data.label_names, arguments.seed, arguments.device, arguments.dtype
+    )
     request.candidates(model)
-    features = tokenize(data, rows, tokenizer, arguments.max_length)
-    batches = batches_of(features, collator(data, tokenizer), arguments.batch_size)
+    if language:
+        batches = _language_batches(arguments, rows, data.text_columns, tokenizer)
+    else:
+        features = tokenize(data, rows, tokenizer, arguments.max_length or MAX_LENGTH)
+        batches = batches_of(features, collator(data, tokenizer), arguments.batch_size)
     kernels, heads = request.compute_kernels(model, batches)
     recommendation = request.choose(kernels, heads)
     config = recommendation.to_config(**adapter)
@@ -96,9 +108,26 @@ def run_recommend(arguments: argparse.Namespace) -> None:
         )
 
 
-def _request(arguments: argparse.Namespace, budget: int | float | str) -> ModuleRequest:
+def _language_batches(
+    arguments: argparse.Namespace, rows: Rows, columns: tuple[str, ...], tokenizer: Any
+) -> list[dict[str, Any]]:
+    return batches_as_in_training(
+        rows,
+        columns,
+        tokenizer,
+        examples=arguments.examples,
+        batch_size=arguments.batch_size,
+        seed=arguments.seed,
+        max_length=arguments.max_length,
+        assistant_only_loss=arguments.assistant_only_loss or None,
+    )
+
+
+def _request(
+    arguments: argparse.Namespace, budget: int | float | str, task: str, resources: Resources
+) -> ModuleRequest:
     kernels: dict[str, Any] = {
-        "outputs": "log_likelihood" if arguments.task == "causal-lm" else "logits",
+        "outputs": "log_likelihood" if task == "causal-lm" else "logits",
         "targets": arguments.targets[0] if arguments.targets == ["all-linear"] else arguments.targets,
         "space": arguments.space,
         "rank": arguments.rank,
@@ -116,5 +145,5 @@ def _request(arguments: argparse.Namespace, budget: int | float | str) -> Module
         exclude=DEFAULT_EXCLUDE if arguments.exclude is None else arguments.exclude,
         training=Training(optimizer=arguments.optimizer, batch_size=arguments.train_batch_size),
         kernels=kernels,
-        resources=Resources(progress=not arguments.quiet),
+        resources=resources,
     )

@@ -12,18 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import DataCollatorWithPadding, Trainer, default_data_collator
+from transformers import DataCollatorWithFlattening, DataCollatorWithPadding, Trainer, default_data_collator
 from transformers.utils import logging
 
 from ..capture.batches import LABEL_KEYS
 from ..capture.targets import base_model
 from ..errors import PeftLinearError
 from .trainers import columns_of
+from .trl_data import DEFAULT_EXAMPLES, single_examples, with_label_tokens
 
 
 logger = logging.get_logger(__name__)
-
-DEFAULT_EXAMPLES = 64
 
 
 def calibration_batches(
@@ -52,7 +51,8 @@ def calibration_batches(
             chats), as TRL's trainers get them, its own training data are taken.
 
     Raises:
-        PeftLinearError: there are no examples, they are not prepared, or `examples` or `batch_size` is below 1.
+        PeftLinearError: there are no examples, they are not prepared or have no label tokens, the collator puts
+            several into one row, or `examples` or `batch_size` is below 1.
     """
     if batch_size < 1 or (examples is not None and examples < 1):
         raise PeftLinearError(f"examples and batch_size must be at least 1, got {examples} and {batch_size}")
@@ -66,10 +66,19 @@ def calibration_batches(
     collate = trainer.data_collator if own and trainer is not None else data_collator
     keys = columns_of(trainer) if own and trainer is not None else _accepted_keys(model)
     rows = _sample(data, examples or DEFAULT_EXAMPLES, seed)
-    if not _prepared(rows[0], keys):
+    by_trl = hasattr(collate, "padding_free")  # a row or a batch of TRL's collator may hold several examples
+    if not _prepared(rows[0], keys, by_trl):
         rows = _prepared_by(trainer, data, rows[0], keys, examples or DEFAULT_EXAMPLES, seed)
     features = [_only(row, keys) for row in rows]
     collate = collate or _default_collator(processing_class)
+    if by_trl:
+        features, collate = single_examples(features, collate)
+        features = with_label_tokens(features[: examples or DEFAULT_EXAMPLES], collate)
+    elif isinstance(collate, DataCollatorWithFlattening):
+        raise PeftLinearError(
+            "DataCollatorWithFlattening puts the examples of a batch into one row, and kernels are between examples; "
+            "pass data_collator=DataCollatorForSeq2Seq(tokenizer), which pads them: the loss is the same"
+        )
     return [collate(features[start : start + batch_size]) for start in range(0, len(features), batch_size)]
 
 
@@ -94,10 +103,12 @@ def _sample(data: Any, count: int, seed: int) -> list[Any]:
     return rows
 
 
-def _prepared(row: Any, keys: set[str] | None) -> bool:
+def _prepared(row: Any, keys: set[str] | None, by_trl: bool = False) -> bool:
     """Whether a row has something that the model, or the Trainer's collator, takes."""
-    if keys is None or not isinstance(row, Mapping):
+    if not isinstance(row, Mapping):
         return True
+    if keys is None:
+        return not by_trl or "input_ids" in row
     return any(key in keys and key not in LABEL_KEYS for key in row)
 
 

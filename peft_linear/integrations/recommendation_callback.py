@@ -17,21 +17,19 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from ..capture.resources import Resources
-from ..errors import FileError, PeftLinearError, TargetError
+from ..errors import FileError, PeftLinearError
 from ..files import write_text
 from ..recommendation.data import JSON_NAME
-from ..recommendation.ranks import plain_alpha
 from ..report.recommendation import Recommendation
 from ..report.writer import HTML_NAME, write_report
 from ..selection.criteria import DEFAULT_NAME
 from ..selection.request import ModuleRequest
-from ..selection.training import Training
 from .calibration import calibration_batches
 from .logs import know_handler, log_to_all
 from .main_process import on_main_process
 from .model_cards import keep_in_model_cards
-from .restrict import adapted_modules, adapter_name_of, checkpoint_modules, require_modules, restrict_adapter
-from .trainers import trainer_of
+from .restrict import adapter_name_of, checkpoint_modules, require_modules, restrict_adapter
+from .trainers import adapter_candidates, planned_training, trainer_of
 
 
 logger = logging.get_logger(__name__)
@@ -75,9 +73,9 @@ class NtkRecommendationCallback(TrainerCallback):
 
     Args:
         data: Batches (an iterable of dicts, a DataLoader), or examples (a dataset, a stream or a list of features)
-            that `data_collator`, by default the Trainer's, makes into batches. None, or rows of text as TRL's trainers
-            take them: the Trainer's own training data, as it has prepared them.
-        budget: As for `recommend`.
+            that `data_collator`, by default the Trainer's, makes into batches. None (the default), or rows of text as
+            TRL's trainers take them: the Trainer's own training data, as it has prepared them.
+        budget: As for `recommend`; there is no default.
         action: "report" or "restrict".
         criterion, seed: As for `recommend`.
         data_collator, examples, batch_size: As for `integrations.calibration.calibration_batches`.
@@ -95,8 +93,8 @@ class NtkRecommendationCallback(TrainerCallback):
 
     def __init__(
         self,
-        data: Any,
-        budget: int | float | str,
+        data: Any = None,
+        budget: int | float | str | None = None,
         action: str = "report",
         *,
         criterion: str = DEFAULT_NAME,
@@ -110,8 +108,10 @@ class NtkRecommendationCallback(TrainerCallback):
     ) -> None:
         if action not in ACTIONS:
             raise PeftLinearError(f"unknown action {action!r}; there are: {', '.join(ACTIONS)}")
+        if budget is None:
+            raise PeftLinearError("there is no budget; pass one, for example budget=8 (modules) or budget=0.125")
         self.data = data
-        self.budget = budget
+        self.budget: int | float | str = budget
         self.action = action
         self.adapter_name = adapter_name
         self.resume_from_checkpoint = resume_from_checkpoint
@@ -181,7 +181,7 @@ class NtkRecommendationCallback(TrainerCallback):
         candidates: dict[str, Any] = {}
         trainer = trainer_of(self)
         if isinstance(model, PeftModel):
-            candidates |= _candidates(model, adapter_name_of(model, self.adapter_name))
+            candidates |= adapter_candidates(model, adapter_name_of(model, self.adapter_name))
 
         def decide() -> tuple[Recommendation | None, tuple[str, ...]]:
             checkpoint = self._checkpoint(args)
@@ -191,7 +191,8 @@ class NtkRecommendationCallback(TrainerCallback):
             batches = calibration_batches(
                 self.data, model, processing_class=processing, trainer=trainer, **self._sampling
             )
-            found = self._request(args, candidates).recommend(model, batches)
+            training = planned_training(args, self._choosing["criterion"], trainer)
+            found = self._request({"training": training, **candidates}).recommend(model, batches)
             write_report(found, output)
             return found, found.modules
 
@@ -199,8 +200,8 @@ class NtkRecommendationCallback(TrainerCallback):
         if self.recommendation is not None and isinstance(model, PeftModel):
             keep_in_model_cards(model, self.recommendation, self.adapter_name)
 
-    def _request(self, args: TrainingArguments, candidates: dict[str, Any]) -> ModuleRequest:
-        options = {"training": planned_training(args, self._choosing["criterion"]), **candidates, **self._choosing}
+    def _request(self, defaults: dict[str, Any]) -> ModuleRequest:
+        options = {**defaults, **self._choosing}
         resources = options.pop("resources", Resources(progress=options.pop("progress", True)))
         own = {name: options.pop(name) for name in list(options) if name in ModuleRequest.__dataclass_fields__}
         # the main process computes alone; the others wait for it
@@ -266,25 +267,6 @@ def summary(recommendation: Recommendation) -> dict[str, float]:
         if key in rec.predicted:
             values[f"ntk_predicted_{key}"] = float(rec.predicted[key])
     return values
-
-
-def _candidates(model: PeftModel, adapter: str) -> dict[str, Any]:
-    """The modules that carry the adapter, and what `compute_ntk` has to know of it."""
-    config: Any = model.peft_config[adapter]
-    modules = list(adapted_modules(model, adapter))
-    if not modules:
-        raise TargetError(
-            f"adapter {adapter!r} ({config.peft_type}) is not LoRA on any linear layer: there is nothing to choose; "
-            "use a LoraConfig or a ProximalLoraConfig"
-        )
-    return {"targets": modules, "rank": config.r, "lora_alpha": plain_alpha(config)}
-
-
-def planned_training(args: TrainingArguments, criterion: str) -> Training:
-    """The training that the arguments describe; every optimizer but SGD normalises its steps as Adam does."""
-    sgd = criterion == DEFAULT_NAME and str(getattr(args.optim, "value", args.optim)).startswith("sgd")
-    batch_size = args.train_batch_size * args.gradient_accumulation_steps
-    return Training(optimizer="sgd" if sgd else None, batch_size=batch_size)
 
 
 know_handler(NtkRecommendationCallback)

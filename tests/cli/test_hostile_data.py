@@ -65,11 +65,15 @@ FILES = {
         "line 2 cannot be read as CSV: field larger",
     ),
     "more fields": ("x.csv", "text,label\na, b,0\n", "line 2 has more fields than the header names"),
-    "messages": ("x.jsonl", jsonl([{**row, "label": 0} for row in CHAT]), "holds chats (messages), which the command"),
+    "messages": (
+        "x.jsonl",
+        jsonl([{**row, "label": 0} for row in CHAT]),
+        "holds chats (messages) and labels (label); pass --task",
+    ),
     "prompts": (
         "x.jsonl",
         jsonl([{"prompt": "a", "completion": "b", "label": 0}]),
-        "holds chats (prompt, completion)",
+        "holds chats (prompt, completion) and labels (label); pass --task",
     ),
 }
 
@@ -97,20 +101,12 @@ def test_a_target_that_is_not_finite_is_refused(tmp_path):
         data.label_of({"text": "a", "label": float("inf")})
 
 
-@pytest.mark.parametrize("task", ["classification", "causal-lm"])
-def test_chats_are_refused_with_what_to_do(task, tmp_path):
+def test_chats_are_not_classified(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text(jsonl([{**CHAT[0], "label": 1}]), encoding="utf-8")
-    with pytest.raises(FileError, match=r'into one column "text" \(tokenizer.apply_chat_template'):
-        load_text_data(path, task)
-    with pytest.raises(FileError, match="recommend_modules"):
-        load_text_data(path, task, text_columns=["messages"])
-
-
-def test_prompt_and_completion_can_be_named(tmp_path):
-    path = tmp_path / "x.jsonl"
-    path.write_text(jsonl([{"prompt": "a", "completion": "b"}]), encoding="utf-8")
-    assert load_text_data(path, "causal-lm", ["prompt", "completion"]).text_columns == ("prompt", "completion")
+    for columns in (None, ["messages"]):
+        with pytest.raises(FileError, match="holds chats .messages., which are not classified; pass --task causal-lm"):
+            load_text_data(path, "classification", text_columns=columns)
 
 
 @pytest.mark.parametrize("content", ["[1]", '{"labels": 3}', "{"])

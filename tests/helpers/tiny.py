@@ -42,7 +42,10 @@ def save_model(folder, causal=False):
         )
         model = BertModel(config)
     model.save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
+    tokenizer = tiny_tokenizer()
+    if causal:
+        tokenizer.eos_token = "[UNK]"  # a text ends with it in training
+    tokenizer.save_pretrained(folder)
     return folder
 
 
