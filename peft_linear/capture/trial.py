@@ -240,8 +240,8 @@ class Run:
 def _check_labelled(tokens: int) -> None:
     if not tokens:
         raise OutputError(
-            "no label token is left in half of the examples (all are -100); check the mask of the prompts, and whether "
-            "texts are cut off before their answers"
+            "no label token is left in half of the examples (all are -100); check the mask of the prompts, and "
+            "whether texts are cut off before their answers"
         )
 
 

@@ -15,6 +15,7 @@ from ..capture.resources import Resources
 from ..errors import BudgetError, FileError
 from ..files import write_text
 from ..integrations.trl_data import require_trl
+from ..kernels import ModuleKernels
 from ..report.writer import write_report
 from ..selection.exclusion import DEFAULT_EXCLUDE
 from ..selection.request import ModuleRequest
@@ -87,13 +88,17 @@ def run_recommend(arguments: argparse.Namespace) -> None:
     else:
         features = tokenize(data, rows, tokenizer, arguments.max_length or MAX_LENGTH)
         batches = batches_of(features, collator(data, tokenizer), arguments.batch_size)
-    kernels, heads = request.compute_kernels(model, batches)
-    recommendation = request.choose(kernels, heads)
+    computed: tuple[ModuleKernels, ...] = ()  # a language model's decision needs none
+    if request.is_for_language(model):
+        recommendation = request.recommend(model, batches)
+    else:
+        kernels, heads = request.compute_kernels(model, batches)
+        recommendation = request.choose(kernels, heads)
+        computed = (kernels, *heads)
     config = recommendation.to_config(**adapter)
     tool_file = None if arguments.yaml is None else recommendation.to_yaml(arguments.yaml)
-    kernels.save(output / KERNELS_NAME)
-    for name, of_losses in zip(HEAD_NAMES, heads, strict=False):
-        of_losses.save(output / name)
+    for name, saved in zip((KERNELS_NAME, *HEAD_NAMES), computed, strict=False):
+        saved.save(output / name)
     written = write_report(recommendation, output)
     if tool_file is not None:
         written = (*written, output / f"{arguments.yaml}.yaml")
@@ -101,7 +106,8 @@ def run_recommend(arguments: argparse.Namespace) -> None:
     config.save_pretrained(str(output / ADAPTER_NAME))
     if not arguments.quiet:
         print(recommendation)
-        print(f"\nwritten to {output}: {', '.join(path.name for path in written)}, {KERNELS_NAME}, {ADAPTER_NAME}/")
+        names = [*(path.name for path in written), *([KERNELS_NAME] if computed else [])]
+        print(f"\nwritten to {output}: {', '.join(names)}, {ADAPTER_NAME}/")
         print(
             f"next: config = PeftConfig.from_pretrained({str(output / ADAPTER_NAME)!r}); "
             "model = get_peft_model(model, config)"
@@ -127,12 +133,13 @@ def _request(
     arguments: argparse.Namespace, budget: int | float | str, task: str, resources: Resources
 ) -> ModuleRequest:
     kernels: dict[str, Any] = {
-        "outputs": "log_likelihood" if task == "causal-lm" else "logits",
         "targets": arguments.targets[0] if arguments.targets == ["all-linear"] else arguments.targets,
         "space": arguments.space,
         "rank": arguments.rank,
         "lora_alpha": arguments.alpha,
     }
+    if task != "causal-lm":
+        kernels["outputs"] = "logits"
     if arguments.draws is not None:
         kernels["draws"] = arguments.draws
     return ModuleRequest(

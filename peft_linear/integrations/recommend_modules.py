@@ -37,7 +37,7 @@ def recommend_modules(
     batch_size: int | None = None,
     **options: Any,
 ) -> Recommendation:
-    """The modules to adapt, before training: kernels of every candidate on some examples, and the best set of them.
+    """The modules to adapt, before training; for a language model their ranks and the learning rate too.
 
     Three forms, of which the first two take language data as TRL trains on them:
 
@@ -62,11 +62,13 @@ def recommend_modules(
         batch_size: Examples in a forward pass. Default: that of the Trainer, or of `args`.
         **options: `seed`, `exclude` and `training` as for `recommend`; `head_steps`, the steps for which a task head
             is trained, alone and for this computation only (default: 20 for gradient energy where there is a head,
-            else 0; 0: the head as it is); and the arguments of `compute_ntk` (`targets`, `space`, `rank`, `draws`,
-            `outputs`, `resources`, …). `outputs` defaults to "log_likelihood" for language models, then `draws` to
-            32, and to "logits" otherwise, with 8 draws for the kernels through heads. `draws` that are passed are
-            taken everywhere. For a language model that fits, space="weight" chooses better than the default
-            (docs/decisions/0009).
+            else 0; 0: the head as it is); the arguments of `compute_ntk` (`targets`, `space`, `rank`, `draws`,
+            `outputs`, `resources`, …); and `ranks`. For a language model, if nothing of this but `targets`, `rank`,
+            `lora_alpha`, `ranks`, `seed`, `training` and `resources` is passed, modules, ranks and learning rate are
+            one decision without kernels (`selection.language`): `ranks` are those that a module may have, by default
+            1 to 32, and `rank` alone where the budget counts modules or an adapter is there. Otherwise kernels
+            decide: `outputs` defaults to "log_likelihood" for language models, then `draws` to 32, and to "logits"
+            for others, with 8 draws for the kernels through heads; `draws` that are passed are taken everywhere.
 
     Raises:
         PeftLinearError: or a subclass, as `compute_ntk`, `recommend` and `language_batches`.

@@ -14,6 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from ..errors import TargetError
 from ..recommendation.ranks import plain_alpha
 from ..selection.criteria import DEFAULT_NAME
+from ..selection.request import default_outputs
 from ..selection.training import Training
 from .restrict import adapted_modules
 
@@ -60,13 +61,15 @@ def adapter_candidates(model: PeftModel, adapter: str) -> dict[str, Any]:
 def planned_training(args: TrainingArguments, criterion: str, trainer: Trainer | None = None) -> Training:
     """The training that the arguments describe; every optimizer but SGD normalises its steps as Adam does.
 
-    With a Trainer also its steps and its learning rate.
+    With a Trainer also its steps and, unless the model is a language model, whose rate is recommended, its rate.
     """
     sgd = criterion == DEFAULT_NAME and str(getattr(args.optim, "value", args.optim)).startswith("sgd")
     batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     plan = {"optimizer": "sgd" if sgd else None, "batch_size": batch_size}
     if trainer is not None and args.learning_rate > 0:
-        plan |= {"learning_rate": args.learning_rate, "steps": _steps(args, trainer.train_dataset, batch_size)}
+        plan["steps"] = _steps(args, trainer.train_dataset, batch_size)
+        if trainer.model is None or default_outputs(trainer.model) != "log_likelihood":
+            plan["learning_rate"] = args.learning_rate
     return Training(**plan)
 
 

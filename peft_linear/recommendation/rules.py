@@ -105,9 +105,7 @@ class Rule:
         return self.layers_to_transform is None or layer_of(name, self.layers_pattern) in self.layers_to_transform
 
     def _rank(self, name: str) -> int:
-        """`peft.utils.other.get_pattern_key`."""
-        found = (rank for key, rank in self.rank_pattern.items() if re.match(rf"(.*\.)?({key})$", name))
-        return next(found, self.rank)
+        return _rank_by(self.rank_pattern, name, self.rank)
 
 
 def layer_of(name: str, patterns: Sequence[str] = ()) -> int | None:
@@ -287,7 +285,15 @@ def _rank_pattern(chosen: Mapping[str, int], uniform: int) -> dict[str, int]:
             found[f"^(?:{pattern})"] = rank
         else:
             found |= {f"^{re.escape(name)}": rank for name in names}
+    if any(_rank_by(found, name, uniform) != rank for name, rank in chosen.items()):  # an ending of another's name
+        return {f"^{re.escape(name)}": rank for name, rank in chosen.items() if rank != uniform}
     return found
+
+
+def _rank_by(patterns: Mapping[str, int], name: str, otherwise: int) -> int:
+    """`peft.utils.other.get_pattern_key`."""
+    found = (rank for key, rank in patterns.items() if re.match(rf"(.*\.)?({key})$", name))
+    return next(found, otherwise)
 
 
 def members_of_types(names: Iterable[str]) -> dict[tuple[str, str], list[str]]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..capture.keywords import MOVED
@@ -152,11 +153,13 @@ class ModuleRequest:
         """The request of a decision for a language model; `sizes` as `candidates` gives them."""
         request = self.kernel_request(model)
         budget = parse_budget(self.budget, sizes)
+        layers = request.layers(model)
+        adapted = any(isinstance(layer.module, BaseTunerLayer) for layer in layers.values())
         return LanguageRequest(
-            layers=request.layers(model),
+            layers=layers,
             budget=budget,
             asked_for=self.budget,
-            ranks=self.ranks,
+            ranks=(request.rank,) if adapted and self.ranks is None else self.ranks,  # an adapter's rank is fixed
             rank=request.rank,
             lora_alpha=request.lora_alpha,
             training=self.training,

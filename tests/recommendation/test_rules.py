@@ -3,7 +3,7 @@
 """Rules: what they say is what was chosen, by peft's own matching and in real models; and they are the simplest."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
@@ -78,6 +78,7 @@ def choices(draw):
     return [n for n in names if n not in hidden], choice, sorted(hidden)
 
 
+@example((NESTED, {n: 1 if n in ("proj", "layer.1.proj", "layer.10.proj", "0.fc") else 2 for n in NESTED}, []), False)
 @given(choices(), st.booleans())
 @settings(max_examples=300, deadline=None)
 def test_a_rule_expands_to_the_choice_and_peft_agrees(problem, all_linear):

@@ -15,7 +15,7 @@ from tests.helpers.small_models import causal_batches, gpt2, seeded
 def test_recommend_modules_is_both_steps_and_knows_language_models():
     model = seeded(gpt2, True)
     batches = causal_batches(sizes=(4, 3))
-    rec = recommend_modules(model, batches, "300", progress=False, rank=2)
+    rec = recommend_modules(model, batches, "300", progress=False, rank=2, outputs="log_likelihood")
     assert rec.settings.output_kind == default_outputs(model) == "log_likelihood"
     assert rec.criterion == "leave_one_out" and rec.settings.optimizer == "adamw"
     assert rec.parameters <= 300 and rec.settings.rank == 2
