@@ -24,19 +24,8 @@ RATES = (1.3e-3, 4e-3, 1.2e-2)
 BELOW, ABOVE = 4.4e-4, 3.6e-2  # the one further rate at either end
 CLEAR = 0.02  # nats per label token
 MODELS = ("smollm2-135m", "gemma3-270m")
-FIRST_ARMS = (
-    "all_linear",
-    "mlp",
-    "qv",
-    "attention",
-    "random_0",
-    "down_proj",
-    "o_down",
-    "first_layers",
-    "middle_layers",
-    "last_layers",
-)
-MORE_ARMS = ("random_1", "random_2")
+FIRST_ARMS = ("all_linear", "mlp", "o_down", "attention")
+MORE_ARMS = ("down_proj", "qv", "random_0", "middle_layers", "last_layers", "first_layers", "random_1", "random_2")
 
 
 @dataclass(frozen=True)
@@ -83,16 +72,10 @@ def best_rate(seen: Mapping[float, float | None]) -> float:
 def groups(kept: bool = False) -> Iterator[Group]:
     """All groups, the most wanted first; with `kept`, those of the kept tasks instead."""
     tasks = KEPT if kept else TUNING
-    stages = [(model, "1/8", 0, FIRST_ARMS) for model in MODELS]
-    stages += [(model, "1/8", 1, FIRST_ARMS) for model in MODELS]
-    stages += [(model, "1/8", seed, MORE_ARMS) for seed in (0, 1) for model in MODELS]
-    stages += [
-        (model, budget, seed, (*FIRST_ARMS, *MORE_ARMS))
-        for budget in ("1/2", "1/16")
-        for seed in (0, 1)
-        for model in MODELS
-    ]
-    for model, budget, seed, arms in stages:
+    stages = [("1/8", 0, FIRST_ARMS), ("1/8", 0, MORE_ARMS), ("1/8", 1, FIRST_ARMS)]
+    stages += [(budget, 0, FIRST_ARMS) for budget in ("1/2", "1/16")]
+    for budget, seed, arms in stages:
         for task in tasks:
-            for arm in arms:
-                yield Group(model, task, budget, arm, seed)
+            for model in MODELS:
+                for arm in arms:
+                    yield Group(model, task, budget, arm, seed)

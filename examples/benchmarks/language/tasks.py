@@ -21,7 +21,7 @@ from peft_linear.errors import PeftLinearError
 
 DATA = Path(__file__).parent / "data"
 SPLITS = {"train": 480, "validation": 64, "test": 128}
-TUNING = ("translation_fr", "spam", "word_sorting", "code", "domain_text", "simple_equations")
+TUNING = ("translation_fr", "code", "word_sorting", "spam", "domain_text", "caesar_cipher")
 KEPT = ("translation_it", "family_relationships")
 GENERATED = {"simple_equations": 11, "word_sorting": 12, "family_relationships": 13}  # family of reasoning-gym: seed
 
