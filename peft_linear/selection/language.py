@@ -79,7 +79,7 @@ class LanguageRequest:
                 raise OutputError("the loss does not depend on any candidate; are they part of the model's forward?")
             names = [name for name in layers if name in gradients]
             gains = first_order(gradients, dict.fromkeys(names, min(ranks)), self.lora_alpha)
-            options = make_options(names, lambda chosen: _allows(self.budget, costs, chosen), ranks)
+            options = make_options(names, lambda chosen: _allows(self.budget, costs, chosen), ranks, gains)
             scores = score_options(run, options, gradients, held_out, costs, self.seed)
             chosen = decide(scores)
             if self.training.learning_rate is None:

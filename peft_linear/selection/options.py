@@ -16,6 +16,7 @@ from ..recommendation.names import parse_name
 
 
 ALL_LINEAR = "all linear"
+LARGEST = "largest first-order decrease"
 Allows = Callable[[Mapping[str, int]], bool]
 
 
@@ -31,6 +32,7 @@ def make_options(
     names: Sequence[str],
     allows: Allows,
     ranks: Sequence[int],
+    gains: Mapping[str, float],
     calls: Sequence[str] | None = None,
 ) -> tuple[Option, ...]:
     """All linear modules first, then MLP, attention, the last module of both; no set twice.
@@ -39,6 +41,8 @@ def make_options(
         names: Of the candidates, in model order.
         allows: Whether a budget has room for {module: rank}.
         ranks: That a module may have.
+        gains: {module: first-order decrease}; where the budget has no room for all linear modules of one layer, the
+            modules with the largest are the first option.
         calls: The candidates in the order in which the model calls them; default: model order.
 
     Raises:
@@ -48,11 +52,19 @@ def make_options(
     for label, members in _groups(names, calls or names):
         if members and (chosen := _fit(members, allows, sorted(ranks))):
             found.setdefault(frozenset(chosen.items()), Option(label, chosen))
-    if not found:
+    options = tuple(found.values())
+    if options and options[0].label == ALL_LINEAR:
+        return options
+    taken: dict[str, int] = {}
+    for name in sorted(names, key=lambda name: -gains[name]):
+        if allows(more := {**taken, name: min(ranks)}):
+            taken = more
+    if not taken:
         raise BudgetError(
             f"the budget has no room for one module at rank {min(ranks)}; raise the budget or allow lower ranks"
         )
-    return tuple(found.values())
+    best = Option(LARGEST, {name: taken[name] for name in names if name in taken})
+    return (best, *(option for option in options if option.ranks != best.ranks))
 
 
 def _groups(names: Sequence[str], calls: Sequence[str]) -> list[tuple[str, list[str]]]:

@@ -78,12 +78,13 @@ def test_a_trainer_of_trl(adapter, tmp_path):
     model = trainer.model
     before = snapshot(model)
     found = recommend_modules(trainer, budget=3, **QUICK)
-    plan = Training(batch_size=15, learning_rate=0.01, steps=7)
+    plan = Training(batch_size=15, steps=7)  # the rate is recommended, not taken from the Trainer
     lora = {"targets": ["q_proj", "up_proj"], "rank": 2, "lora_alpha": 4} if adapter else {}
     expected = recommend_modules(model, batches, 3, training=plan, **QUICK, **lora)
     assert found.modules == expected.modules and found.settings.rank == (2 if adapter else 8)
     assert [row.score for row in found.scores] == pytest.approx([row.score for row in expected.scores], rel=1e-5)
-    assert (found.settings.learning_rate, found.settings.steps) == (0.01, 7)
+    assert found.learning_rate == found.settings.learning_rate == pytest.approx(expected.learning_rate, rel=1e-3)
+    assert found.settings.steps == 7
     assert found.settings.train_batch_size == 15 and found.settings.optimizer == "adamw"
     assert_left_alone(model, before)
     trainer.train()

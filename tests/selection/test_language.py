@@ -25,7 +25,7 @@ from peft_linear.selection.learning_rate import (
     horizon,
 )
 from peft_linear.selection.one_step import LineSearch, decide, first_order, score_options, vertex
-from peft_linear.selection.options import ALL_LINEAR, Option, make_options
+from peft_linear.selection.options import ALL_LINEAR, LARGEST, Option, make_options
 from peft_linear.selection.training import Training
 from tests.helpers import small_models as small
 
@@ -35,6 +35,9 @@ TYPES = {
     "mlp": ("gate_proj", "up_proj", "down_proj"),
 }
 NAMES = [f"model.layers.{n}.{part}.{kind}" for n in range(6) for part, kinds in TYPES.items() for kind in kinds]
+
+
+GAINS = {name: float(place) for place, name in enumerate(NAMES)}
 
 
 def learnable_batches(count: int = 8, examples: int = 4, seed: int = 0) -> list[dict[str, torch.Tensor]]:
@@ -65,7 +68,7 @@ def total(limit):
 
 
 def test_options_have_the_highest_uniform_rank_that_fits():
-    options = {option.label: option.ranks for option in make_options(NAMES, total(84), range(1, 33))}
+    options = {option.label: option.ranks for option in make_options(NAMES, total(84), range(1, 33), GAINS)}
     assert list(options) == [ALL_LINEAR, "MLP", "attention", "last of attention and MLP"]
     assert options[ALL_LINEAR] == dict.fromkeys(NAMES, 2)
     assert set(options["MLP"].values()) == {84 // 18}
@@ -76,12 +79,12 @@ def test_options_have_the_highest_uniform_rank_that_fits():
 
 
 def test_only_allowed_ranks_are_taken():
-    options = {option.label: option.ranks for option in make_options(NAMES, total(84), (1, 4))}
+    options = {option.label: option.ranks for option in make_options(NAMES, total(84), (1, 4), GAINS)}
     assert [set(ranks.values()) for ranks in options.values()] == [{1}, {4}, {1}, {4}]
 
 
 def test_below_rank_one_everywhere_layers_are_evenly_spaced():
-    option = make_options(NAMES, total(21), range(1, 5))[0]
+    option = make_options(NAMES, total(21), range(1, 5), GAINS)[0]
     assert option.label == ALL_LINEAR
     assert sorted({int(name.split(".")[2]) for name in option.ranks}) == [1, 3, 5]
     assert set(option.ranks.values()) == {1}
@@ -90,12 +93,18 @@ def test_below_rank_one_everywhere_layers_are_evenly_spaced():
 
 def test_no_room_for_one_layer_is_an_error():
     with pytest.raises(BudgetError, match="no room for one module at rank 2"):
-        make_options(NAMES, total(1), (2, 4))
+        make_options(NAMES, total(1), (2, 4), GAINS)
+
+
+def test_below_one_layer_the_modules_with_the_largest_decrease_come_first():
+    options = make_options(NAMES, total(5), (1,), GAINS)
+    assert options[0] == Option(LARGEST, dict.fromkeys(NAMES[-5:], 1))
+    assert {option.label for option in options[1:]} == {"MLP", "attention", "last of attention and MLP"}
 
 
 def test_a_set_is_weighed_once():
     names = [name for name in NAMES if ".mlp." in name]
-    assert [option.label for option in make_options(names, total(18), (1,))] == [
+    assert [option.label for option in make_options(names, total(18), (1,), GAINS)] == [
         ALL_LINEAR,
         "last of attention and MLP",
     ]

@@ -5,6 +5,8 @@
     python -m examples.benchmarks.language             train what is not there yet, until stopped
     python -m examples.benchmarks.language --kept      the two kept tasks, once everything is decided
     python -m examples.benchmarks.language --accuracy  train again at the best rates and count right answers
+    python -m examples.benchmarks.language --planned   decide by `recommend_modules`, and train that
+    python -m examples.benchmarks.language --scores    how one Adam step orders the arms
     python -m examples.benchmarks.language --report    tables from the runs that are there
 
 Results are in build/language_bench; started again, the same command goes on where it was stopped.
@@ -27,6 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", help="the runs of this model alone")
     parser.add_argument("--task", help="the runs of this task alone")
     parser.add_argument("--accuracy", action="store_true", help="right answers of the tasks that have one")
+    parser.add_argument("--planned", action="store_true", help="train what recommend_modules decides for each cell")
+    parser.add_argument("--scores", action="store_true", help="score all arms by one Adam step")
+    parser.add_argument("--budget", default="1/8", help="of --planned and --scores: 1/8, 1/2 or 1/16")
     parser.add_argument("--report", action="store_true", help="write summary.md and the compressed runs")
     arguments = parser.parse_args(argv)
     if arguments.report:
@@ -46,6 +51,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         for group in groups(arguments.kept)
         if arguments.model in (None, group.model) and arguments.task in (None, group.task)
     ]
+    if arguments.planned:
+        from .planned import NAME, SHIPPED_PLANS, train_plans
+
+        cells = [group for group in plan if group.budget == arguments.budget and group.seed == 0]
+        log = RunLog(arguments.output, SHIPPED_PLANS, NAME)
+        print(f"{train_plans(log, cells, Bench(), arguments.limit)} plans trained")
+        return 0
+    if arguments.scores:
+        from . import scores
+
+        cells = [group for group in plan if group.budget == arguments.budget and group.seed == 0]
+        log = RunLog(arguments.output, scores.SHIPPED_SCORES, scores.NAME)
+        print(f"{scores.score_arms(log, cells, Bench(), arguments.limit)} cells scored")
+        return 0
     step = count_right_answers if arguments.accuracy else work
     print(f"{step(RunLog(arguments.output), plan, Bench(), arguments.limit)} runs trained")
     return 0

@@ -9,14 +9,17 @@ import json
 import math
 import platform
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from .analysis import ArmResult, Cell, complete_cells, differences, interval, mean, regrets, results
 from .plan import FIRST_ARMS, MODELS, MORE_ARMS, RATES, Run
+from .planned import NAME as PLANS
 from .run_log import SHIPPED, RunLog
+from .scores import NAME as SCORES
+from .scores import correlations, plans_table
 from .tasks import KEPT, TUNING
 
 
@@ -28,20 +31,24 @@ STEP_TIME = "cpu_seconds_per_step"
 def write_report(output: Path, shipped: Path = SHIPPED, summary: Path | None = None) -> int:
     """summary.md and runs.jsonl.gz beside the benchmark, from the shipped runs and those in `output`."""
     log = RunLog(output, shipped)
-    lines = "".join(json.dumps(record, separators=(",", ":")) + "\n" for record in log.records.values())
-    text = render(log.records)
-    shipped.write_bytes(gzip.compress(lines.encode("utf-8"), 9, mtime=0))
+    others = {name: RunLog(output, shipped.with_name(f"{name}.jsonl.gz"), name) for name in (PLANS, SCORES)}
+    text = render(log.records, *([*each.records.values()] for each in others.values()))
+    files = {shipped: log, **{shipped.with_name(f"{name}.jsonl.gz"): each for name, each in others.items()}}
+    for path, each in files.items():
+        lines = "".join(json.dumps(record, separators=(",", ":")) + "\n" for record in each.records.values())
+        path.write_bytes(gzip.compress(lines.encode("utf-8"), 9, mtime=0))
     (summary or shipped.with_name("summary.md")).write_text(text, encoding="utf-8")
     print(text)
     return 0
 
 
-def render(records: Mapping[Run, dict]) -> str:
+def render(records: Mapping[Run, dict], plans: Sequence[dict] = (), scores: Sequence[dict] = ()) -> str:
     parts = [heading(records)]
     for budget in BUDGETS:
         cells = results(records, budget)
         if cells:
             parts.append(budget_section(budget, cells))
+            parts += filter(None, (plans_table(plans, cells, budget), correlations(scores, cells, budget)))
     return "\n\n".join(parts) + "\n"
 
 

@@ -23,7 +23,7 @@ DATA = Path(__file__).parent / "data"
 SPLITS = {"train": 480, "validation": 64, "test": 128}
 TUNING = ("translation_fr", "code", "word_sorting", "spam", "domain_text", "caesar_cipher")
 KEPT = ("translation_it", "family_relationships")
-GENERATED = {"simple_equations": 11, "word_sorting": 12, "family_relationships": 13}  # family of reasoning-gym: seed
+GENERATED = {"caesar_cipher": 11, "word_sorting": 12, "family_relationships": 13}  # family of reasoning-gym: seed
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def generate(name: str, seed: int) -> list[Example]:
     for entry in reasoning_gym.create_dataset(name, seed=seed, size=4 * wanted):
         prompt = shorten(name, entry["question"])
         key = question_key(name, prompt)
-        if key in seen or not key:
+        if key in seen:
             continue
         seen.add(key)
         examples.append(Example(prompt, str(entry["answer"]), entry))
@@ -97,13 +97,7 @@ def shorten(name: str, question: str) -> str:
 
 
 def question_key(name: str, prompt: str) -> str:
-    """What two questions share when one answers the other: an equation whatever its letter, a set of words.
-
-    Empty where the question has no answer.
-    """
-    if name == "simple_equations":
-        equation = prompt.split(":", 1)[1]
-        return re.sub(r"[a-z]", "x", equation) if re.search("[a-z]", equation) else ""  # "0 = 0"
+    """What two questions share when one answers the other, such as a set of words."""
     if name == "word_sorting":
         return " ".join(sorted(re.findall(r"\w+", prompt.split(":", 1)[1])))
     return " ".join(prompt.split())

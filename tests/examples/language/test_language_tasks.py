@@ -68,12 +68,6 @@ def strip_frame(prompt):
     return prompt.removeprefix("Translate into French:").removeprefix("Translate into Italian:")
 
 
-def test_equations_that_differ_in_the_letter_are_one_question():
-    keys = {tasks.question_key("simple_equations", f"Solve for {x}: 3*{x} + 2 = 8") for x in "abz"}
-    assert len(keys) == 1
-    assert tasks.question_key("simple_equations", "Determine the value of o that satisfies: 0 = 0") == ""
-
-
 def test_the_same_words_in_another_order_are_one_question():
     one = tasks.question_key("word_sorting", "Sort in ascending ASCII order: b, a, c")
     assert one == tasks.question_key("word_sorting", "Sort in descending ASCII order: c, b, a")
