@@ -98,11 +98,13 @@ def test_the_next_rate(losses, expected):
     assert next_rate(losses) == expected
 
 
-def test_the_plan_begins_with_one_model_one_budget_and_keeps_the_kept_tasks_out():
+def test_the_plan_begins_with_the_arms_that_decide_and_keeps_the_kept_tasks_out():
     groups = list(plan.groups())
-    assert len(groups) == len(set(groups)) == 2 * 6 * 2 * 3 * 12
-    assert {group.model for group in groups[:60]} == {"smollm2-135m"}
-    assert [group.arm for group in groups[:10]] == list(plan.FIRST_ARMS)
+    first, more = len(plan.FIRST_ARMS), len(plan.MORE_ARMS)
+    assert len(groups) == len(set(groups)) == 2 * 6 * (4 * first + more)
+    assert [group.arm for group in groups[:first]] == list(plan.FIRST_ARMS)
+    assert {group.arm for group in groups[: 12 * first]} == set(plan.FIRST_ARMS)
+    assert {(group.budget, group.seed) for group in groups[: 12 * first]} == {("1/8", 0)}
     assert not {group.task for group in groups} & {group.task for group in plan.groups(kept=True)}
 
 

@@ -71,17 +71,17 @@ def test_a_cell_with_an_arm_missing_is_not_compared():
     records = {
         run: record
         for run, record in planted(FIRST_ARMS).items()
-        if not (run.task == "spam" and run.arm == "qv" and run.rate == LOW)
+        if not (run.task == "spam" and run.arm == "attention" and run.rate == LOW)
     }
     cells = results(records, "1/8")
     assert len(cells) == 12
     assert len(complete_cells(cells)) == 10
-    assert "qv" not in cells["gemma3-270m", "spam"]
+    assert "attention" not in cells["gemma3-270m", "spam"]
 
 
 def test_seeds_are_averaged_over_those_that_all_first_arms_have():
     records = planted(FIRST_ARMS, seeds=(0, 1))
-    records = {run: record for run, record in records.items() if run.seed == 0 or run.arm != "qv"}
+    records = {run: record for run, record in records.items() if run.seed == 0 or run.arm != "attention"}
     assert results(records, "1/8")["smollm2-135m", "code"]["mlp"].seeds == (0,)
     assert results(planted(FIRST_ARMS, seeds=(0, 1)), "1/8")["smollm2-135m", "code"]["mlp"].seeds == (0, 1)
 
@@ -114,9 +114,9 @@ def test_the_report_writes_the_table_and_the_runs(tmp_path):
     (output / "runs.jsonl").write_text(lines, encoding="utf-8")
     assert write_report(output, shipped=tmp_path / "runs.jsonl.gz") == 0
     text = (tmp_path / "summary.md").read_text(encoding="utf-8")
-    table = [line for line in text.splitlines() if line.startswith(("| all_linear | 12", "| last_layers | 12"))]
+    table = [line for line in text.splitlines() if line.startswith(("| all_linear | 12", "| attention | 12"))]
     assert table[0].startswith("| all_linear | 12 | 0.000")
-    assert "0.900" in table[1]
+    assert "0.300" in table[1]
     assert "**2.050** @0.0013" in text
     assert len(text.splitlines()) < 60
     shipped = gzip.decompress((tmp_path / "runs.jsonl.gz").read_bytes()).decode("utf-8").splitlines()
