@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import PeftLinearError
+from .batches import Batch
 from .conditions import as_in_training, device_of
 from .meta_copy import meta_copy
 from .operations import Counter, FusedAttention, Work
@@ -72,6 +73,26 @@ def step_record(
         "trained": sum(parameter.numel() for module in head.values() for parameter in module.parameters()),
         **trace.record(set(linear)),
     }
+
+
+def counted_step(
+    model: nn.Module, batch: Batch, candidates: Iterable[str], always_trained: Iterable[str] | None
+) -> dict[str, Any]:
+    """`step_record` for the provenance of kernels; {"error": why} where the operations cannot be counted.
+
+    Only a budget of time or memory needs the counts, and says the error.
+    """
+    try:
+        return step_record(model, step_inputs(model, batch), candidates, always_trained)
+    except PeftLinearError as error:
+        return {"error": str(error)}
+
+
+def step_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
+    """What the model is called with in training: a language model makes its loss of the labels."""
+    generates = getattr(base_model(model), "get_output_embeddings", lambda: None)() is not None
+    labels = {"labels": batch.labels} if generates and batch.labels is not None and batch.labels.ndim == 2 else {}
+    return {**batch.inputs, **labels}
 
 
 class _Trace:

@@ -87,8 +87,10 @@ def _add_choice_arguments(choice: argparse._ArgumentGroup) -> None:
     choice.add_argument(
         "--budget",
         required=True,
+        nargs="+",
         help="number of modules (8), fraction of the candidates' adapter parameters (0.25), "
-        "adapter parameters (1.5M, 200k)",
+        "adapter parameters (1.5M, 200k), layers:4, or a share of an all-linear LoRA step (time:0.6, memory:0.6); "
+        "several hold together",
     )
     choice.add_argument("--criterion", default="default-by-evidence", help=CRITERIA_HELP)
     choice.add_argument("--strategy", default="greedy", help="greedy, or top (the best modules on their own)")

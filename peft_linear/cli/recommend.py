@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..capture.resources import Resources
 from ..errors import BudgetError, FileError
+from ..recommendation.budget import BudgetLike
 from ..report.writer import write_report
 from ..selection.exclusion import DEFAULT_EXCLUDE
 from ..selection.request import ModuleRequest
@@ -28,7 +30,7 @@ ADAPTER_NAME = "adapter"
 
 
 def parse_budget_argument(text: str) -> int | float | str:
-    """What was typed, as `recommend` takes it: "8" is modules, "0.25" and "25%" a fraction, "1.5M" parameters.
+    """What was typed, as `recommend` takes it: "8" is modules, "0.25" and "25%" a fraction, "1.5M" parameters, "time:0.6" a share.
 
     Raises:
         BudgetError: it reads as none of these.
@@ -40,12 +42,18 @@ def parse_budget_argument(text: str) -> int | float | str:
         return float(text)
     if re.fullmatch(r"[0-9]+(\.[0-9]+)?\s*%", text):
         return float(text.rstrip("% ")) / 100
-    if re.fullmatch(r"[0-9]+(\.[0-9]+)?\s*[kKmMbB]", text):
+    if re.fullmatch(r"[0-9]+(\.[0-9]+)?\s*[kKmMbB]|[A-Za-z]+:.*", text):
         return text
     raise BudgetError(
         f"cannot read the budget {text[:40]!r}; pass a number of modules (8), a fraction of the candidates' "
-        "parameters (0.25, 25%) or parameters (1.5M, 200k)"
+        "parameters (0.25, 25%), parameters (1.5M, 200k), layers:4, time:0.6 or memory:0.6"
     )
+
+
+def parse_budget_arguments(texts: Sequence[str]) -> BudgetLike:
+    """One budget, or a tuple of several. Raises as `parse_budget_argument`."""
+    budgets = tuple(map(parse_budget_argument, texts))
+    return budgets[0] if len(budgets) == 1 else budgets
 
 
 def run_recommend(arguments: argparse.Namespace) -> None:
@@ -54,7 +62,7 @@ def run_recommend(arguments: argparse.Namespace) -> None:
     Raises:
         PeftLinearError: or a subclass; nothing has been written then.
     """
-    budget = parse_budget_argument(arguments.budget)
+    budget = parse_budget_arguments(arguments.budget)
     adapter = {
         "task_type": "CAUSAL_LM" if arguments.task == "causal-lm" else "SEQ_CLS",
         "proximal_lambda": arguments.proximal_lambda,
@@ -91,7 +99,7 @@ def run_recommend(arguments: argparse.Namespace) -> None:
         )
 
 
-def _request(arguments: argparse.Namespace, budget: int | float | str) -> ModuleRequest:
+def _request(arguments: argparse.Namespace, budget: BudgetLike) -> ModuleRequest:
     kernels: dict[str, Any] = {
         "outputs": "log_likelihood" if arguments.task == "causal-lm" else "logits",
         "targets": arguments.targets[0] if arguments.targets == ["all-linear"] else arguments.targets,

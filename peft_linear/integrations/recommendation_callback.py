@@ -19,6 +19,7 @@ from transformers.utils import logging
 from ..capture.resources import Resources
 from ..errors import FileError, PeftLinearError, TargetError
 from ..files import write_text
+from ..recommendation.budget import BudgetLike
 from ..recommendation.data import JSON_NAME
 from ..recommendation.ranks import plain_alpha
 from ..report.recommendation import Recommendation
@@ -96,7 +97,7 @@ class NtkRecommendationCallback(TrainerCallback):
     def __init__(
         self,
         data: Any,
-        budget: int | float | str,
+        budget: BudgetLike,
         action: str = "report",
         *,
         criterion: str = DEFAULT_NAME,

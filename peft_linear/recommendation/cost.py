@@ -14,10 +14,10 @@ Both grow with the set and with every rank. The backward pass ends at the lowest
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 from ..errors import BudgetError, TargetError
 from .names import parse_name
@@ -41,6 +41,9 @@ class Work:
 
     def __add__(self, other: Work) -> Work:
         return Work(self.flops + other.flops, self.moved + other.moved, self.calls + other.calls)
+
+
+Part = TypeVar("Part", Work, float)
 
 
 @dataclass(frozen=True)
@@ -178,23 +181,56 @@ class StepCost:
         Raises:
             TargetError: a module that has no counts.
         """
-        reached = self._reached(ranks)
-        total = sum(self.forward.values(), Work())
-        again: set[int] = set()
-        for block, reach, work in self.backward:
-            if reach & reached:
-                total += work
-                again.add(block)
-        for module, rank in self._adapted(ranks):
-            total += module.work(rank, passes_on=bool(module.below & reached))
-            again.add(module.block)
-        if self.checkpointing:
-            total += sum((self.forward[block] for block in again - {OUTSIDE} if block in self.forward), Work())
-        return total + Work(0.0, OPTIMIZER_BYTES * self.trained, 0.0)
+        return sum(self._parts(ranks, self.forward, self.backward, StepModule.work), Work(0.0, self._head_bytes, 0.0))
 
     def time(self, ranks: Mapping[str, int]) -> float:
         """Of one step, in flops of a large matrix product. Raises as `work`."""
-        return self.machine.time(self.work(ranks))
+
+        def of_adapter(module: StepModule, rank: int, passes_on: bool) -> float:
+            key = (module.name, rank, passes_on)
+            if key not in self._adapter_times:
+                self._adapter_times[key] = self.machine.time(module.work(rank, passes_on))
+            return self._adapter_times[key]
+
+        head = self.machine.flops_per_byte * self._head_bytes
+        return sum(self._parts(ranks, self._forward_times, self._backward_times, of_adapter), head)
+
+    def _parts(
+        self,
+        ranks: Mapping[str, int],
+        forward: Mapping[int, Part],
+        backward: Iterable[tuple[int, int, Part]],
+        of_adapter: Callable[[StepModule, int, bool], Part],
+    ) -> Iterator[Part]:
+        """What a step consists of; with checkpointing the forward pass of a layer again, where a gradient enters it."""
+        reached = self._reached(ranks)
+        yield from forward.values()
+        again: set[int] = set()
+        for block, reach, part in backward:
+            if reach & reached:
+                yield part
+                again.add(block)
+        for module, rank in self._adapted(ranks):
+            yield of_adapter(module, rank, bool(module.below & reached))
+            again.add(module.block)
+        if self.checkpointing:
+            yield from (forward[block] for block in again if block in forward and block != OUTSIDE)
+
+    @property
+    def _head_bytes(self) -> float:
+        return float(OPTIMIZER_BYTES * self.trained)
+
+    @cached_property
+    def _adapter_times(self) -> dict[tuple[str, int, bool], float]:
+        return {}
+
+    @cached_property
+    def _forward_times(self) -> Mapping[int, float]:
+        return {block: self.machine.time(work) for block, work in self.forward.items()}
+
+    @cached_property
+    def _backward_times(self) -> tuple[tuple[int, int, float], ...]:
+        return tuple((block, reach, self.machine.time(work)) for block, reach, work in self.backward)
 
     def activations(self, ranks: Mapping[str, int]) -> float:
         """Bytes that are kept for the backward pass. Raises as `work`."""
@@ -228,10 +264,6 @@ class StepCost:
         """The same step with or without gradient checkpointing of whole layers."""
         return replace(self, checkpointing=checkpointing)
 
-    def depth(self, name: str) -> int:
-        """Modules that lie below: of two, the one with more leaves a shorter backward pass."""
-        return self.modules[self._place(name)].below.bit_count()
-
     def _place(self, name: str) -> int:
         if name not in self.index:
             raise TargetError(f"there are no counts of a training step for {name!r}; compute the kernels again")
@@ -247,9 +279,6 @@ class StepCost:
             if rank > 0:
                 reached |= 2 << self._place(name)
         return reached
-
-
-Measure = Callable[[Mapping[str, int]], float]
 
 
 def _bits(ranges: Iterable[Iterable[int]]) -> int:

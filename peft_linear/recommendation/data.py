@@ -46,7 +46,7 @@ class RecommendationData:
     scores: tuple[ModuleScore, ...]
     predicted: Mapping[str, Any]
     criterion: str
-    budget: int | float | str
+    budget: int | float | str | tuple[int | float | str, ...]
     ridge: float
     settings: Settings = field(default_factory=Settings)
     notes: tuple[str, ...] = ()
@@ -67,6 +67,16 @@ class RecommendationData:
     def parameters(self) -> int:
         """Adapter parameters of the choice at the rank of the kernels."""
         return sum(row.parameters for row in self.scores if row.chosen)
+
+    @property
+    def step_time(self) -> float | None:
+        """Time of a training step, as a share of an all-linear LoRA step at the kernels' rank; None: not known."""
+        return self.settings.time_share
+
+    @property
+    def step_memory(self) -> float | None:
+        """Memory of a training step, weights included, as a share of an all-linear LoRA step's; None: not known."""
+        return self.settings.memory_share
 
     @property
     def signal(self) -> bool | None:

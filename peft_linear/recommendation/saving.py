@@ -46,7 +46,7 @@ class _EarlierRecord(TypedDict):
     scores: tuple[ModuleScore, ...]
     predicted: Mapping[str, float | Mapping[str, float]]
     criterion: str
-    budget: int | float | str
+    budget: int | float | str | tuple[int | float | str, ...]
     ridge: float
     settings: Mapping[str, Any]
     notes: tuple[str, ...]

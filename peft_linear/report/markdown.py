@@ -11,7 +11,7 @@ from typing import Any
 from ..recommendation.data import RecommendationData
 from ..recommendation.values import ModuleScore
 from .escaping import cell, code, plain
-from .formatting import budget_words, criterion_label, direction, known
+from .formatting import budget_words, criterion_label, direction, known, step_words
 
 
 # Key in `Recommendation.predicted`, words, format.
@@ -52,7 +52,7 @@ def score_table(recommendation: RecommendationData) -> str:
     lines[1 + len(rec.modules) : 1 + len(rec.modules)] = [rule] if rejected else []
     if len(rejected) > _SHOWN_REJECTED:
         lines.append(f"      … and {len(rejected) - _SHOWN_REJECTED} more candidates in .scores")
-    lines = [_headline(rec), _how(rec), "", lines[0], rule, *lines[1:], ""]
+    lines = [_headline(rec), *filter(None, [step_words(rec)]), _how(rec), "", lines[0], rule, *lines[1:], ""]
     for key, words, form in PREDICTIONS[1:]:
         if key in rec.predicted:
             everything = rec.predicted.get("all_candidates", {}).get(key)
@@ -67,7 +67,7 @@ def recommendation_markdown(recommendation: RecommendationData) -> str:
     rec = recommendation
     sections = [
         "# Recommended modules",
-        f"{plain(_headline(rec))}\n\n{plain(_how(rec))}",
+        "\n\n".join(plain(line) for line in (_headline(rec), step_words(rec), _how(rec)) if line),
         "## The choice",
         choice_table(rec),
         "## Predictions",

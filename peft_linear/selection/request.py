@@ -11,16 +11,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..capture.batches import read_batches
 from ..capture.keywords import MOVED
 from ..capture.request import KernelRequest
 from ..capture.resources import DEFAULT_RESOURCES, Resources
+from ..capture.step_cost import counted_step
 from ..capture.targets import base_model, resolve_always_trained
 from ..capture.warm_head import STEPS as HEAD_STEPS
 from ..capture.warm_head import warmed_head
 from ..errors import OutputError, PeftLinearError, TargetError
 from ..functional.outputs import Outputs, resolve_output
 from ..kernels.module_kernels import ModuleKernels
-from ..recommendation.budget import parse_budget
+from ..recommendation.budget import BudgetLike, needs_cost, parse_budget
+from ..recommendation.cost import RECORD, StepCost
 from ..report.recommendation import Recommendation
 from .criteria import DEFAULT_NAME, resolve_criterion
 from .exclusion import DEFAULT_EXCLUDE, check_exclude
@@ -50,7 +53,7 @@ class ModuleRequest:
         CriterionError, KernelError, PeftLinearError: arguments that no model could make valid.
     """
 
-    budget: int | float | str
+    budget: BudgetLike
     criterion: str = DEFAULT_NAME
     ridge: float | None = None
     strategy: str = "greedy"
@@ -93,7 +96,7 @@ class ModuleRequest:
                 "always trained; leave head_steps at 0, or name the head in `always_trained`"
             )
         sizes = request.candidates(model)
-        parse_budget(self.budget, sizes)
+        parse_budget(self.budget, sizes, request.rank)
         return sizes
 
     def compute_kernels(self, model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> tuple[ModuleKernels, Heads]:
@@ -104,6 +107,7 @@ class ModuleRequest:
         """
         request = self.kernel_request(model)
         batches = [batches] if isinstance(batches, Mapping) else list(batches)  # read more than once
+        self._check_step_budget(model, request, batches)
         by_heads = resolve_criterion(self.criterion, _labelled(request.outputs)).name == BY_HEADS
         if self.head_steps and not by_heads:
             with warmed_head(model, batches, self.head_steps, always_trained=request.always_trained):
@@ -122,6 +126,17 @@ class ModuleRequest:
             return kernels, ()
         request = replace(request, draws=self.kernels.get("draws", _head_draws(request.space)))
         return kernels, kernels_through_heads(request, model, batches, head_steps, self.resources)
+
+    def _check_step_budget(
+        self, model: nn.Module, request: KernelRequest, batches: Sequence[Mapping[str, Any]]
+    ) -> None:
+        """Raises BudgetError before any long work where a budget of time or memory cannot be kept."""
+        if not needs_cost(self.budget) or not batches:
+            return
+        sizes = request.candidates(model)
+        batch = read_batches(batches[:1], model, needs_labels=False, what="the budget")[0]
+        counts = counted_step(model, batch, sizes, request.always_trained)
+        parse_budget(self.budget, sizes, request.rank, StepCost.of_kernels({RECORD: counts}))
 
     def recommend(self, model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Recommendation:
         """Checks, computes and chooses."""
@@ -183,7 +198,7 @@ def kernels_through_heads(
 def recommend_modules(
     model: nn.Module,
     batches: Iterable[Mapping[str, Any]],
-    budget: int | float | str,
+    budget: BudgetLike,
     criterion: str = DEFAULT_NAME,
     ridge: float | None = None,
     strategy: str = "greedy",

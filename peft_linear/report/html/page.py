@@ -112,6 +112,9 @@ def _headline(rec: RecommendationData, measured: Mapping[str, float]) -> str:
         ("Adapter parameters", f"{rec.parameters:,}", f"{share} at rank {rec.settings.rank}"),
         ("Is the ranking better than chance?", {True: "yes", False: "no", None: "not known"}[rec.signal], signal),
     ]
+    if rec.step_time is not None and rec.step_memory is not None:
+        words = f"of an all-linear LoRA step; memory {rec.step_memory:.0%}"
+        facts.append(("Time of a training step", f"{rec.step_time:.0%}", words))
     if "loss" in rec.predicted:
         before = rec.predicted.get("before_training", {}).get("loss")
         words = "held out" if before is None else f"held out; {before:.3g} before training"
