@@ -137,6 +137,11 @@ def _add_run_arguments(run: argparse._ArgumentGroup) -> None:
     )
     run.add_argument("--device", help="cpu, cuda, …; default: cuda where there is one")
     run.add_argument("--output", default="recommendation", metavar="FOLDER", help="where the files go")
+    run.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="only print what a LoRA step and this command would take; reads the model's configuration, no weights",
+    )
     run.add_argument("--quiet", action="store_true", help="no progress bars and no table")
 
 

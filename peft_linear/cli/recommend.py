@@ -14,14 +14,15 @@ from transformers.utils import logging as transformers_logging
 
 from ..capture.resources import Resources
 from ..errors import BudgetError, FileError
-from ..recommendation.budget import BudgetLike
+from ..recommendation.budget import BudgetLike, parse_budget
 from ..report.writer import write_report
+from ..selection.dry_run import CostEstimate, estimate_cost
 from ..selection.exclusion import DEFAULT_EXCLUDE
 from ..selection.request import ModuleRequest
 from ..selection.training import Training
 from ..tuners.proximal_lora import ProximalLoraConfig
 from .data import batches_of, collator, load_text_data, sample_rows, tokenize
-from .models import load_model
+from .models import load_model, meta_model
 
 
 KERNELS_NAME = "kernels.safetensors"
@@ -63,6 +64,9 @@ def run_recommend(arguments: argparse.Namespace) -> None:
         PeftLinearError: or a subclass; nothing has been written then.
     """
     budget = parse_budget_arguments(arguments.budget)
+    if arguments.dry_run:
+        print(dry_run(arguments, budget))
+        return
     adapter = {
         "task_type": "CAUSAL_LM" if arguments.task == "causal-lm" else "SEQ_CLS",
         "proximal_lambda": arguments.proximal_lambda,
@@ -97,6 +101,21 @@ def run_recommend(arguments: argparse.Namespace) -> None:
             f"next: config = PeftConfig.from_pretrained({str(output / ADAPTER_NAME)!r}); "
             "model = get_peft_model(model, config)"
         )
+
+
+def dry_run(arguments: argparse.Namespace, budget: BudgetLike) -> CostEstimate:
+    """The estimate for a step of --train-batch-size texts of --max-length tokens; reads the model's configuration only.
+
+    Raises:
+        PeftLinearError: as `estimate_cost`, or a budget that no module fits.
+    """
+    model = meta_model(arguments.model, arguments.task)
+    request = _request(arguments, budget)
+    sizes = request.candidates(model)
+    shape = (arguments.train_batch_size, arguments.max_length)
+    estimate = estimate_cost(model, shape, arguments.examples, **request.kernels)
+    parse_budget(budget, sizes, estimate.rank, estimate.step)
+    return estimate
 
 
 def _request(arguments: argparse.Namespace, budget: BudgetLike) -> ModuleRequest:

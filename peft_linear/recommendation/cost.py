@@ -59,7 +59,14 @@ class Machine:
 
 # "cpu" is fitted to measured steps of one model on one core (docs/how-to/choose_by_time_or_memory.md); "cuda" follows
 # the data sheets of GPUs with 16-bit products (about 200 flops a byte of memory, 5 µs a call) and is not measured.
-MACHINES = {"cpu": Machine(12.0, 5e5), "cuda": Machine(200.0, 1e9)}
+MACHINES = {"cpu": Machine(4.0, 2e5), "cuda": Machine(200.0, 1e9)}
+
+
+PACKED = 3  # times a product with one short side moves its long one: read, copied into blocks, read again
+
+
+def _passes(rank: int) -> int:
+    return 1 if rank == 1 else PACKED  # one column needs no blocks
 
 
 @dataclass(frozen=True)
@@ -87,25 +94,32 @@ class StepModule:
     def parameters(self, rank: int) -> int:
         return rank * (self.d_in + self.d_out)
 
+    def forward(self, rank: int) -> Work:
+        """Of an adapter in the forward pass: x Aᵀ, its product with Bᵀ, scaled and added to the output."""
+        narrow, wide = self.positions * self.d_in, self.positions * self.d_out
+        moved = _passes(rank) * (narrow + wide) + 5 * wide
+        cast = (narrow + wide) * (FLOAT32 + self.item_bytes) if self.item_bytes < FLOAT32 else 0
+        return Work(2 * rank * (narrow + wide), max(FLOAT32, self.item_bytes) * moved + cast, 6)
+
     def work(self, rank: int, passes_on: bool) -> Work:
-        """Of an adapter: both products forward and backward, the scaled sum, and its share of the optimizer step.
+        """Of an adapter in a whole step: forward, backward, and its share of the optimizer step.
 
         Args:
             passes_on: Whether the gradient goes on to the module's input.
         """
         narrow, wide = self.positions * self.d_in, self.positions * self.d_out
-        products = 2 * rank * (2 * narrow + 3 * wide + (narrow if passes_on else 0))
-        # A product with one short side moves its long one once; scaling and adding move the output several times.
-        read = 2 * narrow + 2 * wide + 7 * wide + (4 * narrow if passes_on else 0)
-        moved = FLOAT32 * read + OPTIMIZER_BYTES * self.parameters(rank)
-        if self.item_bytes < FLOAT32:
-            moved += (narrow + wide) * (FLOAT32 + self.item_bytes)  # to float32 and back
-        return Work(products, moved, 12 + 2 * OPTIMIZER_CALLS + (2 if passes_on else 0))
+        flops = 2 * rank * (narrow + 2 * wide + (narrow if passes_on else 0))
+        moved = _passes(rank) * (narrow + 2 * wide) + 2 * wide
+        if passes_on:
+            moved += (_passes(rank) + 3) * narrow
+        backward = Work(flops, max(FLOAT32, self.item_bytes) * moved, 8 if passes_on else 6)
+        optimizer = Work(0.0, OPTIMIZER_BYTES * self.parameters(rank), 2 * OPTIMIZER_CALLS)
+        return self.forward(rank) + backward + optimizer
 
     def kept(self, rank: int) -> int:
         """Bytes that the adapter keeps for the backward pass, beside an input that it shares with others."""
         own_input = self.d_in if self.item_bytes < FLOAT32 else 0
-        return FLOAT32 * self.positions * (rank + own_input)
+        return max(FLOAT32, self.item_bytes) * self.positions * (rank + own_input)
 
 
 @dataclass(frozen=True)
@@ -181,7 +195,8 @@ class StepCost:
         Raises:
             TargetError: a module that has no counts.
         """
-        return sum(self._parts(ranks, self.forward, self.backward, StepModule.work), Work(0.0, self._head_bytes, 0.0))
+        head = Work(0.0, self._head_bytes, 0.0)
+        return sum(self._parts(ranks, self.forward, self.backward, StepModule.work, StepModule.forward), head)
 
     def time(self, ranks: Mapping[str, int]) -> float:
         """Of one step, in flops of a large matrix product. Raises as `work`."""
@@ -192,8 +207,11 @@ class StepCost:
                 self._adapter_times[key] = self.machine.time(module.work(rank, passes_on))
             return self._adapter_times[key]
 
+        def again(module: StepModule, rank: int) -> float:
+            return self.machine.time(module.forward(rank))
+
         head = self.machine.flops_per_byte * self._head_bytes
-        return sum(self._parts(ranks, self._forward_times, self._backward_times, of_adapter), head)
+        return sum(self._parts(ranks, self._forward_times, self._backward_times, of_adapter, again), head)
 
     def _parts(
         self,
@@ -201,6 +219,7 @@ class StepCost:
         forward: Mapping[int, Part],
         backward: Iterable[tuple[int, int, Part]],
         of_adapter: Callable[[StepModule, int, bool], Part],
+        of_adapter_again: Callable[[StepModule, int], Part],
     ) -> Iterator[Part]:
         """What a step consists of; with checkpointing the forward pass of a layer again, where a gradient enters it."""
         reached = self._reached(ranks)
@@ -213,6 +232,8 @@ class StepCost:
         for module, rank in self._adapted(ranks):
             yield of_adapter(module, rank, bool(module.below & reached))
             again.add(module.block)
+            if self.checkpointing and module.block != OUTSIDE:
+                yield of_adapter_again(module, rank)
         if self.checkpointing:
             yield from (forward[block] for block in again if block in forward and block != OUTSIDE)
 

@@ -26,27 +26,27 @@ def time_shares(rows: Mapping[str, Any]) -> dict[str, Shares]:
 
 
 def errors(results: Mapping[str, Any]) -> Iterator[tuple[str, str, str, float]]:
-    """(model, set, "time" or "memory", predicted/measured − 1)."""
-    for model, measured in results["models"].items():
+    """(case, set, "time" or "memory", predicted/measured − 1)."""
+    for case, measured in results["cases"].items():
         rows = measured["sets"]
         for name, (predicted, seconds) in time_shares(rows).items():
-            yield model, name, "time", predicted / seconds - 1
+            yield case, name, "time", predicted / seconds - 1
         for name, row in rows.items():
             if row["kept_bytes"]:
-                yield model, name, "memory", row["predicted_bytes"] / row["kept_bytes"] - 1
+                yield case, name, "memory", row["predicted_bytes"] / row["kept_bytes"] - 1
 
 
 def missed(results: Mapping[str, Any]) -> list[str]:
     """Predictions that are more than 15 % off, in words."""
     return [
-        f"{model}, {name}: {kind} {error:+.1%}, at most 15 % wanted"
-        for model, name, kind, error in errors(results)
+        f"{case}, {name}: {kind} {error:+.1%}, at most 15 % wanted"
+        for case, name, kind, error in errors(results)
         if abs(error) > GOAL
     ]
 
 
-def worst(results: Mapping[str, Any], model: str, kind: str) -> str:
-    found = [(abs(error), error, name) for each, name, what, error in errors(results) if (each, what) == (model, kind)]
+def worst(results: Mapping[str, Any], case: str, kind: str) -> str:
+    found = [(abs(error), error, name) for each, name, what, error in errors(results) if (each, what) == (case, kind)]
     return f"{max(found)[1]:+.1%} ({max(found)[2]})" if found else "not measured"
 
 
@@ -58,14 +58,12 @@ def report(results: Mapping[str, Any]) -> str:
         "between the passes. The machine's coefficients were fitted to smollm2-135m alone; the other models check "
         "them. Rank 8 where no other is named. The goal is 15 %.",
     ]
-    for model, measured in results["models"].items():
+    for case, measured in results["cases"].items():
         rows, shares = measured["sets"], time_shares(measured["sets"])
         examples, tokens = measured["batch"]
+        parts.append(f"## {case}, {examples} x {tokens} tokens")
         parts.append(
-            f"## {model}, {examples} x {tokens} tokens{', checkpointing' if measured['checkpointing'] else ''}"
-        )
-        parts.append(
-            f"Worst error: time {worst(results, model, 'time')}, memory {worst(results, model, 'memory')}. "
+            f"Worst error: time {worst(results, case, 'time')}, memory {worst(results, case, 'memory')}. "
             f"The all-linear step takes {rows[REFERENCE]['seconds']:.2f} s."
         )
         parts.append(

@@ -35,7 +35,8 @@ from peft_linear.recommendation.cost import StepCost
 
 
 MODULE = "examples.benchmarks.step_cost"
-REFERENCE = "all linear"
+CASES = ("smollm2-135m", "llama", "gpt2", "llama@128", "llama+checkpointing")
+TOKENS = 64
 
 
 class Step:
@@ -74,13 +75,14 @@ class Step:
         return sum(storages.values())
 
 
-def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
+def measure(case: str, options: argparse.Namespace) -> dict[str, Any]:
     """{set: seconds, bytes, and the counts behind both predictions}."""
+    name, tokens, checkpointing = parse_case(case)
     base = MODELS[name]().to(options.device)
-    inputs = batch(base, options.examples, options.tokens)
-    cost = StepCost.from_record(step_record(base, inputs)).with_checkpointing(options.checkpointing)
+    inputs = batch(base, options.examples, tokens)
+    cost = StepCost.from_record(step_record(base, inputs)).with_checkpointing(checkpointing)
     chosen = sets(cost)
-    steps = {key: Step(base, ranks, inputs, options.checkpointing) for key, ranks in chosen.items()}
+    steps = {key: Step(base, ranks, inputs, checkpointing) for key, ranks in chosen.items()}
     seconds: dict[str, list[float]] = {key: [] for key in steps}
     for step in steps.values():
         step.run()
@@ -98,11 +100,20 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
             "spread": (max(seconds[key]) - min(seconds[key])) / statistics.median(seconds[key]),
             "work": [work.flops, work.moved, work.calls],
             "predicted_time": cost.time(ranks),
-            "kept_bytes": None if options.checkpointing else steps[key].kept_bytes(),
+            "kept_bytes": None if checkpointing else steps[key].kept_bytes(),
             "predicted_bytes": cost.activations(ranks),
             "memory_share": cost.memory_share(ranks, 8),
         }
-    return {"batch": [options.examples, options.tokens], "checkpointing": options.checkpointing, "sets": rows}
+    return {"batch": [options.examples, tokens], "sets": rows}
+
+
+def parse_case(case: str) -> tuple[str, int, bool]:
+    """(model, tokens of a text, checkpointing) of "llama", "llama@128" or "llama@64+checkpointing"."""
+    place, _, way = case.partition("+")
+    name, _, tokens = place.partition("@")
+    if name not in MODELS or way not in ("", "checkpointing") or not (tokens or "1").isdigit():
+        raise SystemExit(f"cannot read the case {case!r}; models: {', '.join(MODELS)}")
+    return name, int(tokens or TOKENS), bool(way)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -111,10 +122,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     results: dict[str, Any] = {
         **circumstances(command_line(MODULE, argv if argv is not None else sys.argv[1:]), options.date),
         "note": options.note,
-        "models": {},
+        "cases": {},
     }
-    for name in options.models:
-        results["models"][name] = measure(name, options)
+    for case in options.cases:
+        results["cases"][case] = measure(case, options)
         save_json(options.output / "results.json.gz", results)
         save_text(options.output / "summary.md", report(results))
     print(report(results))
@@ -125,11 +136,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=["smollm2-135m", "llama", "gpt2"])
+    parser.add_argument("--cases", nargs="+", default=CASES, help='model, tokens of a text: "llama@128", and "+checkpointing"')
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--examples", type=int, default=4)
-    parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--checkpointing", action="store_true", help="with gradient checkpointing of the layers")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--note", default="", help="what a reader should know of the machine; goes into the report")
     parser.add_argument("--date", help="of the report (default: today)")
