@@ -111,8 +111,10 @@ def _add_choice_arguments(choice: argparse._ArgumentGroup) -> None:
     choice.add_argument(
         "--budget",
         required=True,
+        nargs="+",
         help="number of modules (8), fraction of the candidates' adapter parameters (0.25), "
-        "adapter parameters (1.5M, 200k)",
+        "adapter parameters (1.5M, 200k), layers:4, or a share of an all-linear LoRA step (time:0.6, memory:0.6); "
+        "several hold together",
     )
     choice.add_argument("--criterion", default="default-by-evidence", help=CRITERIA_HELP)
     choice.add_argument("--strategy", default="greedy", help="greedy, or top (the best modules on their own)")
@@ -163,6 +165,11 @@ def _add_run_arguments(run: argparse._ArgumentGroup) -> None:
     run.add_argument("--device", help="cpu, cuda, …; default: cuda where there is one")
     run.add_argument("--output", default="recommendation", metavar="FOLDER", help="where the files go")
     run.add_argument("--yaml", choices=TOOLS, help="also write the adapter part of this tool's file, as <tool>.yaml")
+    run.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="only print what a LoRA step and this command would take; reads the model's configuration, no weights",
+    )
     run.add_argument("--quiet", action="store_true", help="no progress bars and no table")
 
 

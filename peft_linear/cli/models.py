@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -93,6 +94,23 @@ def load_model(
     except (RuntimeError, AssertionError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise PeftLinearError(f"cannot use the device {str(device)!r}: {reason}") from error
+
+
+def meta_model(name: str, task: str = "classification") -> PreTrainedModel:
+    """The model of a configuration, on the meta device: no weights are read, and none are made.
+
+    Raises:
+        FileError: there is no such configuration.
+    """
+    model_class: Any = AutoModelForCausalLM if task == "causal-lm" else AutoModelForSequenceClassification
+    try:
+        config = AutoConfig.from_pretrained(model_path(name))
+        dtype = getattr(config, "dtype", None) or torch.float32
+        with torch.device("meta"):
+            return model_class.from_config(config, dtype=dtype)
+    except (OSError, ValueError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise FileError(f"cannot read the configuration of a {task} model {name!r}: {reason}") from error
 
 
 def _require_causal(model: PreTrainedModel, name: str) -> None:

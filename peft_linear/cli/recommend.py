@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,16 @@ from ..errors import BudgetError, FileError
 from ..files import write_text
 from ..integrations.trl_data import require_trl
 from ..kernels import ModuleKernels
+from ..recommendation.budget import BudgetLike, parse_budget
 from ..report.writer import write_report
+from ..selection.dry_run import CostEstimate, estimate_cost
 from ..selection.exclusion import DEFAULT_EXCLUDE
 from ..selection.request import ModuleRequest
 from ..selection.training import Training
 from ..tuners.proximal_lora import ProximalLoraConfig
 from .data import batches_of, collator, load_text_data, sample_rows, tokenize
 from .language import batches_as_in_training
-from .models import load_model
+from .models import load_model, meta_model
 from .sources import Rows
 
 
@@ -34,7 +37,7 @@ MAX_LENGTH = 128  # tokens of a classification's texts; language models take TRL
 
 
 def parse_budget_argument(text: str) -> int | float | str:
-    """What was typed, as `recommend` takes it: "8" is modules, "0.25" and "25%" a fraction, "1.5M" parameters.
+    """What was typed, as `recommend` takes it: "8" modules, "25%" a fraction, "1.5M" parameters, "time:0.6" a share.
 
     Raises:
         BudgetError: it reads as none of these.
@@ -46,12 +49,18 @@ def parse_budget_argument(text: str) -> int | float | str:
         return float(text)
     if re.fullmatch(r"[0-9]+(\.[0-9]+)?\s*%", text):
         return float(text.rstrip("% ")) / 100
-    if re.fullmatch(r"[0-9]+(\.[0-9]+)?\s*[kKmMbB]", text):
+    if re.fullmatch(r"[0-9]+(\.[0-9]+)?\s*[kKmMbB]|[A-Za-z]+:.*", text):
         return text
     raise BudgetError(
         f"cannot read the budget {text[:40]!r}; pass a number of modules (8), a fraction of the candidates' "
-        "parameters (0.25, 25%) or parameters (1.5M, 200k)"
+        "parameters (0.25, 25%), parameters (1.5M, 200k), layers:4, time:0.6 or memory:0.6"
     )
+
+
+def parse_budget_arguments(texts: Sequence[str]) -> BudgetLike:
+    """One budget, or a tuple of several. Raises as `parse_budget_argument`."""
+    budgets = tuple(map(parse_budget_argument, texts))
+    return budgets[0] if len(budgets) == 1 else budgets
 
 
 def run_recommend(arguments: argparse.Namespace) -> None:
@@ -60,7 +69,10 @@ def run_recommend(arguments: argparse.Namespace) -> None:
     Raises:
         PeftLinearError: or a subclass; nothing has been written then.
     """
-    budget = parse_budget_argument(arguments.budget)
+    budget = parse_budget_arguments(arguments.budget)
+    if arguments.dry_run:
+        print(dry_run(arguments, budget))
+        return
     resources = Resources(max_memory=arguments.max_memory, progress=not arguments.quiet)
     adapter = {"proximal_lambda": arguments.proximal_lambda, "base_model_name_or_path": arguments.model}
     ProximalLoraConfig(**adapter)  # refuses values that are none before anything is loaded
@@ -129,9 +141,23 @@ def _language_batches(
     )
 
 
-def _request(
-    arguments: argparse.Namespace, budget: int | float | str, task: str, resources: Resources
-) -> ModuleRequest:
+def dry_run(arguments: argparse.Namespace, budget: BudgetLike) -> CostEstimate:
+    """The estimate for a step of --train-batch-size texts of --max-length tokens; reads the configuration only.
+
+    Raises:
+        PeftLinearError: as `estimate_cost`, or a budget that no module fits.
+    """
+    task = "causal-lm" if arguments.task == "auto" else arguments.task
+    model = meta_model(arguments.model, task)
+    request = _request(arguments, budget, task, Resources())
+    sizes = request.candidates(model)
+    shape = (arguments.train_batch_size, arguments.max_length or MAX_LENGTH)
+    estimate = estimate_cost(model, shape, arguments.examples, **request.kernels)
+    parse_budget(budget, sizes, estimate.rank, estimate.step)
+    return estimate
+
+
+def _request(arguments: argparse.Namespace, budget: BudgetLike, task: str, resources: Resources) -> ModuleRequest:
     kernels: dict[str, Any] = {
         "targets": arguments.targets[0] if arguments.targets == ["all-linear"] else arguments.targets,
         "space": arguments.space,

@@ -19,6 +19,7 @@ from transformers.utils import logging
 from ..capture.resources import Resources
 from ..errors import FileError, PeftLinearError
 from ..files import write_text
+from ..recommendation.budget import BudgetLike
 from ..recommendation.data import JSON_NAME
 from ..report.recommendation import Recommendation
 from ..report.writer import HTML_NAME, write_report
@@ -94,7 +95,7 @@ class NtkRecommendationCallback(TrainerCallback):
     def __init__(
         self,
         data: Any = None,
-        budget: int | float | str | None = None,
+        budget: BudgetLike | None = None,
         action: str = "report",
         *,
         criterion: str = DEFAULT_NAME,
@@ -111,7 +112,7 @@ class NtkRecommendationCallback(TrainerCallback):
         if budget is None:
             raise PeftLinearError("there is no budget; pass one, for example budget=8 (modules) or budget=0.125")
         self.data = data
-        self.budget: int | float | str = budget
+        self.budget: BudgetLike = budget
         self.action = action
         self.adapter_name = adapter_name
         self.resume_from_checkpoint = resume_from_checkpoint

@@ -56,7 +56,7 @@ class RecommendationData:
     scores: tuple[ModuleScore, ...]
     predicted: Mapping[str, Any]
     criterion: str
-    budget: int | float | str
+    budget: int | float | str | tuple[int | float | str, ...]
     ridge: float | None
     settings: Settings = field(default_factory=Settings)
     notes: tuple[str, ...] = ()
@@ -110,6 +110,16 @@ class RecommendationData:
         names = [row.name for row in self.scores]
         place = {name: index for index, name in enumerate(self.settings.candidates)}
         return tuple(sorted(names, key=lambda name: place.get(name, len(place))))
+
+    @property
+    def step_time(self) -> float | None:
+        """Time of a training step, as a share of an all-linear LoRA step at the kernels' rank; None: not known."""
+        return self.settings.time_share
+
+    @property
+    def step_memory(self) -> float | None:
+        """Memory of a training step, weights included, as a share of an all-linear LoRA step's; None: not known."""
+        return self.settings.memory_share
 
     @property
     def signal(self) -> bool | None:

@@ -53,7 +53,7 @@ class _EarlierRecord(_LaterRecord):
     scores: tuple[ModuleScore, ...]
     predicted: Mapping[str, float | Mapping[str, float]]
     criterion: str
-    budget: int | float | str
+    budget: int | float | str | tuple[int | float | str, ...]
     ridge: float | None
     settings: Mapping[str, Any]
     notes: tuple[str, ...]

@@ -149,7 +149,8 @@ class Settings:
         strategy: Of the search; evaluations: kernels that it scored.
         candidates: Names of all candidates, in model order.
         excluded: Candidates that were scored, but not chosen because of `exclude`.
-        budget_modules, budget_parameters: The budget as a number; one of the two.
+        budget_modules, budget_parameters: The budget as a number, where it is one of these.
+        time_share, memory_share: Of a training step of the choice, relative to an all-linear LoRA step at `rank`.
         seed: Of the cross-validation folds and the random halves.
         optimizer, train_batch_size, learning_rate, steps: Of the planned training; the batch size with "adamw" only.
         examples, outputs, output_kind: Of the kernels: N, C and the kind of output.
@@ -175,6 +176,8 @@ class Settings:
     excluded: tuple[str, ...] = ()
     budget_modules: int | None = None
     budget_parameters: int | None = None
+    time_share: float | None = None
+    memory_share: float | None = None
     seed: int | None = None
     optimizer: str | None = None
     train_batch_size: int | None = None

@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+from ..recommendation.budget import BudgetLike
 from ..recommendation.data import RecommendationData
 
 
@@ -38,13 +39,29 @@ def direction(recommendation: RecommendationData) -> str:
     return "higher is better" if recommendation.settings.higher_is_better else "lower is better"
 
 
-def budget_words(budget: int | float | str) -> str:
+def budget_words(budget: BudgetLike) -> str:
     """The budget as a reader says it."""
+    if isinstance(budget, (list, tuple)):
+        return " and ".join(map(budget_words, budget))
     if isinstance(budget, str):
-        return f"{budget} parameters"
+        kind, colon, amount = (part.strip() for part in budget.partition(":"))
+        if not colon:
+            return f"{budget} parameters"
+        return f"{amount} layers" if kind == "layers" else f"{amount} of the {kind} of an all-linear step"
     if isinstance(budget, float):
         return f"{budget:.0%} of the candidates' adapter parameters"
     return f"{budget} module{'s' * (budget != 1)}"
+
+
+def step_words(recommendation: RecommendationData) -> str:
+    """Time and memory of a training step of the choice; "" where they are not known."""
+    rec = recommendation
+    if rec.step_time is None or rec.step_memory is None:
+        return ""
+    return (
+        f"A training step takes about {rec.step_time:.0%} of the time and {rec.step_memory:.0%} of the memory of an "
+        f"all-linear LoRA step at rank {rec.settings.rank}."
+    )
 
 
 def known(value: object) -> object:

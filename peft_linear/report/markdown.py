@@ -11,7 +11,7 @@ from typing import Any
 from ..recommendation.data import RecommendationData
 from ..recommendation.values import ModuleScore
 from .escaping import cell, code, plain
-from .formatting import budget_words, criterion_label, direction, known
+from .formatting import budget_words, criterion_label, direction, known, step_words
 from .heat import HeatMap, heat_maps, legend, outside_of_layers
 from .options import EXPLAINED, HEADER, option_rows
 
@@ -40,7 +40,16 @@ def score_table(recommendation: RecommendationData) -> str:
     maps = heat_maps(rec)
     table = _heat_lines(rec, maps) if maps else _listed(rec)
     options = [*_aligned([HEADER, *option_rows(rec)], left=(0,)), ""] if rec.options else []
-    lines = [f"{sentence(rec)}.", _headline(rec), _how(rec), "", *options, *table, ""]
+    lines = [
+        f"{sentence(rec)}.",
+        _headline(rec),
+        *filter(None, [step_words(rec)]),
+        _how(rec),
+        "",
+        *options,
+        *table,
+        "",
+    ]
     for key, words, form in PREDICTIONS[1:]:
         if key in rec.predicted and (key in _HELD_OUT or not maps):
             everything = rec.predicted.get("all_candidates", {}).get(key)
@@ -62,7 +71,7 @@ def recommendation_markdown(recommendation: RecommendationData, full: bool = Fal
     if maps:
         sections = [
             *opening,
-            f"{plain(_headline(rec))} {plain(_how(rec))}",
+            " ".join(plain(line) for line in (_headline(rec), step_words(rec), _how(rec)) if line),
             *_option_sections(rec),
             *_heat_sections(rec, maps),
             *([prediction_table(rec.predicted, ("parameters", *_HELD_OUT))] if rec.predicted else []),
@@ -72,7 +81,7 @@ def recommendation_markdown(recommendation: RecommendationData, full: bool = Fal
         return "\n\n".join(sections) + "\n"
     sections = [
         *opening,
-        f"{plain(_headline(rec))}\n\n{plain(_how(rec))}",
+        "\n\n".join(plain(line) for line in (_headline(rec), step_words(rec), _how(rec)) if line),
         *_option_sections(rec),
         "## The choice",
         choice_table(rec),

@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """From kernels to a decision: criteria, budgets, the search for a set of modules, predictions and notes."""
 
-from ..recommendation.budget import Budget, parse_budget
+from ..recommendation.budget import Budget, budget_for, parse_budget
+from ..recommendation.cost import StepCost
 from ..recommendation.ranks import distribute_ranks, effective_dimensions
 from ..recommendation.values import ModuleScore, Reliability, Settings
 from ..report.recommendation import Recommendation
@@ -16,6 +17,7 @@ from .baselines import (
     model_scores,
 )
 from .criteria import CRITERIA, DEFAULT_CRITERION, Criterion, View, applicable_criteria, score_modules
+from .dry_run import CostEstimate, estimate_cost
 from .preconditioning import AdamScales, adam_preconditioned
 from .prediction import predict
 from .problem import Problem
@@ -33,6 +35,7 @@ __all__ = [
     "MODEL_BASELINES",
     "AdamScales",
     "Budget",
+    "CostEstimate",
     "Criterion",
     "ModuleRequest",
     "ModuleScore",
@@ -40,15 +43,18 @@ __all__ = [
     "Recommendation",
     "Reliability",
     "Settings",
+    "StepCost",
     "Training",
     "View",
     "adam_preconditioned",
     "applicable_criteria",
     "baseline",
+    "budget_for",
     "default_ridge",
     "distribute_ranks",
     "effective_dimensions",
     "equal_parameter_rank",
+    "estimate_cost",
     "kappa_order",
     "model_order",
     "model_scores",

@@ -47,9 +47,14 @@ def excluded_candidates(
     """
     parts = check_exclude(exclude)
     excluded = tuple(name for name in num_parameters if parts & set(name.split(".")))
-    others = [size for name, size in num_parameters.items() if name not in excluded]
-    if not others or budget.fits(len(num_parameters), sum(num_parameters.values())):
+    others = {name: size for name, size in num_parameters.items() if name not in excluded}
+    if not others or _fits(budget, num_parameters):
         return ()
-    if budget.modules is not None:
-        return excluded if budget.modules <= len(others) else ()
-    return excluded if budget.fits(1, min(others)) else ()
+    if budget.modules is not None and budget.modules > len(others):
+        return ()
+    return excluded if any(_fits(budget, {name: size}) for name, size in others.items()) else ()
+
+
+def _fits(budget: Budget, sizes: Mapping[str, int]) -> bool:
+    within = budget.fits(len(sizes), sum(sizes.values()))
+    return within and (not budget.by_place or budget.allows(dict.fromkeys(sizes, budget.rank)))

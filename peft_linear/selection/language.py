@@ -43,7 +43,7 @@ class LanguageRequest:
 
     Args:
         layers: {candidate: its layer}, in model order.
-        budget, asked_for: As a number, and as it was passed.
+        budget, asked_for: As numbers, with the counts of a training step where they are known; and as it was passed.
         ranks: That a module may have; None: 1 to 32, with a budget that counts modules `rank` alone.
         rank, lora_alpha: At which candidates are counted; α is the same at every rank.
         training: Without a learning rate one is looked for, for so many steps.
@@ -79,7 +79,7 @@ class LanguageRequest:
                 raise OutputError("the loss does not depend on any candidate; are they part of the model's forward?")
             names = [name for name in layers if name in gradients]
             gains = first_order(gradients, dict.fromkeys(names, min(ranks)), self.lora_alpha)
-            options = make_options(names, lambda chosen: _allows(self.budget, costs, chosen), ranks, gains)
+            options = make_options(names, self.budget.allows, ranks, gains, upper=self._by_depth)
             scores = score_options(run, options, gradients, held_out, costs, self.seed)
             chosen = decide(scores)
             if self.training.learning_rate is None:
@@ -100,6 +100,11 @@ class LanguageRequest:
             },
         )
         return self._recommendation(scores, chosen, rate, facts)
+
+    @property
+    def _by_depth(self) -> bool:
+        """Whether a limit is on what grows with the depth of the lowest adapter."""
+        return self.budget.time is not None or self.budget.memory is not None
 
     def _adaptable(self, model: nn.Module) -> tuple[dict[str, Layer], dict[str, Any]]:
         """The candidates that peft adapts, and what a config must be written by.
@@ -135,13 +140,13 @@ class LanguageRequest:
             )
             for place, name in enumerate(order, start=1)
         )
-        fixed = self.training.learning_rate
+        fixed, cost = self.training.learning_rate, self.budget.cost
         return Recommendation(
             modules=tuple(name for name in order if name in chosen.ranks),
             scores=rows,
             predicted={},
             criterion=NAME,
-            budget=self.asked_for,
+            budget=tuple(self.asked_for) if isinstance(self.asked_for, (list, tuple)) else self.asked_for,
             ridge=None,
             settings=Settings(
                 asked_for="default-by-evidence",
@@ -165,6 +170,8 @@ class LanguageRequest:
                 rank=self.rank,
                 lora_alpha=self.lora_alpha,
                 kernels=facts.provenance,
+                time_share=None if cost is None else cost.time_share(chosen.ranks, self.rank),
+                memory_share=None if cost is None else cost.memory_share(chosen.ranks, self.rank),
                 shapes={name: self.layers[name].shape for name in facts.gains},
             ),
             notes=tuple(_notes(self, scores, chosen, facts)),
@@ -184,10 +191,6 @@ def check_ranks(ranks: Sequence[int] | None) -> None:
         raise PeftLinearError(f"ranks must be integers of at least 0 such as (0, 1, 2, 4, 8), got {ranks!r}")
     if not any(ranks):
         raise PeftLinearError(f"ranks={ranks!r} allows no adapter; add a rank of at least 1")
-
-
-def _allows(budget: Budget, costs: Mapping[str, int], ranks: Mapping[str, int]) -> bool:
-    return budget.fits(len(ranks), sum(rank * costs[name] for name, rank in ranks.items()))
 
 
 @dataclass(frozen=True)

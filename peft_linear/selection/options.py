@@ -3,7 +3,8 @@
 """Options: sets of modules that a rule names, each at the ranks that the budget has room for.
 
 An option spreads over all layers and has one rank, the highest for which the budget has room, so that every tool can
-take it. Where even the lowest is above the budget it is on evenly spaced layers.
+take it. Where even the lowest is above the budget it is on evenly spaced layers or, where time or memory is limited,
+on the last ones: a backward pass ends at the lowest adapter.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ def make_options(
     ranks: Sequence[int],
     gains: Mapping[str, float],
     calls: Sequence[str] | None = None,
+    upper: bool = False,
 ) -> tuple[Option, ...]:
     """All linear modules first, then MLP, attention, the last module of both; no set twice.
 
@@ -43,6 +45,7 @@ def make_options(
         ranks: That a module may have.
         gains: {module: first-order decrease}; where the budget has no room for all linear modules of one layer, the
             modules with the largest are the first option.
+        upper: Take the last layers where there is no room for all; default: evenly spaced ones.
         calls: The candidates in the order in which the model calls them; default: model order.
 
     Raises:
@@ -50,7 +53,7 @@ def make_options(
     """
     found: dict[frozenset, Option] = {}
     for label, members in _groups(names, calls or names):
-        if members and (chosen := _fit(members, allows, sorted(ranks))):
+        if members and (chosen := _fit(members, allows, sorted(ranks), upper)):
             found.setdefault(frozenset(chosen.items()), Option(label, chosen))
     options = tuple(found.values())
     if options and options[0].label == ALL_LINEAR:
@@ -85,23 +88,24 @@ def _groups(names: Sequence[str], calls: Sequence[str]) -> list[tuple[str, list[
     ]
 
 
-def _fit(members: Sequence[str], allows: Allows, ranks: Sequence[int]) -> dict[str, int]:
+def _fit(members: Sequence[str], allows: Allows, ranks: Sequence[int], upper: bool) -> dict[str, int]:
     """The ranks of an option; empty where the budget has no room for one of its layers."""
     for rank in reversed(ranks):
         if allows(chosen := dict.fromkeys(members, rank)):
             return chosen
-    return _evenly_spaced(members, allows, ranks[0])
+    return _some_layers(members, allows, ranks[0], upper)
 
 
-def _evenly_spaced(members: Sequence[str], allows: Allows, rank: int) -> dict[str, int]:
-    """The members of as many layers as there is room for, at equal distances."""
+def _some_layers(members: Sequence[str], allows: Allows, rank: int, upper: bool) -> dict[str, int]:
+    """The members of as many layers as there is room for, at equal distances or the last ones."""
     layers: dict[tuple[str, int | None], list[str]] = {}
     for name in members:
         place = parse_name(name)
         layers.setdefault((place.stack, place.layer), []).append(name)
     blocks = list(layers.values())
     for count in range(len(blocks) - 1, 0, -1):
-        picked = [blocks[(2 * i + 1) * len(blocks) // (2 * count)] for i in range(count)]
+        spread = [blocks[(2 * i + 1) * len(blocks) // (2 * count)] for i in range(count)]
+        picked = blocks[-count:] if upper else spread
         chosen = {name: rank for block in picked for name in block}
         if allows(chosen):
             return chosen

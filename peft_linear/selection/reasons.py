@@ -46,6 +46,11 @@ def _rejected(choice: Choice, name: str, criterion: Criterion, num_parameters: M
     left = (budget.parameters or 0) - sum(num_parameters[chosen] for chosen in result.order)
     if budget.parameters is not None and num_parameters[name] > left:
         return f"its {num_parameters[name]:,} parameters do not fit beside the choice, {left:,} are left; "
+    beside = budget.spent(dict.fromkeys([*result.order, name], budget.rank)) if budget.by_place else {}
+    over = {kind: share for kind, share in beside.items() if share > 1}
+    if over:
+        most = max(over, key=over.__getitem__)
+        return f"it does not fit beside the choice, with it the budget of {most} is used to {over[most]:.0%}; "
     return f"{criterion.label} "
 
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from ..errors import KernelError, PeftLinearError
 from ..kernels.module_kernels import ModuleKernels
-from ..recommendation.budget import parse_budget
+from ..recommendation.budget import BudgetLike, budget_for
+from ..recommendation.cost import RECORD, StepCost
 from ..recommendation.ranks import effective_dimensions
 from ..recommendation.values import ModuleScore, Settings
 from ..report.recommendation import Recommendation
@@ -34,7 +35,7 @@ SHARE, SHARE_FORMULA = "share of the gradient energy", "least over heads of eᵀ
 
 def recommend(
     kernels: ModuleKernels,
-    budget: int | float | str,
+    budget: BudgetLike,
     criterion: str = DEFAULT_NAME,
     ridge: float | None = None,
     strategy: str = "greedy",
@@ -58,7 +59,8 @@ def recommend(
     Args:
         kernels: Of the candidates, from `compute_ntk`.
         budget: int: number of modules; float in (0, 1]: fraction of all candidates' adapter parameters; str: adapter
-            parameters, "1.5M", "200k".
+            parameters, "1.5M", "200k"; "layers:4": layers with adapters; "time:0.6", "memory:0.6": a share of an
+            all-linear LoRA step at the kernels' rank. A list of several: all of them.
         criterion: A name of `CRITERIA`, or "default-by-evidence".
         ridge: λ > 0 of the ridge regression, in the unit of the kernel's eigenvalues; default: `default_ridge`. With
             Adam-preconditioned kernels the criterion's ridge is in the same proportion to their default.
@@ -81,7 +83,7 @@ def recommend(
         PeftLinearError: `heads` with another criterion than gradient energy; `exclude` is no list of components.
     """
     kernels, heads = candidates_of(kernels, heads)
-    limit = parse_budget(budget, kernels.num_parameters)
+    limit = budget_for(budget, kernels)
     problem = Problem.of(kernels, ridge=1.0)
     resolved = resolve_criterion(criterion, problem)
     check_strategy(strategy)
@@ -109,7 +111,7 @@ def _by_heads(criterion: Criterion, kernels: ModuleKernels, heads: Sequence[Modu
     return replace(criterion, label=SHARE, formula=SHARE_FORMULA)
 
 
-def _recommendation(evidence: Evidence, budget: int | float | str, asked_for: str) -> Recommendation:
+def _recommendation(evidence: Evidence, budget: BudgetLike, asked_for: str) -> Recommendation:
     choice, criterion = evidence.choice, evidence.criterion
     kernels = evidence.views.plain.kernels
     reasons = explain(choice, evidence.scores, criterion, kernels.num_parameters)
@@ -132,7 +134,7 @@ def _recommendation(evidence: Evidence, budget: int | float | str, asked_for: st
         scores=scores,
         predicted=evidence.predicted,
         criterion=criterion.name,
-        budget=budget,
+        budget=tuple(budget) if isinstance(budget, (list, tuple)) else budget,  # type: ignore[arg-type]
         ridge=evidence.views.plain.problem.ridge,
         settings=_settings(evidence, asked_for),
         notes=notes_on(evidence),
@@ -173,10 +175,22 @@ def _settings(evidence: Evidence, asked_for: str) -> Settings:
         always_trained=bool(kernels.base.any()),
         heads=tuple(_head(each) for each in views.heads),
         reliability=None if reliability is None else replace(reliability, score_intervals={}),
-        kernels=_as_in_a_file(views.optimizer.kernels.provenance),
+        kernels=_as_in_a_file({k: v for k, v in views.optimizer.kernels.provenance.items() if k != RECORD}),
+        **_step_shares(kernels, choice.modules),
         effective_dimension=effective_dimensions(kernels, choice.modules, views.plain.problem.ridge),
         shapes=kernels.shapes,
     )
+
+
+def _step_shares(kernels: ModuleKernels, modules: Sequence[str]) -> dict[str, float]:
+    """Of an all-linear LoRA step; none where the kernels hold no counts."""
+    if "modules" not in kernels.provenance.get(RECORD, {}):
+        return {}
+    cost, ranks = StepCost.of_kernels(kernels.provenance), dict.fromkeys(modules, kernels.rank)
+    return {
+        "time_share": cost.time_share(ranks, kernels.rank),
+        "memory_share": cost.memory_share(ranks, kernels.rank),
+    }
 
 
 def _head(kernels: ModuleKernels) -> dict[str, int | None]:

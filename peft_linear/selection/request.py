@@ -12,16 +12,19 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from ..capture.batches import read_batches
 from ..capture.keywords import MOVED
 from ..capture.request import KernelRequest
 from ..capture.resources import DEFAULT_RESOURCES, Resources
+from ..capture.step_cost import counted_step
 from ..capture.targets import base_model, resolve_always_trained
 from ..capture.warm_head import STEPS as HEAD_STEPS
 from ..capture.warm_head import warmed_head
 from ..errors import OutputError, PeftLinearError, TargetError
 from ..functional.outputs import Outputs, resolve_output
 from ..kernels.module_kernels import ModuleKernels
-from ..recommendation.budget import parse_budget
+from ..recommendation.budget import BudgetLike, needs_cost, parse_budget
+from ..recommendation.cost import RECORD, StepCost
 from ..report.recommendation import Recommendation
 from .criteria import DEFAULT_NAME, resolve_criterion
 from .exclusion import DEFAULT_EXCLUDE, check_exclude
@@ -53,7 +56,7 @@ class ModuleRequest:
         CriterionError, KernelError, PeftLinearError: arguments that no model could make valid.
     """
 
-    budget: int | float | str
+    budget: BudgetLike
     criterion: str = DEFAULT_NAME
     ridge: float | None = None
     strategy: str = "greedy"
@@ -98,7 +101,9 @@ class ModuleRequest:
                 "always trained; leave head_steps at 0, or name the head in `always_trained`"
             )
         sizes = request.candidates(model)
-        parse_budget(self.budget, sizes)
+        language = self.is_for_language(model)
+        lowest = min((rank for rank in self.ranks or (1,) if rank), default=1) if language else None
+        parse_budget(self.budget, sizes, request.rank, lowest_rank=lowest)
         return sizes
 
     def compute_kernels(self, model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> tuple[ModuleKernels, Heads]:
@@ -109,6 +114,7 @@ class ModuleRequest:
         """
         request = self.kernel_request(model)
         batches = [batches] if isinstance(batches, Mapping) else list(batches)  # read more than once
+        self._check_step_budget(model, request, batches)
         by_heads = resolve_criterion(self.criterion, _labelled(request.outputs)).name == BY_HEADS
         if self.head_steps and not by_heads:
             with warmed_head(model, batches, self.head_steps, always_trained=request.always_trained):
@@ -128,11 +134,23 @@ class ModuleRequest:
         request = replace(request, draws=self.kernels.get("draws", _head_draws(request.space)))
         return kernels, kernels_through_heads(request, model, batches, head_steps, self.resources)
 
+    def _check_step_budget(
+        self, model: nn.Module, request: KernelRequest, batches: Sequence[Mapping[str, Any]]
+    ) -> None:
+        """Raises BudgetError before any long work where a budget of time or memory cannot be kept."""
+        if not needs_cost(self.budget) or not batches:
+            return
+        sizes = request.candidates(model)
+        batch = read_batches(batches[:1], model, needs_labels=False, what="the budget")[0]
+        counts = counted_step(model, batch, sizes, request.always_trained)
+        parse_budget(self.budget, sizes, request.rank, StepCost.of_kernels({RECORD: counts}))
+
     def recommend(self, model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Recommendation:
         """Checks, computes and chooses; for a language model by `LanguageRequest`, if nothing else is asked for."""
         sizes = self.candidates(model)
         if self.is_for_language(model):
-            return self.language(model, sizes).recommend(model, batches)
+            batches = [batches] if isinstance(batches, Mapping) else list(batches)
+            return self.language(model, sizes, batches).recommend(model, batches)
         if self.ranks is not None:
             raise PeftLinearError(
                 "`ranks` are chosen for language models, by the default criterion, with space='lora' and without "
@@ -149,17 +167,28 @@ class ModuleRequest:
         adam = self.training.optimizer in (None, "adamw")
         return plain and lora and adam and not needs_kernels and default_outputs(model) == "log_likelihood"
 
-    def language(self, model: nn.Module, sizes: Mapping[str, int]) -> LanguageRequest:
-        """The request of a decision for a language model; `sizes` as `candidates` gives them."""
+    def language(
+        self, model: nn.Module, sizes: Mapping[str, int], batches: Sequence[Mapping[str, Any]]
+    ) -> LanguageRequest:
+        """The request of a decision for a language model; `sizes` as `candidates` gives them.
+
+        Raises:
+            BudgetError: a budget of time or memory cannot be kept.
+        """
         request = self.kernel_request(model)
-        budget = parse_budget(self.budget, sizes)
         layers = request.layers(model)
         adapted = any(isinstance(layer.module, BaseTunerLayer) for layer in layers.values())
+        ranks = (request.rank,) if adapted and self.ranks is None else self.ranks  # an adapter's rank is fixed
+        batch = read_batches(batches[:1], model, needs_labels=True, what="the decision")[0]
+        counts = counted_step(model, batch, sizes, request.always_trained)
+        known = "error" not in counts or needs_cost(self.budget)
+        cost = StepCost.of_kernels({RECORD: counts}) if known else None
+        lowest = min((rank for rank in ranks or (1,) if rank), default=1)
         return LanguageRequest(
             layers=layers,
-            budget=budget,
+            budget=parse_budget(self.budget, sizes, request.rank, cost, lowest),
             asked_for=self.budget,
-            ranks=(request.rank,) if adapted and self.ranks is None else self.ranks,  # an adapter's rank is fixed
+            ranks=ranks,
             rank=request.rank,
             lora_alpha=request.lora_alpha,
             training=self.training,
@@ -221,7 +250,7 @@ def kernels_through_heads(
 def recommend_modules(
     model: nn.Module,
     batches: Iterable[Mapping[str, Any]],
-    budget: int | float | str,
+    budget: BudgetLike,
     criterion: str = DEFAULT_NAME,
     ridge: float | None = None,
     strategy: str = "greedy",

@@ -102,6 +102,14 @@ def test_below_one_layer_the_modules_with_the_largest_decrease_come_first():
     assert {option.label for option in options[1:]} == {"MLP", "attention", "last of attention and MLP"}
 
 
+def test_a_limit_on_depth_takes_the_last_layers():
+    def lowest_is_layer_four(ranks):
+        return min(int(name.split(".")[2]) for name in ranks) >= 4
+
+    options = make_options(NAMES, lowest_is_layer_four, (8,), GAINS, upper=True)
+    assert options[0] == Option(ALL_LINEAR, {name: 8 for name in NAMES if int(name.split(".")[2]) >= 4})
+
+
 def test_a_set_is_weighed_once():
     names = [name for name in NAMES if ".mlp." in name]
     assert [option.label for option in make_options(names, total(18), (1,), GAINS)] == [
@@ -303,6 +311,17 @@ def test_ranks_and_budgets_of_modules(llama):
     counted = recommend_modules(llama, learnable_batches(4), 8, rank=4, training=Training(learning_rate=0.01))
     assert len(counted.modules) <= 8
     assert set(counted.ranks.values()) == {4}
+
+
+def test_a_budget_of_time_and_parameters(llama):
+    budget = ["time:0.75", 0.5]
+    rec = recommend_modules(llama, learnable_batches(4), budget, training=Training(learning_rate=0.01))
+    assert rec.step_time <= 0.75
+    assert rec.parameters <= 0.5 * sum(row.parameters for row in rec.scores)
+    assert min(int(name.split(".")[2]) for name in rec.modules) > 0
+    assert rec.budget == ("time:0.75", 0.5)
+    whole = recommend_modules(llama, learnable_batches(4), 1.0, training=Training(learning_rate=0.01))
+    assert whole.step_time == pytest.approx(1) and whole.step_memory == pytest.approx(1)
 
 
 @pytest.mark.parametrize("ranks", [(), (0,), (-1, 2), (1.5,), "12", 4])

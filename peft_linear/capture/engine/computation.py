@@ -20,6 +20,7 @@ from ..job import Job, Prepared
 from ..passes import no_gradient
 from ..resources import Resources
 from ..self_check import self_check
+from ..step_cost import counted_step
 from ..targets import base_model
 from .fingerprint import fingerprint
 from .processes import Team
@@ -70,6 +71,9 @@ def _complete(
     if len(next(iter(result.of_rank.values())).zero) == len(job.candidates):
         raise no_gradient(job.candidates, job.function.output.name)
     result.record["check"] = check
+    result.record["step_cost"] = counted_step(
+        job.model, job.batches[0], job.candidates, prepared.arguments["always_trained"]
+    )
     if dtype is not None and torch.finfo(dtype).eps > torch.finfo(getattr(torch, _dtype_of(job))).eps:
         result.record["dtype"] = str(dtype)  # less precise than the weights: autocast
     kernels = {rank: _kernels_of_rank(rank, result, job, prepared) for rank in result.of_rank}

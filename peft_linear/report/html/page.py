@@ -122,6 +122,9 @@ def _headline(rec: RecommendationData, measured: Mapping[str, float]) -> str:
         interval = rec.learning_rate_interval
         words = "" if interval is None else f"90 % interval: {interval[0]:.2g} to {interval[1]:.2g}"
         facts.append(("Learning rate", f"{rec.learning_rate:.2g}", words))
+    if rec.step_time is not None and rec.step_memory is not None:
+        words = f"of an all-linear LoRA step; memory {rec.step_memory:.0%}"
+        facts.append(("Time of a training step", f"{rec.step_time:.0%}", words))
     if "loss" in rec.predicted:
         before = rec.predicted.get("before_training", {}).get("loss")
         words = "held out" if before is None else f"held out; {before:.3g} before training"

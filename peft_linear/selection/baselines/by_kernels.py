@@ -16,7 +16,7 @@ from torch import nn
 
 from ...errors import CriterionError, TargetError
 from ...kernels.module_kernels import ModuleKernels
-from ...recommendation.budget import fill, parse_budget
+from ...recommendation.budget import BudgetLike, budget_for, fill
 from ...recommendation.names import ModuleName, parse_name
 from ..problem import Problem
 
@@ -84,7 +84,7 @@ BASELINES: Mapping[str, Order] = MappingProxyType(
 )
 
 
-def baseline(name: str, kernels: ModuleKernels, budget: int | float | str, seed: int = 0) -> tuple[str, ...]:
+def baseline(name: str, kernels: ModuleKernels, budget: BudgetLike, seed: int = 0) -> tuple[str, ...]:
     """The modules that the baseline `name` takes within a budget, best first.
 
     A baseline that has fewer eligible modules than the budget allows takes those.
@@ -96,7 +96,7 @@ def baseline(name: str, kernels: ModuleKernels, budget: int | float | str, seed:
     """
     if name not in BASELINES:
         raise CriterionError(f"unknown baseline {name!r}; there are: {', '.join(BASELINES)}")
-    limit = parse_budget(budget, kernels.num_parameters)
+    limit = budget_for(budget, kernels)
     return fill(BASELINES[name](kernels, seed), limit, kernels.num_parameters)
 
 

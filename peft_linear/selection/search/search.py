@@ -9,8 +9,10 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from ...errors import CriterionError
+from ...errors import BudgetError, CriterionError
+from ...kernels.module_kernels import ModuleKernels
 from ...recommendation.budget import Budget, fill
+from ...recommendation.names import parse_name
 from ..criteria import Criterion, View, rank_by_score
 from .knapsack import best_set
 
@@ -57,7 +59,12 @@ def search(
             budget in parameters it runs by score and by score per parameter, and the better set is kept (neither
             alone is safe when modules differ in size). "top": the best modules on their own.
 
-    Cost: with additive criteria no evaluation beyond `singles`; else one for each candidate and round.
+    Under a budget of time or memory a module low in the model leaves no room for others, for the backward pass ends
+    there. So each layer from which on the candidates are taken is tried, and the best set is kept; it is not proven to
+    be the best there is. With "top" likewise.
+
+    Cost: with additive criteria no evaluation beyond `singles`; else one for each candidate and round, and, under a
+    budget of time or memory, for each layer that is tried.
 
     Raises:
         CriterionError: as `check_strategy`.
@@ -66,15 +73,49 @@ def search(
     scorer = _Scorer(view, criterion, singles)
     sizes = view.kernels.num_parameters
     if strategy == "top":
-        result = _in_order(scorer, fill(rank_by_score(singles, criterion), budget, sizes))
-    elif criterion.additive:
-        result = _best_of_additive(scorer, budget)
+        ranked = rank_by_score(singles, criterion)
+        orders = [fill([n for n in ranked if n in names], budget, sizes) for names in cut_offs(view.kernels, budget)]
+        runs = [_in_order(scorer, order) for order in dict.fromkeys(orders)]
+    elif criterion.additive and budget.simple:
+        runs = [_best_of_additive(scorer, budget)]
     else:
-        runs = [_greedy(scorer, budget, per_parameter=False)]
-        if budget.parameters is not None and len(set(sizes.values())) > 1:
-            runs.append(_greedy(scorer, budget, per_parameter=True))
-        result = max(runs, key=lambda run: criterion.utility(run.path[-1]))
+        by_size = budget.parameters is not None and len(set(sizes.values())) > 1
+        runs = [
+            _greedy(scorer, budget, names, per_size)
+            for names in cut_offs(view.kernels, budget)
+            for per_size in ((False, True) if by_size or budget.by_place else (False,))
+        ]
+    result = max(runs, key=lambda run: criterion.utility(run.path[-1]))
+    if budget.by_place:
+        kept = result.order[:-1]
+        fitting = {n: s for n, s in result.last_round.items() if _allowed(budget, view.kernels, [*kept, n])}
+        result = replace(result, last_round=fitting)
     return replace(result, evaluations=scorer.evaluations)
+
+
+def cut_offs(kernels: ModuleKernels, budget: Budget) -> list[tuple[str, ...]]:
+    """The candidates from each layer on, in the order of the forward pass, as far as the budget tells them apart.
+
+    Without a budget of time or memory these are all candidates. With one, those from a layer on of which no module
+    fits even alone are left out, and of those that fit all together the largest is enough.
+    """
+    cost = budget.cost
+    if cost is None or (budget.time is None and budget.memory is None):
+        return [kernels.names]
+    places = {name: cost.index[name] for name in kernels.names if name in cost.index}
+    if missing := [name for name in kernels.names if name not in places]:
+        raise BudgetError(f"there are no counts of a training step for {missing[0]!r}; compute the kernels again")
+    ordered = sorted(kernels.names, key=places.__getitem__)
+    layers = {name: (parse_name(name).stack, parse_name(name).layer) for name in ordered}
+    starts = [i for i, name in enumerate(ordered) if not i or layers[name] != layers[ordered[i - 1]]]
+    found: list[tuple[str, ...]] = []
+    for start, end in zip(starts, [*starts[1:], len(ordered)], strict=True):
+        allowed = set(ordered[start:])
+        if any(budget.allows({name: budget.rank}) for name in ordered[start:end]):
+            found.append(tuple(name for name in kernels.names if name in allowed))
+        if budget.allows(dict.fromkeys(allowed, budget.rank)):
+            break
+    return found or [kernels.names]
 
 
 class _Scorer:
@@ -89,6 +130,12 @@ class _Scorer:
     def score(self, gram: Tensor) -> float:
         self.evaluations += 1
         return self.criterion(gram, self._problem)
+
+    def with_module(self, name: str, gram: Tensor, current: float) -> float:
+        """The score of a set and one module more; of additive criteria by their gain alone."""
+        if self.criterion.additive:
+            return current + self.singles[name] - self.start
+        return self.score(gram + self.kernels[name])
 
 
 def _best_of_additive(scorer: _Scorer, budget: Budget) -> SearchResult:
@@ -122,32 +169,56 @@ def _in_order(scorer: _Scorer, order: Sequence[str]) -> SearchResult:
     return SearchResult(tuple(order), scorer.start, tuple(path))
 
 
-def _greedy(scorer: _Scorer, budget: Budget, per_parameter: bool) -> SearchResult:
-    """Repeatedly adds the module with the largest gain (or gain per parameter) until none fits."""
+def _greedy(scorer: _Scorer, budget: Budget, candidates: Sequence[str], per_size: bool) -> SearchResult:
+    """Repeatedly adds the module with the largest gain (or gain for what it uses of the budget) until none fits."""
     kernels, utility = scorer.kernels, scorer.criterion.utility
-    sizes = kernels.num_parameters
-    gram, used, current = kernels.base, 0, scorer.start
+    sizes = _sizes(budget, kernels, candidates) if per_size else {}
+    gram, current = kernels.base, scorer.start
     order: list[str] = []
     path: list[float] = []
     last_round: dict[str, float] = {}
+    left = list(candidates)
+    before = not (scorer.criterion.additive and budget.by_place)  # a score costs more than the budget's check
 
     def worth(name: str) -> float:
         gain = utility(scores[name]) - utility(current)
-        return gain / sizes[name] if per_parameter and gain > 0 else gain
+        return gain / sizes[name] if per_size and gain > 0 else gain
 
     while True:
-        fitting = [
-            name for name in kernels.names if name not in order and budget.fits(len(order) + 1, used + sizes[name])
-        ]
-        if not fitting:
-            return SearchResult(tuple(order), scorer.start, tuple(path), last_round)
+        left = [name for name in left if not before or _allowed(budget, kernels, [*order, name])]
         scores = (
-            {name: scorer.score(gram + kernels[name]) for name in fitting}
+            {name: scorer.with_module(name, gram, current) for name in left}
             if order
-            else {name: scorer.singles[name] for name in fitting}
+            else {name: scorer.singles[name] for name in left}
         )
-        pick = max(fitting, key=worth)
-        gram, used, current = gram + kernels[pick], used + sizes[pick], scores[pick]
+        ranked = sorted(left, key=worth, reverse=True)
+        pick = next((name for name in ranked if before or _allowed(budget, kernels, [*order, name])), None)
+        if pick is None:
+            return SearchResult(tuple(order), scorer.start, tuple(path), last_round)
+        tried = set(ranked[: ranked.index(pick) + 1])  # what does not fit now never will
+        gram, current = gram + kernels[pick], scores[pick]
         order.append(pick)
         path.append(current)
         last_round = {name: score for name, score in scores.items() if name != pick}
+        left = [name for name in left if name not in tried]
+
+
+def _allowed(budget: Budget, kernels: ModuleKernels, names: Sequence[str]) -> bool:
+    used = sum(kernels.num_parameters[name] for name in names)
+    return budget.fits(len(names), used) and (not budget.by_place or budget.allows(dict.fromkeys(names, budget.rank)))
+
+
+def _sizes(budget: Budget, kernels: ModuleKernels, candidates: Sequence[str]) -> Mapping[str, float]:
+    """What each module uses of the budget: parameters, or the largest share of a limit beside the lowest candidate."""
+    if not budget.by_place:
+        return kernels.num_parameters
+    cost = budget.cost
+    lowest = candidates[0] if cost is None else min(candidates, key=cost.index.__getitem__)
+    alone = budget.spent({lowest: budget.rank})
+    nothing = dict.fromkeys(alone, 0.0)
+    sizes = {}
+    for name in candidates:
+        both = budget.spent(dict.fromkeys([lowest, name], budget.rank))
+        without = nothing if name == lowest else alone
+        sizes[name] = max(1e-9, max(both[kind] - without[kind] for kind in both))
+    return sizes
