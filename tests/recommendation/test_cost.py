@@ -2,28 +2,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Laws of the cost of a step: it grows with the set and the ranks, and with the depth of the backward pass."""
 
-import json
-from functools import lru_cache
-
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from peft_linear.capture.step_cost import step_record
 from peft_linear.errors import BudgetError, TargetError
 from peft_linear.recommendation.cost import RECORD, StepCost
+from tests.helpers.step_costs import COST
 
 
-@lru_cache
 def llama_cost(checkpointing=False):
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "vocab_size": 64}
-    with torch.device("meta"):
-        model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2))
-    ids = torch.zeros(2, 16, dtype=torch.long)
-    record = json.loads(json.dumps(step_record(model, {"input_ids": ids, "labels": ids})))
-    return StepCost.from_record(record).with_checkpointing(checkpointing)
+    return COST.with_checkpointing(checkpointing)
 
 
 RANKS = st.dictionaries(st.integers(0, 27), st.integers(0, 16), max_size=28)
@@ -74,7 +63,7 @@ def test_inputs_that_modules_share_are_kept_once():
     def kept(*leaves):
         return cost.activations({f"model.layers.3.self_attn.{leaf}": 1 for leaf in leaves})
 
-    shared = 4 * 2 * 16 * 64
+    shared = 4 * 4 * 64 * 512
     assert kept("q_proj", "k_proj") - kept("q_proj") < shared / 2 < shared < kept("q_proj")
 
 
