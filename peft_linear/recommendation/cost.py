@@ -156,7 +156,7 @@ class StepCost:
             forward={block: Work(*work) for block, *work in record["forward"]},
             backward=tuple((block, _bits(reach), Work(*work)) for block, reach, *work in record["backward"]),
             kept=tuple((block, _bits(reach), size) for block, reach, size in record["kept"]),
-            block_inputs={block: size for block, size in record["block_inputs"]},
+            block_inputs=dict(record["block_inputs"]),
             weights=record["weights"],
             trained=record["trained"],
             checkpointing=record["checkpointing"],
