@@ -108,6 +108,15 @@ def tensor_digest(names: Iterable[str], get: Callable[[str], Tensor], about: str
     return digest.hexdigest()
 
 
+def file_digest(path: str | os.PathLike) -> str:
+    """sha256 of a file. Raises OSError where it cannot be read."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(2**24):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
 @contextmanager
 def _temporary_file(target: Path) -> Iterator[Path]:
     with _explained(target):

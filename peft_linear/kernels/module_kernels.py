@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,13 +15,11 @@ import torch
 from torch import Tensor
 
 from ..errors import FileError, KernelError, TargetError
-from ..files import atomic_file
 from ..functional.spectrum import Spectrum
-from .tensor_files import BlockFiles, BlocksOfRows, LazyBlocks, SomeBlocks, open_file, save_file
+from .saving import INDEX, read_kernels, write_kernels
+from .tensor_files import BlocksOfRows, LazyBlocks, SomeBlocks
 
 
-FORMAT = "peft_linear.ModuleKernels/1"
-INDEX = "kernels.safetensors"  # the file that `load` looks for in a folder
 _FLOATS = {str(dtype): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
 PEFT_PREFIX = "base_model.model."  # names are those of the base model; a PeftModel's longer ones are understood
 
@@ -194,17 +191,23 @@ class ModuleKernels:
         Lazy kernels are copied into it block by block.
         """
         if isinstance(self.blocks, LazyBlocks):
-            with atomic_file(path) as temporary:
-                save_file(self._small_tensors(), temporary, self._metadata(), blocks=self.blocks)
+            write_kernels(path, self._small_tensors(), self._record(), blocks=self.blocks)
         else:
             tensors = {f"block/{name}": block for name, block in self.blocks.items()}
-            with atomic_file(path) as temporary:
-                save_file(tensors | self._small_tensors(), temporary, self._metadata())
+            write_kernels(path, tensors | self._small_tensors(), self._record())
 
-    def save_index(self, folder: str | os.PathLike, files: Mapping[str, str]) -> None:
-        """Makes a folder of blocks loadable: `files` names the file of each block (its tensor is "block") in it."""
-        with atomic_file(Path(folder) / INDEX) as temporary:
-            save_file(self._small_tensors(), temporary, self._metadata(files=dict(files)))
+    def save_index(
+        self, folder: str | os.PathLike, files: Mapping[str, str], checksums: Mapping[str, str] | None = None
+    ) -> None:
+        """Makes a folder of blocks loadable.
+
+        Args:
+            folder: The folder.
+            files: The file in it of each block, whose tensor is "block".
+            checksums: The sha256 of each file.
+        """
+        record = self._record() | {"files": dict(files), "checksums": dict(checksums or {})}
+        write_kernels(Path(folder) / INDEX, self._small_tensors(), record)
 
     @classmethod
     def load(cls, path: str | os.PathLike, lazy: bool = False) -> ModuleKernels:
@@ -215,45 +218,27 @@ class ModuleKernels:
             lazy: leave the blocks in the file and read one at each access, for kernels larger than memory.
 
         Raises:
-            FileError: there is no such file or folder, or it does not hold (whole) kernels.
+            FileError: there is no such file or folder, it does not hold (whole) kernels, or it was changed since.
+
+        Cost: every file is read once to check its digest, lazy or not.
         """
-        if not os.path.exists(path):
-            raise FileError(f"there is no file {os.fspath(path)!r}; pass the path that ModuleKernels.save wrote")
-        file_path = Path(path)
-        if file_path.is_dir():
-            file_path /= INDEX
-            if not file_path.is_file():
-                raise FileError(
-                    f"the folder {os.fspath(path)!r} holds no {INDEX}: no kernels, those of several ranks (load one "
-                    "of its rank-... folders), or a computation that is not finished (run compute_ntk with the same "
-                    "arguments and folder to finish it)"
-                )
-        with open_file(file_path) as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise FileError(f"{os.fspath(file_path)!r} holds {metadata.get('format')!r}, expected {FORMAT!r}")
-            record = json.loads(metadata["record"])
-            names, files = record.pop("names"), record.pop("files", None)
-            small = {key: file.get_tensor(key) for key in ("base", "outputs", "labels") if key in file.keys()}  # noqa: SIM118
-            if files is not None:
-                places = {name: (file_path.parent / files[name], "block") for name in names}
-            else:
-                places = {name: (file_path, f"block/{name}") for name in names}
-            blocks: Mapping[str, Tensor] = BlockFiles(places, tuple(small["base"].shape))
-            if not lazy and files is None:
-                blocks = {name: file.get_tensor(f"block/{name}") for name in names}
-        record["shapes"] = {name: tuple(shape) for name, shape in record["shapes"].items()}
-        return cls(blocks=blocks, base=small["base"], outputs=small["outputs"], labels=small.get("labels"), **record)
+        record, blocks, small = read_kernels(path, lazy)
+        try:
+            return cls(
+                blocks=blocks, base=small["base"], outputs=small["outputs"], labels=small.get("labels"), **record
+            )
+        except KernelError as error:
+            raise FileError(f"{os.fspath(path)!r} does not hold whole kernels: {error}; compute them again") from error
 
     def _small_tensors(self) -> dict[str, Tensor]:
         tensors = {"base": self.base, "outputs": self.outputs}
         return tensors if self.labels is None else tensors | {"labels": self.labels}
 
-    def _metadata(self, **more: Any) -> dict[str, str]:
-        record = {
+    def _record(self) -> dict[str, Any]:
+        return {
             "names": self.names,
             "num_parameters": dict(self.num_parameters),
-            "shapes": {name: list(shape) for name, shape in self.shapes.items()},
+            "shapes": dict(self.shapes),
             "output_kind": self.output_kind,
             "space": self.space,
             "rank": self.rank,
@@ -261,6 +246,4 @@ class ModuleKernels:
             "spread": dict(self.spread),
             "provenance": dict(self.provenance),
             "base_parameters": self.base_parameters,
-            **more,
         }
-        return {"format": FORMAT, "record": json.dumps(record)}

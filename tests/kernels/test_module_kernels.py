@@ -85,11 +85,11 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     make().save(path)
     before = path.read_bytes()
 
-    def broken(tensors, file, metadata):
+    def broken(tensors, file, metadata, blocks=None):
         file.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr("peft_linear.kernels.module_kernels.save_file", broken)
+    monkeypatch.setattr("peft_linear.kernels.saving.save_file", broken)
     with pytest.raises(OSError, match="disk full"):
         make(seed=1).save(path)
     assert path.read_bytes() == before
@@ -105,7 +105,7 @@ def cut_in_half(path):
 NOT_KERNELS = [
     (lambda path: None, "there is no file"),
     (lambda path: path.write_text("hello"), "not a whole safetensors file"),
-    (lambda path: save_file({"x": torch.zeros(1)}, path), "expected 'peft_linear.ModuleKernels/1'"),
+    (lambda path: save_file({"x": torch.zeros(1)}, path), "expected 'peft_linear.ModuleKernels/2'"),
     (cut_in_half, "not a whole safetensors file"),
 ]
 

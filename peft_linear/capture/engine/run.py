@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...errors import PeftLinearError
 from ...kernels import ModuleKernels
-from ...kernels.module_kernels import INDEX
+from ...kernels.saving import INDEX
 from ..adapter_spaces import ParameterMatrix, formed_rows
 from ..batches import gather_labels
 from ..job import OTHER, Jacobians, Job

@@ -14,7 +14,6 @@ rank-8/kernels.safetensors, which can be moved and loaded by itself; the kernel 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -27,8 +26,9 @@ from typing import Any
 from torch import Tensor
 
 from ...errors import FileError, PeftLinearError
-from ...files import atomic_file, write_text
-from ...kernels.module_kernels import INDEX, ModuleKernels
+from ...files import atomic_file, file_digest, write_text
+from ...kernels.module_kernels import ModuleKernels
+from ...kernels.saving import INDEX
 from ...kernels.tensor_files import save_file
 from .fingerprint import differences
 from .processes import Team
@@ -120,7 +120,8 @@ class RunFolder:
             return
         if self.kept:
             for folder, (kernels, files) in results.items():
-                kernels.save_index(self.path / folder, files)
+                checksums = {file: self.finished[f"{folder}{file}"] for file in files.values()}
+                kernels.save_index(self.path / folder, files, checksums)
                 self.record({f"{folder}{INDEX}": self._sha256(f"{folder}{INDEX}") or ""})
         if self.kept or any(kernels.lazy for kernels, _ in results.values()):
             shutil.rmtree(self.path / PARTS, ignore_errors=True)
@@ -203,13 +204,9 @@ class RunFolder:
 
     def _sha256(self, name: str) -> str | None:
         try:
-            with open(self.path / name, "rb") as file:
-                digest = hashlib.sha256()
-                while chunk := file.read(2**24):
-                    digest.update(chunk)
+            return file_digest(self.path / name)
         except OSError:
             return None
-        return digest.hexdigest()
 
     def _find(self, token: str) -> None:
         if not (self.path / token).exists():
