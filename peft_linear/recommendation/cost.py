@@ -285,20 +285,21 @@ class StepCost:
         """The same step with or without gradient checkpointing of whole layers."""
         return replace(self, checkpointing=checkpointing)
 
-    def _place(self, name: str) -> int:
+    def place(self, name: str) -> int:
+        """Of a module in the forward pass. Raises TargetError where it has no counts."""
         if name not in self.index:
             raise TargetError(f"there are no counts of a training step for {name!r}; compute the kernels again")
         return self.index[name]
 
     def _adapted(self, ranks: Mapping[str, int]) -> Iterable[tuple[StepModule, int]]:
-        return ((self.modules[self._place(name)], rank) for name, rank in ranks.items() if rank > 0)
+        return ((self.modules[self.place(name)], rank) for name, rank in ranks.items() if rank > 0)
 
     def _reached(self, ranks: Mapping[str, int]) -> int:
         """The bits of the adapted modules, and the lowest, of what is trained always."""
         reached = 1
         for name, rank in ranks.items():
             if rank > 0:
-                reached |= 2 << self._place(name)
+                reached |= 2 << self.place(name)
         return reached
 
 

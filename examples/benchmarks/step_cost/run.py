@@ -136,7 +136,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", default=CASES, help='model, tokens of a text: "llama@128", and "+checkpointing"')
+    parser.add_argument(
+        "--cases", nargs="+", default=CASES, help='model, tokens of a text: "llama@128", and "+checkpointing"'
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--examples", type=int, default=4)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
