@@ -156,7 +156,7 @@ class StepCost:
             forward={block: Work(*work) for block, *work in record["forward"]},
             backward=tuple((block, _bits(reach), Work(*work)) for block, reach, *work in record["backward"]),
             kept=tuple((block, _bits(reach), size) for block, reach, size in record["kept"]),
-            block_inputs={block: size for block, size in record["block_inputs"]},
+            block_inputs=dict(map(tuple, record["block_inputs"])),
             weights=record["weights"],
             trained=record["trained"],
             checkpointing=record["checkpointing"],
@@ -221,7 +221,7 @@ class StepCost:
         of_adapter: Callable[[StepModule, int, bool], Part],
         of_adapter_again: Callable[[StepModule, int], Part],
     ) -> Iterator[Part]:
-        """What a step consists of; with checkpointing the forward pass of a layer again, where a gradient enters it."""
+        """What a step consists of; with checkpointing, forward passes of layers that a gradient enters come twice."""
         reached = self._reached(ranks)
         yield from forward.values()
         again: set[int] = set()

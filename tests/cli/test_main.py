@@ -55,7 +55,7 @@ def test_a_dry_run_reads_the_configuration_only(place, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert printed.startswith("BertForSequenceClassification, batch of 8 x 12, weights ")
     assert "recommendation (12 examples" in printed and not out.exists()
-    given = arguments(place, model=model, budget="time:0.001")
+    given = arguments(place, model=model, budget="time:0.001", max_length=12)
     assert main([*given, "--dry-run"]) == 2
     assert "fits no module" in capsys.readouterr().err
     assert main([*arguments(place, model=tmp_path), "--dry-run"]) == 2

@@ -33,7 +33,7 @@ def test_a_model_of_seven_billion_parameters_without_weights():
     assert 1.3 < again.time(ranks) / step.time(ranks) < 1.6
     assert again.activations(ranks) < step.activations(ranks) / 5
     shares = [step.time_share(found.last_layers(share), 8) for share in (1.0, 0.75, 0.5, 0.25)]
-    assert shares[0] == 1 and shares == sorted(shares, reverse=True) and 0.5 < shares[-1]
+    assert shares[0] == 1 and shares == sorted(shares, reverse=True) and shares[-1] > 0.5
     for words in ("LlamaForCausalLM, batch of 4 x 512, weights 13.5GB", "last 50% of the layers", "32 examples"):
         assert words in str(found)
 

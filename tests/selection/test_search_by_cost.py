@@ -33,7 +33,7 @@ def kernels_of(names, worth, counts=COUNTS):
         outputs=torch.zeros(2, 1, dtype=torch.float64),
         labels=None,
         num_parameters={name: COST.modules[COST.index[name]].parameters(8) for name in names},
-        shapes={name: (64, 64) for name in names},
+        shapes=dict.fromkeys(names, (64, 64)),
         provenance={} if counts is None else {RECORD: counts},
     )
 
