@@ -37,7 +37,10 @@ MAX_LENGTH = 128  # tokens of a classification's texts; language models take TRL
 
 
 def parse_budget_argument(text: str) -> int | float | str:
-    """What was typed, as `recommend` takes it: "8" modules, "25%" a fraction, "1.5M" parameters, "time:0.6" a share.
+    """What was typed, as `recommend` takes it.
+
+    "8" is modules, "0.25" and "25%" a fraction, "1.5M" parameters, "layers:4", "time:0.6" and "memory:0.6" what they
+    say.
 
     Raises:
         BudgetError: it reads as none of these.
@@ -142,7 +145,7 @@ def _language_batches(
 
 
 def dry_run(arguments: argparse.Namespace, budget: BudgetLike) -> CostEstimate:
-    """The estimate for a step of --train-batch-size texts of --max-length tokens; reads the configuration only.
+    """The estimate for a step of --train-batch-size texts of --max-length tokens, from the model's configuration.
 
     Raises:
         PeftLinearError: as `estimate_cost`, or a budget that no module fits.

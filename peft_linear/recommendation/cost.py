@@ -156,7 +156,7 @@ class StepCost:
             forward={block: Work(*work) for block, *work in record["forward"]},
             backward=tuple((block, _bits(reach), Work(*work)) for block, reach, *work in record["backward"]),
             kept=tuple((block, _bits(reach), size) for block, reach, size in record["kept"]),
-            block_inputs=dict(record["block_inputs"]),
+            block_inputs=dict(map(tuple, record["block_inputs"])),
             weights=record["weights"],
             trained=record["trained"],
             checkpointing=record["checkpointing"],
@@ -221,7 +221,7 @@ class StepCost:
         of_adapter: Callable[[StepModule, int, bool], Part],
         of_adapter_again: Callable[[StepModule, int], Part],
     ) -> Iterator[Part]:
-        """What a step consists of; with checkpointing the forward pass of a layer again, where a gradient enters it."""
+        """What a step consists of; with checkpointing, forward passes of layers that a gradient enters come twice."""
         reached = self._reached(ranks)
         yield from forward.values()
         again: set[int] = set()
@@ -285,20 +285,21 @@ class StepCost:
         """The same step with or without gradient checkpointing of whole layers."""
         return replace(self, checkpointing=checkpointing)
 
-    def _place(self, name: str) -> int:
+    def place(self, name: str) -> int:
+        """Of a module in the forward pass. Raises TargetError where it has no counts."""
         if name not in self.index:
             raise TargetError(f"there are no counts of a training step for {name!r}; compute the kernels again")
         return self.index[name]
 
     def _adapted(self, ranks: Mapping[str, int]) -> Iterable[tuple[StepModule, int]]:
-        return ((self.modules[self._place(name)], rank) for name, rank in ranks.items() if rank > 0)
+        return ((self.modules[self.place(name)], rank) for name, rank in ranks.items() if rank > 0)
 
     def _reached(self, ranks: Mapping[str, int]) -> int:
         """The bits of the adapted modules, and the lowest, of what is trained always."""
         reached = 1
         for name, rank in ranks.items():
             if rank > 0:
-                reached |= 2 << self._place(name)
+                reached |= 2 << self.place(name)
         return reached
 
 

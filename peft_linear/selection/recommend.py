@@ -134,7 +134,7 @@ def _recommendation(evidence: Evidence, budget: BudgetLike, asked_for: str) -> R
         scores=scores,
         predicted=evidence.predicted,
         criterion=criterion.name,
-        budget=tuple(budget) if isinstance(budget, (list, tuple)) else budget,  # type: ignore[arg-type]
+        budget=budget if isinstance(budget, (int, float, str)) else tuple(budget),
         ridge=evidence.views.plain.problem.ridge,
         settings=_settings(evidence, asked_for),
         notes=notes_on(evidence),

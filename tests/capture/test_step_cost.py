@@ -67,7 +67,6 @@ def kept_bytes(model, names, rank, inputs):
 
 def test_a_toy_is_counted_as_by_hand():
     cost = toy_cost()
-    _first, _second, _third = cost.modules
     assert [(m.name, m.d_in, m.d_out, m.positions) for m in cost.modules] == [
         ("layers.0", D, H, N),
         ("layers.1", H, D, N),

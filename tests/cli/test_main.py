@@ -49,6 +49,33 @@ def arguments(place, **changes):
     return ["recommend", *flat]
 
 
+def test_a_dry_run_reads_the_configuration_only(place, tmp_path, capsys):
+    model, out = tmp_path / "bert", tmp_path / "out"
+    model.mkdir()
+    (model / "config.json").write_bytes((place / "bert" / "config.json").read_bytes())
+    assert main([*arguments(place, model=model, dataset="none", max_length=12, output=out), "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("BertForSequenceClassification, batch of 8 x 12, weights ")
+    assert "recommendation (12 examples" in printed and not out.exists()
+    given = arguments(place, model=model, budget="time:0.001", max_length=12)
+    assert main([*given, "--dry-run"]) == 2
+    assert "fits no module" in capsys.readouterr().err
+    assert main([*arguments(place, model=tmp_path), "--dry-run"]) == 2
+    assert "cannot read the configuration of a classification model" in capsys.readouterr().err
+
+
+def test_several_budgets_hold_together(place, tmp_path):
+    out = tmp_path / "out"
+    given = arguments(place, output=out, quiet=None)
+    place_of_budget = given.index("--budget") + 2
+    given[place_of_budget:place_of_budget] = ["time:0.9", "layers:1"]
+    assert main(given) == 0
+    rec = Recommendation.load(out)
+    assert rec.budget == (3, "time:0.9", "layers:1")
+    assert rec.step_time <= 0.9 and len(rec.modules) <= 3
+    assert len({name.split(".layer.")[1].split(".")[0] for name in rec.modules if ".layer." in name}) == 1
+
+
 def test_recommend_writes_everything_and_it_fits_together(place, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(arguments(place, output=out, proximal_lambda=0.5, seed=3)) == 0

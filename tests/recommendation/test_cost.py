@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Laws of the cost of a step: it grows with the set and the ranks, and with the depth of the backward pass."""
 
-import itertools
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -54,7 +54,7 @@ def test_the_lowest_layer_decides_how_far_the_backward_pass_goes():
     memories = [cost.memory({f"model.layers.{layer}.mlp.down_proj": 8}) for layer in range(4)]
     assert times == sorted(times, reverse=True) and len(set(times)) == 4
     assert memories == sorted(memories, reverse=True) and len(set(memories)) == 4
-    steps = [one - other for one, other in itertools.pairwise(times)]
+    steps = [one - other for one, other in pairwise(times)]
     assert max(steps) == pytest.approx(min(steps), rel=1e-6)  # all layers are alike
     assert cost.time_share(cost.all_linear(8), 8) == 1 == cost.memory_share(cost.all_linear(8), 8)
 

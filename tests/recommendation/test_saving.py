@@ -170,7 +170,7 @@ def test_a_value_changed_without_the_checksum_gives_the_same_recommendation_or_a
         (("modules", 0), "other", r"recommendation\.json: a recommendation needs modules that have a score"),
         (("ridge",), True, "ridge must be a number or null, got true"),
         (("ridge",), "1", 'ridge must be a number or null, got "1"'),
-        (("budget",), [2], "budget must be an integer or a number or a text, got a list of 1"),
+        (("budget",), {"a": 2}, "budget must be an integer or a number or a text or a list, got an object of 1"),
         (("predicted", "loss"), "low", 'predicted.loss must be a number or an object, got "low"'),
         (("settings", "shapes", "x"), [1, 2, 3], "settings.shapes.x must be a list of 2, got a list of 3"),
         (("settings", "rank"), 8.5, "settings.rank must be an integer, got 8.5"),

@@ -117,7 +117,7 @@ def test_the_recommendation_says_what_a_step_takes_and_is_saved_with_it(tmp_path
     rec.save(tmp_path)
     loaded = Recommendation.load(tmp_path)
     assert loaded == rec and loaded.budget == ("time:0.7", 0.5)
-    rejected = [row.reason for row in rec.scores if not row.chosen]
+    rejected = [row.reason for row in recommend(kernels, "time:0.7", "trace").scores if not row.chosen]
     assert any("it does not fit beside the choice, with it the budget of" in reason for reason in rejected)
 
 

@@ -5,39 +5,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from torch import Tensor
 
-from ...errors import BudgetError, CriterionError
+from ...errors import CriterionError
 from ...kernels.module_kernels import ModuleKernels
 from ...recommendation.budget import Budget, fill
-from ...recommendation.names import parse_name
 from ..criteria import Criterion, View, rank_by_score
+from .cut_offs import over_cut_offs
 from .knapsack import best_set
+from .result import SearchResult
 
 
 STRATEGIES = ("greedy", "top")
-
-
-@dataclass(frozen=True)
-class SearchResult:
-    """The set that a search chose, and the scores on the way.
-
-    Args:
-        order: The modules, best first: in the order in which greedy selection among them takes them.
-        start: Score of the always-trained parameters alone (nothing chosen).
-        path: Score of the set after each module of `order`.
-        last_round: Score that the final set would have had with a rejected module in place of the last chosen one;
-            only of modules that fitted.
-        evaluations: Kernels that were scored.
-    """
-
-    order: tuple[str, ...]
-    start: float
-    path: tuple[float, ...]
-    last_round: Mapping[str, float] = field(default_factory=dict)
-    evaluations: int = 0
 
 
 def check_strategy(strategy: str) -> None:
@@ -60,8 +41,7 @@ def search(
             alone is safe when modules differ in size). "top": the best modules on their own.
 
     Under a budget of time or memory a module low in the model leaves no room for others, for the backward pass ends
-    there. So each layer from which on the candidates are taken is tried, and the best set is kept; it is not proven to
-    be the best there is. With "top" likewise.
+    there: see `over_cut_offs`. The set is then not proven to be the best there is.
 
     Cost: with additive criteria no evaluation beyond `singles`; else one for each candidate and round, and, under a
     budget of time or memory, for each layer that is tried.
@@ -72,50 +52,25 @@ def search(
     check_strategy(strategy)
     scorer = _Scorer(view, criterion, singles)
     sizes = view.kernels.num_parameters
-    if strategy == "top":
-        ranked = rank_by_score(singles, criterion)
-        orders = [fill([n for n in ranked if n in names], budget, sizes) for names in cut_offs(view.kernels, budget)]
-        runs = [_in_order(scorer, order) for order in dict.fromkeys(orders)]
-    elif criterion.additive and budget.simple:
+    by_size = budget.by_place or (budget.parameters is not None and len(set(sizes.values())) > 1)
+
+    def runs_of(names: Sequence[str]) -> list[SearchResult]:
+        if strategy == "top":
+            allowed = set(names)
+            order = fill([name for name in rank_by_score(singles, criterion) if name in allowed], budget, sizes)
+            return [_in_order(scorer, order)] if order else []
+        return [_greedy(scorer, budget, names, per_size) for per_size in ((False, True) if by_size else (False,))]
+
+    if strategy == "greedy" and criterion.additive and budget.simple:
         runs = [_best_of_additive(scorer, budget)]
     else:
-        by_size = budget.parameters is not None and len(set(sizes.values())) > 1
-        runs = [
-            _greedy(scorer, budget, names, per_size)
-            for names in cut_offs(view.kernels, budget)
-            for per_size in ((False, True) if by_size or budget.by_place else (False,))
-        ]
+        runs = over_cut_offs(view.kernels, budget, runs_of, criterion)
     result = max(runs, key=lambda run: criterion.utility(run.path[-1]))
     if budget.by_place:
         kept = result.order[:-1]
         fitting = {n: s for n, s in result.last_round.items() if _allowed(budget, view.kernels, [*kept, n])}
         result = replace(result, last_round=fitting)
     return replace(result, evaluations=scorer.evaluations)
-
-
-def cut_offs(kernels: ModuleKernels, budget: Budget) -> list[tuple[str, ...]]:
-    """The candidates from each layer on, in the order of the forward pass, as far as the budget tells them apart.
-
-    Without a budget of time or memory these are all candidates. With one, those from a layer on of which no module
-    fits even alone are left out, and of those that fit all together the largest is enough.
-    """
-    cost = budget.cost
-    if cost is None or (budget.time is None and budget.memory is None):
-        return [kernels.names]
-    places = {name: cost.index[name] for name in kernels.names if name in cost.index}
-    if missing := [name for name in kernels.names if name not in places]:
-        raise BudgetError(f"there are no counts of a training step for {missing[0]!r}; compute the kernels again")
-    ordered = sorted(kernels.names, key=places.__getitem__)
-    layers = {name: (parse_name(name).stack, parse_name(name).layer) for name in ordered}
-    starts = [i for i, name in enumerate(ordered) if not i or layers[name] != layers[ordered[i - 1]]]
-    found: list[tuple[str, ...]] = []
-    for start, end in zip(starts, [*starts[1:], len(ordered)], strict=True):
-        allowed = set(ordered[start:])
-        if any(budget.allows({name: budget.rank}) for name in ordered[start:end]):
-            found.append(tuple(name for name in kernels.names if name in allowed))
-        if budget.allows(dict.fromkeys(allowed, budget.rank)):
-            break
-    return found or [kernels.names]
 
 
 class _Scorer:
