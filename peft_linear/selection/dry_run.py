@@ -19,10 +19,13 @@ from ..capture.targets import base_model, resolve_always_trained
 from ..errors import PeftLinearError
 from ..functional.outputs import resolve_output
 from ..recommendation.cost import FLOAT32, StepCost, Work
+from .language import HIGHEST_RANK
+from .learning_rate import TRIAL_STEPS
 from .request import HEAD_DRAWS, ModuleRequest
 
 
 FLOAT64 = 8
+OPTIONS, RATES = 4, 3  # that a decision for a language model compares; more rates where the first ones are far off
 
 
 @dataclass(frozen=True)
@@ -34,9 +37,10 @@ class CostEstimate:
         batch: Shape of the step's main input: (examples, tokens), or of images.
         rank: Of the adapters.
         step: Counts of the step, for any other modules and ranks.
-        examples, draws: Of the kernels.
-        kernels_time: Of the kernels, in all-linear steps of this batch.
-        kernels_memory: Bytes, with the weights.
+        examples: That the recommendation is computed from.
+        draws: Of the kernels; 0 for a language model, whose decision takes none.
+        kernels_time: Of the recommendation, in all-linear steps of this batch.
+        kernels_memory: Of the recommendation; bytes, with the weights.
     """
 
     model: str
@@ -56,6 +60,7 @@ class CostEstimate:
 
     def __str__(self) -> str:
         step, ranks = self.step, self.step.all_linear(self.rank)
+        draws = f", draws of A: {self.draws}" if self.draws else ""
         forward = sum(step.forward.values(), Work())
         backward = step.work(ranks).flops - forward.flops
         again = step.with_checkpointing(not step.checkpointing)
@@ -75,7 +80,7 @@ class CostEstimate:
                 f"{step.memory_share(chosen, self.rank):.2f} of the memory"
             )
         lines.append(
-            f"recommendation ({self.examples} examples, draws of A: {self.draws}): about {self.kernels_time:.1f} such "
+            f"recommendation ({self.examples} examples{draws}): about {self.kernels_time:.1f} such "
             f"steps, memory about {format_memory(self.kernels_memory)}"
         )
         return "\n".join(lines)
@@ -114,14 +119,17 @@ def estimate_cost(
     if examples < 1:
         raise PeftLinearError(f"examples must be at least 1, got {examples}")
     main = next(value for value in inputs.values() if isinstance(value, torch.Tensor) and value.ndim)
-    time, memory = _of_kernels(model, step, request, candidates, read[0].size, examples)
+    if wanted.is_for_language(model):
+        time, memory = _of_a_plan(step, read[0].size, examples)
+    else:
+        time, memory = _of_kernels(model, step, request, candidates, read[0].size, examples)
     return CostEstimate(
         model=type(base_model(model)).__name__,
         batch=tuple(main.shape),
         rank=request.rank,
         step=step,
         examples=examples,
-        draws=request.draws,
+        draws=0 if wanted.is_for_language(model) else request.draws,
         kernels_time=time / step.time(step.all_linear(request.rank)),
         kernels_memory=memory,
     )
@@ -136,6 +144,21 @@ def _of_shape(model: nn.Module, shape: tuple[int, ...]) -> dict[str, torch.Tenso
     whole = name.endswith("input_ids")
     batch = {name: torch.zeros(shape, dtype=torch.long if whole else torch.float32, device="meta")}
     return batch | ({"labels": batch[name]} if whole else {})
+
+
+def _of_a_plan(step: StepCost, size: int, examples: int) -> tuple[float, float]:
+    """Of the decision for a language model (`selection.language`): time, as `StepCost.time` counts it, and bytes.
+
+    Half of the examples give a gradient at the highest rank; the other half are passed through twice for each of four
+    options, once for each of three learning rates, and twice without an adapter. A rate takes four steps of half a
+    batch.
+    """
+    highest = step.all_linear(HIGHEST_RANK)
+    forward = step.machine.time(sum(step.forward.values(), Work()))
+    batches = examples / 2 / size
+    passes = 2 * OPTIONS + RATES + 2
+    steps = TRIAL_STEPS * RATES / 2
+    return (batches + steps) * step.time(highest) + passes * batches * forward, float(step.memory(highest))
 
 
 def _of_kernels(
