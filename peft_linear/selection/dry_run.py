@@ -80,8 +80,8 @@ class CostEstimate:
                 f"{step.memory_share(chosen, self.rank):.2f} of the memory"
             )
         lines.append(
-            f"recommendation ({self.examples} examples{draws}): about {self.kernels_time:.1f} such "
-            f"steps, memory about {format_memory(self.kernels_memory)}"
+            f"recommendation ({self.examples} examples{draws}): at least {self.kernels_time:.1f} such steps, memory about "
+            f"{format_memory(self.kernels_memory)}"
         )
         return "\n".join(lines)
 
@@ -164,7 +164,10 @@ def _of_a_plan(step: StepCost, size: int, examples: int) -> tuple[float, float]:
 def _of_kernels(
     model: nn.Module, step: StepCost, request: KernelRequest, candidates: Iterable[str], size: int, examples: int
 ) -> tuple[float, float]:
-    """Time, as `StepCost.time` counts it, and bytes."""
+    """Time, as `StepCost.time` counts it, and bytes: a lower estimate, without the checks.
+
+    Kernels of 16 texts of SmolLM2-135M took 9.6 steps on a busy core where this says 4.6.
+    """
     everything = dict.fromkeys(candidates, request.rank)
     known = {name: rank for name, rank in everything.items() if name in step.index}
     modules = [step.modules[step.index[name]] for name in known]
@@ -183,8 +186,10 @@ def _of_kernels(
             positions = module.positions / size
             features = module.d_in if request.space == "weight" else request.rank * draws
             product = min(features * module.d_out, positions**2 * (features + module.d_out))
-            time += 2 * rows * positions * features * module.d_out + 2 * rows**2 * product
             numbers = min(features * module.d_out, positions * (features + module.d_out))
+            flops = 2 * rows * positions * features * (module.d_in + module.d_out) + 2 * rows**2 * product
+            made = rows * (positions * (features + module.d_out) + numbers)  # written once, read for sums and products
+            time += step.machine.time(Work(flops, FLOAT32 * 4 * made, 10 * examples / size))
             memory += FLOAT32 * rows * numbers + FLOAT64 * rows**2
     return time, memory
 
