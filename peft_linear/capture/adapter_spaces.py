@@ -74,7 +74,8 @@ def space_matrices(
     B ≠ 0); `rank`, `lora_alpha`, `draws` and `seed` then do not apply to it.
 
     Raises:
-        TargetError: the layer is smaller than `rank` (rows, columns), or carries an adapter that is not plain LoRA.
+        TargetError: the layer is smaller than `rank` (rows, columns), its weight is a parametrization, or it carries
+            an adapter that is not plain LoRA.
     """
     d_in, d_out = layer.shape
     if space == "lora":
@@ -83,6 +84,7 @@ def space_matrices(
         stacked = torch.cat([initial_lora_a(layer.name, d_in, rank, seed, draw) for draw in range(draws)])
         a = stacked * (lora_alpha / rank)
         return [ParameterMatrix(_same, _same, rank * draws, d_out, draws=draws, projection=a, nested=True)]
+    _check_own(layer, "bias" if space == "bias" else "weight")
     weight = _own_weight(layer)
     if space == "weight":
         return [ParameterMatrix(_same, _same, d_in, d_out, parameter=weight, of_gradient=_transposed(layer))]
@@ -199,6 +201,17 @@ def _bias_matrix(layer: Layer) -> ParameterMatrix:
         parameter=bias if isinstance(bias, nn.Parameter) else None,
         of_gradient=lambda gradient: gradient[None],
     )
+
+
+def _check_own(layer: Layer, name: str) -> None:
+    """Raises TargetError where a weight or bias is made of other parameters, which are those that train."""
+    value = getattr(layer.base, name, None)
+    own = {id(tensor) for tensor in (*layer.base._parameters.values(), *layer.base._buffers.values())}
+    if isinstance(value, Tensor) and value.is_floating_point() and id(value) not in own:
+        raise TargetError(
+            f"the {name} of {layer.name} is no parameter: it is made of others (weight_norm, spectral_norm or another "
+            'parametrization), which are those that train; use space="lora", or leave it out of `targets`'
+        )
 
 
 def _own_weight(layer: Layer) -> nn.Parameter | None:

@@ -61,7 +61,10 @@ def copied(value: Any, keep: bool = False) -> Any:
     return value
 
 
-def nothing_taken(model: nn.Module, raw: Mapping[str, Any], number: int) -> PeftLinearError:
+def nothing_taken(
+    model: nn.Module, raw: Mapping[str, Any], number: int, missing: str | None = None
+) -> PeftLinearError:
+    """The error for a batch whose keys are not what the model takes; `missing`: what python says about the call."""
     root = base_model(model)
     names = [name for name in inspect.signature(root.forward).parameters if name != "self"]
     kind = type(root).__name__
@@ -72,9 +75,8 @@ def nothing_taken(model: nn.Module, raw: Mapping[str, Any], number: int) -> Peft
         )
     else:
         advice = "call the tokenizer with return_tensors='pt'"
-    return PeftLinearError(
-        f"batch {number} has no tensor that {kind} takes; its keys are {', '.join(map(str, raw))}. {advice}"
-    )
+    wrong = f"has no tensor that {kind} takes" if missing is None else f"is not what {kind} takes ({missing})"
+    return PeftLinearError(f"batch {number} {wrong}; its keys are {', '.join(map(str, raw))}. {advice}")
 
 
 def _listed(forward: Any, rest: inspect.Parameter) -> set[str]:

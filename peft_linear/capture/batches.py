@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..errors import OutputError, PeftLinearError
+from ..errors import OutputError, PeftLinearError, TargetError
 from .batch_keys import accepted_keys, copied, nothing_taken
 from .outputs import OutputFunction
 from .targets import base_model
@@ -65,12 +65,19 @@ class Batch:
 
     def head(self, count: int) -> Batch:
         """The first `count` examples."""
+        return self._part(slice(count))
+
+    def tail(self, count: int) -> Batch:
+        """The last `count` examples."""
+        return self._part(slice(-count, None))
+
+    def _part(self, part: slice) -> Batch:
         size = self.size
         inputs = {
-            key: value[:count] if isinstance(value, Tensor) and value.ndim and len(value) == size else value
+            key: value[part] if isinstance(value, Tensor) and value.ndim and len(value) == size else value
             for key, value in self.inputs.items()
         }
-        return Batch(inputs, None if self.labels is None else self.labels[:count])
+        return Batch(inputs, None if self.labels is None else self.labels[part])
 
     def to(self, device: torch.device) -> Batch:
         inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.inputs.items()}
@@ -91,7 +98,7 @@ def read_batches(batches: Iterable[Any], model: nn.Module, needs_labels: bool, w
     if isinstance(batches, Mapping):
         batches = [batches]
     takes = accepted_keys(model)
-    kept = isinstance(batches, (list, tuple))
+    kept = type(batches) in (list, tuple)  # a subclass may make its batches anew, in the same memory
     feeds_labels = _feeds_labels(model)
     read = []
     for number, raw in enumerate(batches):
@@ -133,7 +140,20 @@ def evaluate(model: nn.Module, batch: Batch, function: OutputFunction, number: i
     Raises:
         OutputError: f has NaN or inf, or no row an example.
     """
-    return check_outputs(function(model(**batch.inputs), batch.labels), batch, number)
+    try:
+        outputs = model(**batch.inputs)
+    except TypeError as error:
+        if "forward() missing" not in str(error):
+            raise
+        raise nothing_taken(model, batch.inputs, number, missing=str(error).partition("forward() ")[2]) from error
+    except RuntimeError as error:
+        if "Inference tensors cannot be" not in str(error):
+            raise
+        raise TargetError(
+            f"{type(base_model(model)).__name__} uses a tensor that was made inside torch.inference_mode(), through "
+            "which no gradient passes; load or copy the model outside of it"
+        ) from error
+    return check_outputs(function(outputs, batch.labels), batch, number)
 
 
 def check_outputs(outputs: Tensor, batch: Batch, number: int) -> Tensor:

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -21,20 +21,23 @@ def cause_of(job: Job, name: str, error: float, batch: Batch, number: int, alone
     """The message of a TargetError about the module `name`."""
     root, layer = base_model(job.model), job.layers[name]
     places = names_of_module(root, layer.module)
-    users = names_of_parameter(root, getattr(layer.base, "weight", None))
-    hooks = [*layer.base._forward_hooks, *layer.base._forward_pre_hooks]
+    parameter = job.matrices[name][0].parameter
+    users = names_of_parameter(root, parameter)
+    hooks = _hooks(layer.base, parameter)
     kind = type(layer.base).__name__
     if len(places) > 1:
         return (
             f"{name} is one module under several names ({', '.join(places)}), and peft puts an adapter at the first "
             "of them only; give each place a module of its own, or leave it out of `targets`"
         )
-    if len(users) > 1 and job.matrices[name][0].parameter is not None:
+    if len(users) > 1 and parameter is not None:
+        shared = "bias" if parameter.ndim == 1 else "weight"
         return (
-            f"{name} shares its weight with other modules ({', '.join(users)}), so its kernel is not that of one "
+            f"{name} shares its {shared} with other modules ({', '.join(users)}), so its kernel is not that of one "
             'layer; leave it out, or use space="lora", in which every module has an adapter of its own'
         )
     what = f"{name} ({kind}) would get a wrong kernel: gradients are {error:.1e} off autograd's in batch {number}"
+    leave = "leave it out of `targets`, or out of `always_trained`"
     if alone == "right":
         return f"the model mixes the examples of a batch at {name}, so {what}; pass batches of one example"
     if alone == "fails":
@@ -50,16 +53,33 @@ def cause_of(job: Job, name: str, error: float, batch: Batch, number: int, alone
             f"lists of equal examples ({shapes}), or the model mixes examples; {what}; pass batches of one example"
         )
     if hooks:
-        return f"{what}; it has forward hooks of yours ({len(hooks)}): remove them, or leave it out of `targets`"
+        return f"{what}; there are hooks of yours ({len(hooks)}): remove them, or {leave}"
     if not is_plain(layer.base):
-        return (
-            f"{what}; its forward is not the x Wᵀ + b of a linear layer; leave it out of `targets`, or out of "
-            "`always_trained`"
-        )
+        return f"{what}; its forward is not the x Wᵀ + b of a linear layer; {leave}"
     return (
         f"{what}; is its weight used elsewhere than in its own forward, or is the layer kind (`Layer`) or the space "
-        "not what the module computes? Leave it out of `targets`"
+        f"not what the module computes? If so, {leave}"
     )
+
+
+def _hooks(module: nn.Module, parameter: Tensor | None) -> list[Any]:
+    """Those of a module in both directions, of a parameter's gradient, and of all modules."""
+    everywhere = nn.modules.module
+    return [
+        hook
+        for hooks in (
+            module._forward_hooks,
+            module._forward_pre_hooks,
+            module._backward_hooks,
+            module._backward_pre_hooks,
+            getattr(parameter, "_backward_hooks", None),
+            everywhere._global_forward_hooks,
+            everywhere._global_forward_pre_hooks,
+            everywhere._global_backward_hooks,
+            everywhere._global_backward_pre_hooks,
+        )
+        for hook in hooks or ()
+    ]
 
 
 def names_of_module(root: nn.Module, module: nn.Module) -> list[str]:

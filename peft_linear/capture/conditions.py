@@ -9,6 +9,7 @@ call hooks that are added later on.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -38,7 +39,7 @@ def as_in_training(model: nn.Module) -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(False)
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
-            if any(is_compiled(module) for module in modules):
+            if "torch._dynamo.eval_frame" in sys.modules:  # else nothing is compiled; the import takes seconds
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             yield
     finally:
@@ -56,6 +57,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
     while True:
         if is_compiled(model):
             model = model._orig_mod  # type: ignore[assignment]
+        elif isinstance(vars(model).get("_orig_mod"), nn.Module):  # accelerate's, whose blocks are compiled each
+            model = vars(model)["_orig_mod"]
         elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or _is_average(model):
             model = model.module  # type: ignore[assignment]
         else:
@@ -96,6 +99,12 @@ def check_present(model: nn.Module) -> None:
         if parameter.is_inference():
             raise TargetError(
                 f"{name} of {type(model).__name__} was made inside torch.inference_mode(), so it takes no gradient; "
+                "load or copy the model outside of it"
+            )
+    for name, buffer in model.named_buffers():
+        if buffer.is_inference() and buffer.is_floating_point():
+            raise TargetError(
+                f"{name} of {type(model).__name__} was made inside torch.inference_mode(), so no gradient passes it; "
                 "load or copy the model outside of it"
             )
 

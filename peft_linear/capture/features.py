@@ -96,9 +96,9 @@ def jacobian_features(
             values.append(batch_outputs.cpu().double())
     assert rows is not None
     if not bool(rows.isfinite().all()):
-        raise not_finite("an adapter or the head", next(model.parameters()).dtype)
+        raise not_finite("an adapter or the head", next(job.model.parameters()).dtype)
     outputs0 = torch.cat(values)
-    parameters = dict(model.named_parameters())
+    parameters = dict(job.model.named_parameters())
     start = [laid_out(parameters[c.parameter], c) if c.parameter else torch.zeros(c.stop - c.first) for c in columns]
     return JacobianFeatures(
         rows=rows,

@@ -86,7 +86,8 @@ def capturing_other(job: Job) -> Iterator[Callable[[int], tuple[Jacobians, Tenso
 def no_gradient(candidates: Iterable[str], kind: str) -> TargetError:
     return TargetError(
         f"no target takes a gradient from outputs={kind!r}: {', '.join(candidates)}; "
-        "are they part of the forward pass that makes these outputs?"
+        "are they part of the forward pass that makes these outputs, outside of torch.no_grad, detach and "
+        "torch.utils.checkpoint with use_reentrant=True?"
     )
 
 

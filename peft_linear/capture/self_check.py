@@ -19,15 +19,17 @@ from torch import Tensor
 
 from ..errors import OutputError, PeftLinearError, TargetError
 from ..functional.gram import BatchJacobian
-from .batches import Batch
+from .batches import Batch, evaluate
 from .causes import Alone, cause_of
 from .job import Job
 from .outputs import OutputFunction
+from .parameters import differentiable
 from .passes import capturing, not_finite
 from .reference_pass import reference_gradients
 
 
 EXAMPLES, DIRECTIONS = 3, 4
+PARTS = 4  # times the tolerance: products of other shapes round differently
 # Of the gradient itself; besides, 2·eps of the largest that it could be without cancellation, and eps of the largest
 # of all modules: gradients that are small by cancellation have the rounding of large ones.
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
@@ -52,21 +54,25 @@ def self_check(job: Job, mode: str) -> tuple[dict[str, Any], torch.dtype | None]
 
     Raises:
         TargetError: a module's rows are not its gradients; the message names it and the likely cause.
-        OutputError: two passes over one batch differ, or gradients are not finite.
+        OutputError: two passes over one batch differ, outputs depend on the other examples of a batch, or gradients
+            are not finite.
 
-    Cost: of each structure two forward and two backward passes of a few examples, one of them with the
-    gradients of the parameters that would train.
+    Cost: of each structure four forward and two backward passes of a few examples, one of them with the gradients of
+    the parameters that would train, and one forward pass of the whole batch without a graph.
     """
     if mode == "off":
-        return {"mode": mode}, None
+        kind = job.device.type
+        return {"mode": mode}, torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     numbers = [0] if mode == "first" else _first_of_each_structure(job.batches)
     worst, dtypes, unchecked = 0.0, [], set[str]()
     for number in numbers:
-        batch = job.batches[number]
-        batch = batch.head(EXAMPLES) if batch.uniform else batch
+        whole = job.batches[number]
+        batch = whole.head(EXAMPLES) if whole.uniform else whole
         found = _check(job, batch, number)
         if found.wrong is not None:
             raise TargetError(cause_of(job, found.wrong, found.error, batch, number, _alone(job, batch, number)))
+        if batch.size < whole.size:
+            _check_parts(job, whole, number, found.dtype)
         worst = max(worst, found.error, found.rounding)
         dtypes.append(found.dtype)
         unchecked |= set(found.unchecked)
@@ -118,11 +124,14 @@ def _check(job: Job, batch: Batch, number: int) -> Found:
     _check_outputs(outputs, again, dtype, number)
     eps = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)  # parts of many models work in float32 always
     largest = max((float(value.norm()) for value in expected.values() if value is not None), default=0.0)
-    worst, most, wrong, unchecked = 0.0, 0.0, None, []
+    worst, most, wrong, unchecked, passed_by = 0.0, 0.0, None, [], []
     owners = {key: name for name in job.layers for key in job.keys(name)}
     for key, name in owners.items():
         reference, jacobian = expected[key], jacobians[key]
-        if reference is None or (jacobian is None and name in job.candidates and key not in sizes):
+        called = jacobian is not None or key in sizes or name not in job.candidates
+        if reference is not None and not called and bool(reference.any()):
+            passed_by.append(name)
+        if reference is None or not called:
             unchecked.append(name)
             continue
         assembled = _assembled(jacobian, signs, directions[key], reference)
@@ -135,6 +144,12 @@ def _check(job: Job, batch: Batch, number: int) -> Found:
         error = beyond_rounding / max(size, float(assembled.norm()), 1e-300)
         if error > worst:
             worst, wrong = error, (name if error > TOLERANCE[dtype] else None)
+    if passed_by:
+        raise TargetError(
+            f"the model uses the weight of {', '.join(passed_by)} without calling the module, so hooks see nothing "
+            'and an adapter would be without effect; leave it out of `targets`, or use space="lora", which gives it a '
+            "kernel of zero"
+        )
     return Found(worst, most, wrong, dtype, tuple(unchecked))
 
 
@@ -146,6 +161,24 @@ def _check_outputs(one: Tensor, other: Tensor, dtype: torch.dtype, number: int) 
             "the model draws random numbers, or changes itself, in its forward pass, so its kernel is not defined. "
             "Does it call F.dropout without training=self.training? Switch that off"
         )
+
+
+def _check_parts(job: Job, whole: Batch, number: int, dtype: torch.dtype) -> None:
+    """The first and the last examples have the same outputs without the others."""
+
+    def outputs_of(part: Batch) -> Tensor:
+        with differentiable(job.model, []), torch.no_grad():
+            return evaluate(job.model, part.to(job.device), job.function, number).double()
+
+    outputs, first, last = map(outputs_of, (whole, whole.head(EXAMPLES), whole.tail(EXAMPLES)))
+    for one, other in ((outputs[:EXAMPLES], first), (outputs[-EXAMPLES:], last)):
+        difference = float((one - other).norm() / one.norm().clamp_min(1e-300))
+        if difference > PARTS * TOLERANCE[dtype]:
+            _check_outputs(outputs, outputs_of(whole), dtype, number)
+            raise OutputError(
+                f"the outputs of {EXAMPLES} examples of batch {number} differ by {difference:.1e} (relative) when "
+                "they are passed without the others: the model mixes the examples of a batch; pass batches of one example"
+            )
 
 
 def _assembled(jacobian: BatchJacobian | None, signs: Tensor, directions: Tensor, like: Tensor) -> Tensor:  # (p, l)

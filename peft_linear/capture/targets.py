@@ -77,6 +77,7 @@ def resolve_targets(
             name, reason = next(iter(refused.items()))
             raise TargetError(f"peft can adapt no linear layer of {type(root).__name__} by its name: {name}: {reason}")
         chosen = {name: module for name, module in chosen.items() if name not in refused}
+        _check_uncompiled(chosen)
         if not chosen:
             raise TargetError(
                 f"{type(root).__name__} has no linear layer outside its head; pass `targets` by name if it has others"
@@ -97,6 +98,7 @@ def resolve_targets(
     wrong = [(name, module) for name, module in chosen.items() if name not in kinds]
     if wrong:
         raise not_a_layer(wrong)
+    _check_uncompiled(chosen)
     taken = [name for name in chosen if _inside(name, reserved)]
     if taken:
         raise TargetError(
@@ -115,6 +117,7 @@ def resolve_always_trained(model: nn.Module, names: Sequence[str] | None = None)
     Raises:
         TargetError: a name that is not a module with parameters.
     """
+    model = unwrapped(model)
     root = base_model(model)
     if names is None:
         return _saved_modules(root) or ({} if model is not root else _task_head(root))
@@ -131,6 +134,16 @@ def resolve_always_trained(model: nn.Module, names: Sequence[str] | None = None)
             if not _inside(key, found):
                 found[key] = _active(module)
     return found
+
+
+def _check_uncompiled(modules: Iterable[str]) -> None:
+    """Raises TargetError for parts that `torch.compile` has wrapped: no config fits their names, in no other model."""
+    compiled = next((name for name in modules if "_orig_mod" in name.split(".")), None)
+    if compiled is not None:
+        raise TargetError(
+            f"{compiled.split('._orig_mod')[0]} is compiled by itself (torch.compile(part)), so the names of the "
+            "layers in it hold '_orig_mod' and fit no config; compile it afterwards, or in place, with part.compile()"
+        )
 
 
 def _adaptable(root: nn.Module) -> dict[str, nn.Module]:

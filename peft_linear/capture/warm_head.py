@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import PeftLinearError, TargetError
 from .batches import Batch, check_outputs, evaluate, read_batches
+from .conditions import unwrapped
 from .outputs import OutputFunction, logits_of
 from .parameters import differentiable, head_parameters
 from .targets import base_model, resolve_always_trained
@@ -60,6 +61,7 @@ def warmed_head(
             f"warming the head needs steps ≥ 1 and a learning rate > 0, got steps={steps}, "
             f"learning_rate={learning_rate}"
         )
+    model = unwrapped(model)
     head = resolve_always_trained(model, always_trained)
     parameters = head_parameters(head)
     if not parameters:

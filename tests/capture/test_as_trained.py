@@ -174,28 +174,6 @@ def test_parameters_that_are_tied_count_in_every_place(options):
     assert error(kernels.base, parameters, model, batches, TOKENS) < 1e-10
 
 
-def compiled(model):
-    model.compile(backend="eager")
-    return model
-
-
-WRAPPERS = {
-    "torch.compile": lambda model: torch.compile(model, backend="eager"),
-    "model.compile": compiled,
-    "DataParallel": nn.DataParallel,
-    "AveragedModel": torch.optim.swa_utils.AveragedModel,
-}
-
-
-@pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_wrapped_models_have_the_kernels_and_names_of_what_is_in_them(wrapper):
-    batches = small.text_batches()
-    expected = ntk(small.seeded(small.bert), batches)
-    got = ntk(WRAPPERS[wrapper](small.seeded(small.bert)), batches)
-    assert got.names == expected.names
-    assert torch.equal(got.subset(), expected.subset()) and torch.equal(got.base, expected.base)
-
-
 class Encoder(nn.Module):
     def __init__(self):
         super().__init__()
@@ -322,3 +300,57 @@ def test_a_model_that_takes_one_dict_says_so():
 
     with pytest.raises(PeftLinearError, match="forward of OfDict takes features: name the keys so, or, .* wrap it"):
         read_batches(small.text_batches(), OfDict(), False, "this")
+
+
+@pytest.mark.parametrize(
+    "parametrization",
+    [nn.utils.parametrizations.weight_norm, nn.utils.weight_norm, nn.utils.parametrizations.orthogonal],
+)
+def test_a_weight_that_is_made_of_others_is_refused_but_takes_an_adapter_and_is_exact_in_a_head(parametrization):
+    def kind(*sizes):
+        return parametrization(nn.Linear(*sizes))
+
+    batches, model = numbers(), TwoLayers(b=kind)
+    kernels = ntk(model, batches, targets=["a"], always_trained=["b"])
+    assert error(kernels.base, model.b.parameters(), model, batches) < 1e-10
+    with pytest.raises(TargetError, match='the weight of a is no parameter: it is made of others.*use space="lora"'):
+        ntk(TwoLayers(a=kind), batches, targets=["a"], space="weight", always_trained=())
+    adapted = ntk(TwoLayers(a=kind), batches, targets=["a"], rank=2, always_trained=())
+    assert adapter_error(adapted, TwoLayers(a=kind), batches) < 1e-10
+
+
+def test_buffers_and_tensors_of_inference_mode_are_an_error():
+    class Gated(TwoLayers):
+        def forward(self, x):
+            return self.b(torch.tanh(self.a(x)) * self.gate)
+
+    registered, attribute = Gated(), Gated()
+    with torch.inference_mode():
+        registered.register_buffer("gate", torch.ones(6).double())
+        attribute.gate = torch.ones(6).double()
+    for model, message in ((registered, "gate of Gated was made inside"), (attribute, "uses a tensor that was made")):
+        with pytest.raises(TargetError, match=f"{message}.*load or copy the model outside"):
+            ntk(model, numbers(), targets=["a"], always_trained=())
+
+
+def test_a_list_that_makes_its_batches_anew_may_refill_its_tensors():
+    class Refilling(list):
+        def __iter__(self):
+            buffer = torch.zeros(2, 4, dtype=torch.float64)
+            for factor in (1.0, -2.0):
+                yield {"x": buffer.fill_(factor)}
+
+    batches = [{"x": torch.full((2, 4), factor, dtype=torch.float64)} for factor in (1.0, -2.0)]
+    got, expected = (ntk(TwoLayers(), data, targets=["a"]).subset() for data in (Refilling(), batches))
+    assert torch.equal(got, expected)
+
+
+def test_a_forward_that_takes_one_dict_and_any_keyword_says_so():
+    class OfDict(TwoLayers):
+        def forward(self, features, **kwargs):
+            return super().forward(features["x"])
+
+    with pytest.raises(
+        PeftLinearError, match="is not what OfDict takes .missing 1 .*'features'.*where it takes one dict"
+    ):
+        ntk(OfDict(), numbers(), targets=["a"])

@@ -128,3 +128,69 @@ def test_gradients_that_overflow_in_half_precision_are_an_error(check):
             parameter.fill_(1e-3)
     with pytest.raises(OutputError, match="gradients of a are NaN or inf although .* load the model in bfloat16"):
         ntk(model, batches, targets=["a"], always_trained=(), check=check)
+
+
+class MixingTheRest(TwoLayers):
+    """The first three examples are as they are alone; the others are not."""
+
+    def forward(self, x):
+        state = torch.tanh(self.a(x))
+        return self.b(torch.cat([state[:3], state[3:] + state[:1]]))
+
+
+def test_examples_that_are_mixed_only_in_larger_batches_are_an_error():
+    with pytest.raises(OutputError, match="3 examples of batch 0 differ by .* mixes the examples.*batches of one"):
+        ntk(MixingTheRest(), numbers(), targets=["a"], always_trained=())
+    assert len(ntk(MixingTheRest(), numbers((3, 2)), targets=["a"], always_trained=())) == 1
+
+
+def test_random_numbers_in_the_rest_of_a_batch_are_an_error():
+    class DroppingTheRest(TwoLayers):
+        def forward(self, x):
+            state = torch.tanh(self.a(x))
+            return self.b(torch.cat([state[:3], F.dropout(state[3:], 0.5)]))
+
+    with pytest.raises(OutputError, match=r"two passes over batch 0 gave outputs that differ by .*F\.dropout"):
+        ntk(DroppingTheRest(), numbers((40,)), targets=["a"])
+
+
+class UsedWithoutACall(TwoLayers):
+    def forward(self, x):
+        state = self.a(x)
+        return self.b(torch.tanh(state @ self.c.weight.T))
+
+    def __init__(self):
+        super().__init__()
+        self.c = nn.Linear(6, 6).double()
+
+
+def test_a_weight_that_is_used_without_its_module_is_no_zero():
+    with pytest.raises(TargetError, match="uses the weight of c without calling the module.*leave it out"):
+        ntk(UsedWithoutACall(), numbers(), targets=["a", "c"], space="weight", always_trained=())
+    assert not ntk(UsedWithoutACall(), numbers(), targets=["a", "c"], always_trained=())["c"].any()
+
+
+def test_without_a_check_the_noise_floor_follows_autocast_too():
+    model, batches = small.seeded(small.bert, dtype=torch.float32), small.text_batches()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ntk(model, batches, check="off").provenance["dtype"] == "torch.bfloat16"
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        lambda model: model.a.register_full_backward_pre_hook(lambda module, gradients: (2 * gradients[0],)),
+        lambda model: model.a.weight.register_hook(lambda gradient: 2 * gradient),
+    ],
+)
+def test_hooks_of_the_backward_pass_that_change_gradients_are_named(register):
+    exact = 0
+    for space in ("lora", "weight"):
+        model = TwoLayers()
+        register(model)
+        try:
+            ntk(model, numbers(), targets=["a"], space=space, always_trained=())
+            exact += 1
+        except TargetError as error:
+            assert "there are hooks of yours (1): remove them" in str(error)
+    assert exact == 1  # a gradient of the weight is none of an adapter, and what comes before the layer is none of it
