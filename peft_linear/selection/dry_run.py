@@ -80,8 +80,8 @@ class CostEstimate:
                 f"{step.memory_share(chosen, self.rank):.2f} of the memory"
             )
         lines.append(
-            f"recommendation ({self.examples} examples{draws}): at least {self.kernels_time:.1f} such steps, memory about "
-            f"{format_memory(self.kernels_memory)}"
+            f"recommendation ({self.examples} examples{draws}): at least {self.kernels_time:.1f} such steps, memory "
+            f"about {format_memory(self.kernels_memory)}"
         )
         return "\n".join(lines)
 
