@@ -108,6 +108,18 @@ def tensor_digest(names: Iterable[str], get: Callable[[str], Tensor], about: str
     return digest.hexdigest()
 
 
+def is_file(path: str | os.PathLike) -> bool:
+    """Whether it is one; raises FileError for a path that cannot be."""
+    with _explained(Path(path)):
+        return Path(path).is_file()
+
+
+def make_folder(path: str | os.PathLike) -> None:
+    """Makes a folder and its parents, where they are missing; raises FileError where that cannot be."""
+    with _explained(Path(path)):
+        Path(path).mkdir(parents=True, exist_ok=True)
+
+
 def file_digest(path: str | os.PathLike) -> str:
     """sha256 of a file. Raises OSError where it cannot be read."""
     digest = hashlib.sha256()

@@ -128,6 +128,8 @@ def read_batches(batches: Iterable[Any], model: nn.Module, needs_labels: bool, w
                 f"batch {number} has no labels, which {what} needs; its keys are {', '.join(map(str, raw))}. "
                 f"Add them under one of {', '.join(map(repr, LABEL_KEYS))}"
             )
+        if labels is not None:
+            _check_labels(batch, number)
         read.append(batch)
     if not read:
         raise PeftLinearError("`batches` is empty; pass at least one batch (an exhausted generator gives none)")
@@ -194,11 +196,7 @@ def gather_labels(batches: list[Batch], outputs: Tensor, function: OutputFunctio
             )
         if function.output.takes_tokens and batch.labels.ndim > 1:
             return None
-        if batch.labels.ndim == 0 or len(batch.labels) != batch.size:
-            raise OutputError(
-                f"batch {number} has labels of shape {tuple(batch.labels.shape)} for {batch.size} examples; pass one "
-                "label an example"
-            )
+        _check_labels(batch, number)
         parts.append(batch.labels.cpu())
     if len({(part.shape[1:], part.is_floating_point()) for part in parts}) > 1:
         kinds = sorted({f"{tuple(part.shape)} of {part.dtype}" for part in parts})
@@ -208,6 +206,15 @@ def gather_labels(batches: list[Batch], outputs: Tensor, function: OutputFunctio
 
 def progress_bar(batches: list[Batch], progress: bool, description: str) -> Iterable[Batch]:
     return tqdm(batches, desc=description, unit="batch", disable=not progress)
+
+
+def _check_labels(batch: Batch, number: int) -> None:
+    labels = batch.labels
+    if labels is not None and (labels.ndim == 0 or len(labels) != batch.size):
+        raise OutputError(
+            f"batch {number} has labels of shape {tuple(labels.shape)} for {batch.size} examples; pass one label an "
+            "example"
+        )
 
 
 def _labels_of(raw: Mapping[str, Any], number: int, model: nn.Module) -> Tensor | None:
@@ -222,6 +229,7 @@ def _labels_of(raw: Mapping[str, Any], number: int, model: nn.Module) -> Tensor 
             f"the {key} of batch {number} are no numbers ({error}); pass class numbers, such as those of "
             "model.config.label2id, or targets"
         ) from error
+    labels = labels if labels.layout == torch.strided else labels.to_dense()
     labels = labels.long() if labels.dtype == torch.bool else labels
     generates = getattr(base_model(model), "get_output_embeddings", lambda: None)() is not None
     return labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 and not generates else labels

@@ -177,8 +177,8 @@ def _check_parts(job: Job, whole: Batch, number: int, dtype: torch.dtype) -> Non
             _check_outputs(outputs, outputs_of(whole), dtype, number)
             raise OutputError(
                 f"the outputs of {EXAMPLES} examples of batch {number} differ by {difference:.1e} (relative) when "
-                "they are passed without the others: the model mixes the examples of a batch; pass batches of one "
-                "example"
+                "they are passed without the others: the model mixes the examples of a batch; pass batches of "
+                "one example"
             )
 
 

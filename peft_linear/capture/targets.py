@@ -200,14 +200,22 @@ def _active(module: nn.Module) -> nn.Module:
 
 
 def _task_head(root: nn.Module) -> dict[str, nn.Module]:
-    prefix = getattr(root, "base_model_prefix", "")
-    if not isinstance(root, PreTrainedModel) or not prefix or not hasattr(root, prefix) or _output_embeddings(root):
+    """Every child with parameters beside the base model.
+
+    Models for one half of a larger one, such as the image encoder of CLIP, have it under another name than
+    `base_model_prefix`; there the children that are models are taken for the base model.
+    """
+    if not isinstance(root, PreTrainedModel) or _output_embeddings(root):
         return {}
-    body = getattr(root, prefix)
+    children = dict(root.named_children())
+    body = children.get(root.base_model_prefix or "")
+    bodies = [body] if body is not None else [c for c in children.values() if isinstance(c, PreTrainedModel)]
+    if not bodies or (body is None and "For" not in type(root).__name__):
+        return {}
     return {
         name: module
-        for name, module in root.named_children()
-        if module is not body and any(True for _ in module.parameters())
+        for name, module in children.items()
+        if all(module is not one for one in bodies) and any(True for _ in module.parameters())
     }
 
 

@@ -37,6 +37,25 @@ def hooked():
     return model
 
 
+SCALE = {"factor": 1.0}
+
+
+def scaled(x):
+    return inner(x)
+
+
+def inner(x):
+    return SCALE["factor"] * x
+
+
+class WithAMethod(Activated):
+    def forward(self, x):
+        return self.b(self.act(self.a(x)))
+
+    def act(self, x):
+        return torch.tanh(x)
+
+
 OTHERS = {
     "activation": lambda: Activated(nn.ReLU()),
     "extra_repr": lambda: Activated(nn.LeakyReLU(0.2)),
@@ -93,3 +112,47 @@ def test_two_processes_do_not_compute_in_one_folder(tmp_path):
         with pytest.raises(FileError, match="another process computes kernels in the folder.*wait for it to end"):
             ntk(Activated(), numbers(), targets=["a"], folder=tmp_path)
     assert len(ntk(Activated(), numbers(), targets=["a"], folder=tmp_path)) == 1
+
+
+MANIFESTS = [
+    b"", b"{", b"[]", b"null", b"{}", b"\xff", b"[" * 100_000,
+    b'{"format": 3, "fingerprint": {}}',
+    b'{"format": "peft_linear.compute_ntk/1"}',
+    b'{"format": "peft_linear.compute_ntk/1", "fingerprint": []}',
+    b'{"format": "peft_linear.compute_ntk/1", "fingerprint": {"model": 3}}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("content", MANIFESTS)
+def test_a_manifest_that_is_none_is_an_error(content, tmp_path):
+    (tmp_path / "manifest.json").write_bytes(content)
+    with pytest.raises(FileError, match="manifest.json.*; pass another folder, or remove this one"):
+        ntk(Activated(), numbers(), targets=["a"], folder=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"\xff\xfe\n", b"[1]\n", b'{"file": 3, "sha256": 4}\n', b'{"file": "a\\u0000", "sha256": "b"}\n', b"[" * 100_000],
+)
+def test_lines_of_the_record_that_are_none_are_left_out(content, tmp_path):
+    expected = ntk(Activated(), numbers(), targets=["a"], folder=tmp_path).subset()
+    (tmp_path / "finished.jsonl").write_bytes(content)
+    assert torch.equal(ntk(Activated(), numbers(), targets=["a"], folder=tmp_path).subset(), expected)
+
+
+@pytest.mark.parametrize("path", ["x" * 300, "/dev/null/x", "a\0b", "/proc/none/x"])
+def test_a_folder_that_cannot_be_is_an_error(path):
+    with pytest.raises(FileError, match="cannot write .*; "):
+        ntk(Activated(), numbers(), targets=["a"], folder=path)
+
+
+def test_globals_and_methods_that_a_forward_uses_count(monkeypatch):
+    def of(model):
+        return fingerprint(model, (), {})["model"]["modules"]
+
+    before = [of(Activated(scaled)), of(WithAMethod())]
+    assert before == [of(Activated(scaled)), of(WithAMethod())]
+    monkeypatch.setitem(SCALE, "factor", 2.0)
+    monkeypatch.setattr(WithAMethod, "act", lambda self, x: torch.sin(x))
+    after = [of(Activated(scaled)), of(WithAMethod())]
+    assert before[0] != after[0] and before[1] != after[1]

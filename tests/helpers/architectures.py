@@ -44,6 +44,11 @@ DEEPSEEK = {
     "n_shared_experts": 1,
 }
 
+CLIP = {
+    "vision_config": {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    | {"image_size": 16, "patch_size": 8},
+    "projection_dim": 8,
+}
 CLASSIFIERS = {  # class, its config and the config's fields
     "bert": (tf.BertForSequenceClassification, tf.BertConfig, {**TOKENS, **WIDTH}),
     "bart": (tf.BartForSequenceClassification, tf.BartConfig, {**TOKENS, **SEQ2SEQ}),
@@ -55,6 +60,7 @@ CLASSIFIERS = {  # class, its config and the config's fields
     "dinov2": (tf.Dinov2ForImageClassification, tf.Dinov2Config, {**WIDTH, **IMAGE, "mlp_ratio": 2}),
     "swin": (tf.SwinForImageClassification, tf.SwinConfig, {**SWIN, "num_labels": 3}),
     "deit": (tf.DeiTForImageClassificationWithTeacher, tf.DeiTConfig, {**WIDTH, **IMAGE}),
+    "clip": (tf.CLIPForImageClassification, tf.CLIPConfig, {**CLIP, "num_labels": 3}),
 }
 LANGUAGE = {
     "mamba": (tf.MambaForCausalLM, tf.MambaConfig, MAMBA),
@@ -102,7 +108,7 @@ def build(name):
 def batch_for(name):
     """Four examples of three classes, or four token sequences."""
     generator = torch.Generator().manual_seed(0)
-    if name in ("vit", "dinov2", "swin", "deit"):
+    if name in ("vit", "dinov2", "swin", "deit", "clip"):
         size = 32 if name == "swin" else 16
         return {"pixel_values": torch.randn(4, 3, size, size, generator=generator), "labels": torch.arange(4) % 3}
     ids = torch.randint(3, VOCABULARY - 3, (4, 6), generator=generator)

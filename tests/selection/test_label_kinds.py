@@ -135,3 +135,12 @@ def test_labels_that_are_no_numbers_are_refused(labels):
 def test_steps_of_the_head_are_refused_without_class_labels():
     with pytest.raises(OutputError, match="head_steps=3 trains the head on class labels, and these are logits with "):
         choose(MULTI_HOT.double(), head_steps=3, criterion="gradient_energy")
+
+
+def test_a_single_label_for_a_batch_is_refused_before_any_pass():
+    with pytest.raises(OutputError, match=r"batch 0 has labels of shape \(\) for 4 examples; pass one label"):
+        choose(torch.tensor(1))
+
+
+def test_labels_in_a_sparse_tensor_are_the_same():
+    assert choose(MULTI_HOT.double().to_sparse()).modules == choose(MULTI_HOT.double()).modules

@@ -2,13 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Digests of what a computation depends on besides parameters: classes, attributes and hooks of modules, and values.
 
-A function counts by its code, constants, defaults and what it closes over, not by its address.
+A function counts by its code, constants, defaults, what it closes over and which globals it names, not by its address.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import sys
 import types
 from collections.abc import Mapping
 from typing import Any
@@ -21,17 +22,18 @@ DEPTH = 6
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 # Kept by nn.Module, or counted elsewhere; `training` is the same for all passes.
 _OWN = frozenset(vars(nn.Module())) | {"training", "config", "generation_config", "_hf_hook", "_compiled_call_impl"}
+_KNOWN = frozenset({"torch", "transformers", "peft", "peft_linear"})
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def modules_digest(root: nn.Module) -> str:
-    """sha256 over every module: name, class with the code of its forward, `extra_repr`, attributes and hooks."""
+    """sha256 over every module: name, class with the code of its methods, `extra_repr`, attributes and hooks."""
     parts: list[tuple] = []
     for name, module in root.named_modules():
         attributes = {key: _described(value) for key, value in vars(module).items() if key not in _OWN}
         hooks = [_described(hook) for kind in _HOOKS for hook in getattr(module, kind).values()]
         kind = type(module)
-        code = digest(kind.forward)
+        code = [digest(kind.forward), *(digest(method) for method in _methods(kind))]
         parts.append((name, kind.__module__, kind.__qualname__, code, module.extra_repr(), sorted(attributes.items())))
         parts.append((name, hooks))
     return hashlib.sha256(repr(parts).encode()).hexdigest()
@@ -52,7 +54,9 @@ def digest(value: Any, depth: int = DEPTH) -> str | None:
         return _joined("method", [value.__func__], depth)
     if isinstance(value, types.FunctionType):
         closed = [content for cell in value.__closure__ or () if not _is_module(content := _content(cell))]
-        return _joined(f"function {value.__qualname__}", [value.__code__, value.__defaults__, closed], depth)
+        parts = [value.__code__, value.__defaults__, value.__kwdefaults__, closed]
+        described = _joined(f"function {value.__qualname__}", parts, depth)
+        return described if described is None or _is_known(value) else f"{described} {_globals(value, depth - 2)}"
     if isinstance(value, types.CodeType):
         return _joined(f"code {value.co_code.hex()} {value.co_names}", list(value.co_consts), depth)
     if isinstance(value, (type, types.BuiltinFunctionType)):
@@ -84,6 +88,32 @@ def _joined(what: str, parts: list[Any], depth: int) -> str | None:
     if None in described:
         return None
     return f"{what} {hashlib.sha256(repr(described).encode()).hexdigest()}"
+
+
+def _methods(kind: type) -> list[types.FunctionType]:
+    """Those of a class and its bases that the user, not a package whose version is recorded, has written."""
+    classes = [one for one in kind.__mro__ if not _is_known(one)]
+    return [value for one in classes for value in vars(one).values() if isinstance(value, types.FunctionType)]
+
+
+def _globals(function: types.FunctionType, depth: int) -> list[tuple[str, str]]:
+    """The values and the user's functions among the globals that a function names."""
+    if depth <= 0:
+        return []
+    codes, names = [function.__code__], set[str]()
+    for code in codes:
+        names.update(code.co_names)
+        codes += [inner for inner in code.co_consts if isinstance(inner, types.CodeType)]
+    found = {name: function.__globals__[name] for name in sorted(names & function.__globals__.keys())}
+    ours = {n: v for n, v in found.items() if not (callable(v) and (isinstance(v, type) or _is_known(v)))}
+    described = {name: digest(value, depth) for name, value in ours.items()}
+    return [(name, text) for name, text in described.items() if text is not None]
+
+
+def _is_known(value: Any) -> bool:
+    """Whether a class or function is of a package whose version is in the fingerprint, or of python."""
+    package = str(getattr(value, "__module__", None) or "builtins").partition(".")[0]
+    return package in _KNOWN or package in sys.stdlib_module_names - {"__main__"}
 
 
 def _content(cell: Any) -> Any:

@@ -21,15 +21,16 @@ import tempfile
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from torch import Tensor
 
 from ...errors import FileError, PeftLinearError
-from ...files import atomic_file, file_digest, write_text
+from ...files import atomic_file, file_digest, is_file, make_folder, write_text
 from ...kernels.module_kernels import ModuleKernels
 from ...kernels.saving import INDEX
 from ...kernels.tensor_files import save_file
+from ...schema import Place, read_as, read_json
 from .fingerprint import differences
 from .processes import Team
 
@@ -43,6 +44,11 @@ except ImportError:  # Windows
 MANIFEST, FINISHED, PARTS, BLOCKS = "manifest.json", "finished.jsonl", "parts", "blocks"
 LOCK = ".lock"  # held while a process computes in the folder
 FORMAT = "peft_linear.compute_ntk/1"
+
+
+class _Manifest(TypedDict):
+    format: str
+    fingerprint: Mapping[str, Mapping[str, Any]]
 
 
 class RunFolder:
@@ -137,9 +143,9 @@ class RunFolder:
 
     def _take(self, path: Path) -> None:
         """Raises FileError where another process computes in the folder."""
-        if fcntl is None or path.is_file():
+        if is_file(path) or fcntl is None:
             return
-        path.mkdir(parents=True, exist_ok=True)
+        make_folder(path)
         lock = open(path / LOCK, "w", encoding="utf-8")  # noqa: SIM115
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -175,12 +181,10 @@ class RunFolder:
         if path.exists() and not path.is_dir():
             raise FileError(f"folder={os.fspath(path)!r} is a file; pass a folder, or a path that does not exist yet")
         if (path / MANIFEST).is_file():
-            try:
-                there = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-            except json.JSONDecodeError as error:
-                raise FileError(f"{path / MANIFEST} is not JSON; pass another folder, or remove this one") from error
-            if there.get("format") != FORMAT:
-                raise FileError(f"{path / MANIFEST} holds {there.get('format')!r}, expected {FORMAT!r}")
+            place = Place(os.fspath(path / MANIFEST), "pass another folder, or remove this one")
+            there = read_as(_Manifest, read_json(path / MANIFEST, place), place)
+            if there["format"] != FORMAT:
+                raise FileError(f"{path / MANIFEST} holds {there['format']!r}, expected {FORMAT!r}")
             found = differences(there["fingerprint"], fingerprint, ("there", "here"))
             if found:
                 raise FileError(
@@ -198,7 +202,7 @@ class RunFolder:
 
     def _recorded(self) -> dict[str, str]:
         path = self.path / FINISHED
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
         entries = [entry for entry in map(_parse, lines) if entry is not None]
         return {entry["file"]: entry["sha256"] for entry in entries}
 
@@ -233,6 +237,7 @@ def _parse(line: str) -> dict[str, str] | None:
     """An entry of the record; None for an empty line, or one that a killed run has left unfinished."""
     try:
         entry = json.loads(line)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return None
-    return entry if isinstance(entry, dict) and {"file", "sha256"} <= entry.keys() else None
+    right = isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in ("file", "sha256"))
+    return entry if right and "\0" not in entry["file"] else None
