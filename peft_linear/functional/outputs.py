@@ -112,10 +112,11 @@ class Logits(Output):
 
     def check_labels(self, labels: Tensor, num_outputs: int) -> None:
         if num_outputs > 1 and (int(labels.min()) < 0 or int(labels.max()) >= num_outputs):
+            low, high = int(labels.min()), int(labels.max())
+            more = f"load the model with num_labels={high + 1}, or fix the labels"
             raise OutputError(
-                f"labels must lie in [0, {num_outputs}) for {num_outputs} logits, got values from "
-                f"{int(labels.min())} to {int(labels.max())}; load the model with "
-                f"num_labels={int(labels.max()) + 1}, or fix the labels"
+                f"labels must lie in [0, {num_outputs}) for {num_outputs} logits, got values from {low} to {high}; "
+                + (more if low >= 0 else "leave out the examples that have none")
             )
 
     def targets(self, outputs: Tensor, labels: Tensor | None) -> Tensor:

@@ -385,7 +385,7 @@ def test_another_scaling_of_an_adapter_is_another_run(tmp_path):
 NO_RUNS = [
     ("", "notes.txt", "mine", "is not empty and holds no run"),
     ("notes.txt", "notes.txt", "mine", "is a file; pass a folder"),
-    ("run", "run/manifest.json", "{", "is not JSON"),
+    ("run", "run/manifest.json", "{", "is not valid JSON"),
     ("run", "run/manifest.json", '{"format": "else"}', "holds 'else', expected 'peft_linear.compute_ntk/1'"),
 ]
 

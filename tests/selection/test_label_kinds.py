@@ -144,3 +144,8 @@ def test_a_single_label_for_a_batch_is_refused_before_any_pass():
 
 def test_labels_in_a_sparse_tensor_are_the_same():
     assert choose(MULTI_HOT.double().to_sparse()).modules == choose(MULTI_HOT.double()).modules
+
+
+def test_examples_that_training_ignores_are_to_be_left_out():
+    with pytest.raises(OutputError, match="got values from -100 to 2; leave out the examples that have none"):
+        choose(torch.tensor([-100, 0, 1, 2]))

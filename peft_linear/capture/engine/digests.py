@@ -66,8 +66,8 @@ def digest(value: Any, depth: int = DEPTH) -> str | None:
     if isinstance(value, (list, tuple)):
         return _joined(type(value).__name__, list(value), depth)
     if isinstance(value, (set, frozenset)):
-        parts = [digest(part, depth - 1) for part in value]
-        return None if None in parts else f"set {sorted(map(str, parts))}"
+        inner = [digest(part, depth - 1) for part in value]
+        return None if None in inner else f"set {sorted(map(str, inner))}"
     if hasattr(value, "dtype") and hasattr(value, "tobytes"):  # a numpy array
         return f"array {value.dtype} {value.shape} {hashlib.sha256(value.tobytes()).hexdigest()}"
     return None

@@ -182,9 +182,10 @@ class RunFolder:
             raise FileError(f"folder={os.fspath(path)!r} is a file; pass a folder, or a path that does not exist yet")
         if (path / MANIFEST).is_file():
             place = Place(os.fspath(path / MANIFEST), "pass another folder, or remove this one")
-            there = read_as(_Manifest, read_json(path / MANIFEST, place), place)
-            if there["format"] != FORMAT:
-                raise FileError(f"{path / MANIFEST} holds {there['format']!r}, expected {FORMAT!r}")
+            value = read_json(path / MANIFEST, place)
+            if isinstance(value, dict) and value.get("format") != FORMAT:
+                raise FileError(f"{place.file} holds {value.get('format')!r}, expected {FORMAT!r}; {place.remedy}")
+            there = read_as(_Manifest, value, place)
             found = differences(there["fingerprint"], fingerprint, ("there", "here"))
             if found:
                 raise FileError(
