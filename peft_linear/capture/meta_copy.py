@@ -16,15 +16,21 @@ from .layers import Linear
 from .targets import base_model
 
 
+_HOOKS = tuple(
+    name for name, value in vars(nn.Module()).items() if name.endswith(("_hooks", "_with_kwargs", "_always_called"))
+)
+
+
 def meta_copy(model: nn.Module) -> nn.Module:
     """A copy of the base model whose parameters and buffers have shapes only; nothing in it requires a gradient.
 
     Adapters and trained copies are left out, and quantised linear layers are ordinary ones in the precision in which
-    the model computes.
+    the model computes. Hooks stay where they are: they would be called with tensors that hold no numbers.
     """
     root = base_model(model)
     memo: dict[int, Any] = {}
     for module in root.modules():
+        memo |= {id(hooks): type(hooks)() for name, hooks in vars(module).items() if name in _HOOKS}
         for parameter in module._parameters.values():
             if parameter is not None:
                 memo[id(parameter)] = nn.Parameter(_shape_of(parameter), requires_grad=False)

@@ -96,6 +96,16 @@ def load_model(
         raise PeftLinearError(f"cannot use the device {str(device)!r}: {reason}") from error
 
 
+def task_of_config(name: str) -> str:
+    """ "causal-lm" where the configuration is of a model that was saved as one, else "classification"."""
+    try:
+        config = AutoConfig.from_pretrained(model_path(name))
+    except (OSError, ValueError):
+        return "classification"  # `meta_model` says what is wrong
+    saved = getattr(config, "architectures", None) or [""]
+    return "causal-lm" if saved[0].endswith(("ForCausalLM", "LMHeadModel")) else "classification"
+
+
 def meta_model(name: str, task: str = "classification") -> PreTrainedModel:
     """The model of a configuration, on the meta device: no weights are read, and none are made.
 

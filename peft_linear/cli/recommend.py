@@ -26,7 +26,7 @@ from ..selection.training import Training
 from ..tuners.proximal_lora import ProximalLoraConfig
 from .data import batches_of, collator, load_text_data, sample_rows, tokenize
 from .language import batches_as_in_training
-from .models import load_model, meta_model
+from .models import load_model, meta_model, task_of_config
 from .sources import Rows
 
 
@@ -150,7 +150,7 @@ def dry_run(arguments: argparse.Namespace, budget: BudgetLike) -> CostEstimate:
     Raises:
         PeftLinearError: as `estimate_cost`, or a budget that no module fits.
     """
-    task = "causal-lm" if arguments.task == "auto" else arguments.task
+    task = task_of_config(arguments.model) if arguments.task == "auto" else arguments.task
     model = meta_model(arguments.model, task)
     request = _request(arguments, budget, task, Resources())
     sizes = request.candidates(model)

@@ -11,9 +11,12 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_linear import compute_ntk, recommend
-from peft_linear.capture.step_cost import step_record
+from peft_linear.capture.batches import Batch
+from peft_linear.capture.meta_copy import meta_copy
+from peft_linear.capture.step_cost import counted_step, step_record
 from peft_linear.errors import BudgetError, PeftLinearError
 from peft_linear.recommendation.cost import StepCost
+from tests.helpers import small_models as small
 from tests.helpers.small_models import bert
 
 
@@ -169,3 +172,16 @@ def test_a_model_that_asks_for_numbers_is_refused_and_its_kernels_say_why():
     with pytest.raises(BudgetError, match=r"a budget of time or memory cannot be kept: the operations of .* Asks"):
         recommend(kernels, "time:0.9", "trace")
     assert recommend(kernels, 1, "trace").step_time is None
+
+
+def test_a_users_hooks_are_not_called_by_counting():
+    model, called = small.seeded(small.bert), []
+    for module in model.modules():
+        module.register_forward_hook(lambda *_: called.append(1))
+        module.register_forward_pre_hook(lambda *_: called.append(1))
+    meta = meta_copy(model)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in meta.modules())
+    assert all(module._forward_hooks and module._forward_pre_hooks for module in model.modules())
+    batch = small.text_batches()[0]
+    counted_step(model, Batch({k: v for k, v in batch.items() if k != "labels"}, batch["labels"]), [], None)
+    assert not called
