@@ -11,7 +11,7 @@ optimizer holds, not by its class:
   is the proximal operator on z, and y (and x) change as they would have if z had been there.
 - **averages** (Lookahead's slow weights, averages kept by the optimizer): a part of what is pulled comes back, so
   they are refused, but for `"coupled"`, where the term is part of the gradient and passes through any rule. So are
-  copies of all parameters in one flat tensor.
+  copies of the parameters in one flat tensor.
 """
 
 from __future__ import annotations
