@@ -116,6 +116,8 @@ def read_batches(batches: Iterable[Any], model: nn.Module, needs_labels: bool, w
                 f"batch {number} has {wrong[0]!r}, which {type(base_model(model)).__name__} does not take and which "
                 "is not known as labels; rename it to 'labels', or leave it out"
             )
+        if empty := [key for key, value in inputs.items() if isinstance(value, Tensor) and value.is_meta]:
+            raise PeftLinearError(f"{empty[0]!r} of batch {number} has no values (it is on the meta device); fill it")
         if not any(isinstance(value, Tensor) and value.ndim for value in inputs.values()):
             raise nothing_taken(model, raw, number)
         if feeds_labels and labels is not None and "decoder_input_ids" not in inputs:

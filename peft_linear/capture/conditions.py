@@ -53,8 +53,17 @@ def as_in_training(model: nn.Module) -> Iterator[None]:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model in `torch.compile(model)`, DataParallel, DistributedDataParallel and AveragedModel; others as is."""
+    """The model in `torch.compile(model)`, DataParallel, DistributedDataParallel and AveragedModel; others as is.
+
+    Raises:
+        TargetError: it is no module.
+    """
     while True:
+        if not isinstance(model, nn.Module):
+            raise TargetError(
+                f"the model is a {type(model).__name__}, not a torch.nn.Module; pass the module itself"
+                + (" (torch.compile of a compiled model returns a function)" if callable(model) else "")
+            )
         if is_compiled(model):
             model = model._orig_mod  # type: ignore[assignment]
         elif isinstance(vars(model).get("_orig_mod"), nn.Module):  # accelerate's, whose blocks are compiled each
@@ -87,10 +96,7 @@ def check_present(model: nn.Module) -> None:
     """Raises TargetError where the weights of a model are not there, or take no gradients."""
     for name, parameter in model.named_parameters():
         if parameter.is_meta and not _is_offloaded(model):
-            raise TargetError(
-                f"{name} of {type(model).__name__} has no values (it is on the meta device); load the weights, for "
-                "example with from_pretrained"
-            )
+            raise _on_meta(f"{name} of {type(model).__name__}")
         if parameter.is_meta:
             raise TargetError(
                 f"{name} of {type(model).__name__} is offloaded by accelerate, which gives no gradients through it; "
@@ -102,11 +108,19 @@ def check_present(model: nn.Module) -> None:
                 "load or copy the model outside of it"
             )
     for name, buffer in model.named_buffers():
+        if buffer.is_meta and not _is_offloaded(model):
+            raise _on_meta(f"{name} of {type(model).__name__}")
         if buffer.is_inference() and buffer.is_floating_point():
             raise TargetError(
                 f"{name} of {type(model).__name__} was made inside torch.inference_mode(), so no gradient passes it; "
                 "load or copy the model outside of it"
             )
+
+
+def _on_meta(what: str) -> TargetError:
+    return TargetError(
+        f"{what} has no values (it is on the meta device); load the weights, for example with from_pretrained"
+    )
 
 
 def device_of(model: nn.Module) -> torch.device:

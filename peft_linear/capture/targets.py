@@ -115,11 +115,12 @@ def resolve_always_trained(model: nn.Module, names: Sequence[str] | None = None)
     without output embeddings) every child beside the base model that has parameters; nothing elsewhere.
 
     Raises:
-        TargetError: a name that is not a module with parameters.
+        TargetError: a name that is not a module with parameters, or, without names, adapters that train biases.
     """
     model = unwrapped(model)
     root = base_model(model)
     if names is None:
+        _check_biases(model)
         return _saved_modules(root) or ({} if model is not root else _task_head(root))
     if isinstance(names, str):
         names = [names]
@@ -144,6 +145,19 @@ def _check_uncompiled(modules: Iterable[str]) -> None:
             f"{compiled.split('._orig_mod')[0]} is compiled by itself (torch.compile(part)), so the names of the "
             "layers in it hold '_orig_mod' and fit no config; compile it afterwards, or in place, with part.compile()"
         )
+
+
+def _check_biases(model: nn.Module) -> None:
+    model = unwrapped(model)
+    if not isinstance(model, PeftModel):
+        return
+    for adapter in model.active_adapters:
+        bias = getattr(model.peft_config.get(adapter), "bias", "none")
+        if bias != "none":
+            raise TargetError(
+                f"adapter {adapter!r} trains biases (bias={bias!r}), of which no kernel is computed; use bias='none', "
+                "or pass `always_trained` to leave them out ([] for nothing but the candidates)"
+            )
 
 
 def _adaptable(root: nn.Module) -> dict[str, nn.Module]:

@@ -10,7 +10,8 @@ optimizer holds, not by its class:
 - **schedule-free** optimizers: the iterate is `z`; the parameter is y = (1−β)z + βx, x the average of the z. The term
   is the proximal operator on z, and y (and x) change as they would have if z had been there.
 - **averages** (Lookahead's slow weights, averages kept by the optimizer): a part of what is pulled comes back, so
-  they are refused, but for `"coupled"`, where the term is part of the gradient and passes through any rule.
+  they are refused, but for `"coupled"`, where the term is part of the gradient and passes through any rule. So are
+  copies of the parameters in one flat tensor.
 """
 
 from __future__ import annotations
@@ -232,7 +233,32 @@ def _look_for_copies(optimizer: Any, factor: FactorUpdate, earlier: _Copied) -> 
             if tensor.data_ptr() != parameter.data_ptr() and torch.equal(tensor.detach().to(parameter), parameter):
                 found.append(path)
     moved = factor.earlier is not None and not torch.equal(parameter, factor.earlier)  # else what equals it may differ
+    if moved:
+        _refuse_flat_copies(optimizer, factor)
     return _Copied(earlier.looks + moved, tuple(path for path in found if not earlier.looks or path in earlier.paths))
+
+
+def _refuse_flat_copies(optimizer: Any, factor: FactorUpdate) -> None:
+    """Raises `PeftLinearError` if the optimizer keeps its parameters in one flat tensor too, in their order."""
+    parameter = factor.parameter.detach().reshape(-1)
+    groups = [list(group["params"]) for group in optimizer.param_groups]
+    offsets = set()
+    for parameters in (*groups, [each for group in groups for each in group]):
+        sizes = [each.numel() for each in parameters]
+        offsets |= {sum(sizes[:i]) for i, each in enumerate(parameters) if each is factor.parameter}
+    for root, value in _roots(optimizer, factor):
+        for path, tensor in _tensors(value, (root,)) if root in ("group", "optimizer") else ():
+            if tensor.ndim != 1 or not tensor.is_floating_point() or tensor.numel() <= parameter.numel():
+                continue
+            for offset in offsets:
+                part = tensor.detach()[offset : offset + parameter.numel()]
+                if part.data_ptr() != parameter.data_ptr() and torch.equal(part.to(parameter), parameter):
+                    where = ".".join(map(str, path))
+                    raise PeftLinearError(
+                        f"{type(optimizer).__name__} keeps a flat copy of its parameters ({where}), from which "
+                        f"it would overwrite what the term does to {factor.name}: use "
+                        "proximal_mode='coupled', whose term is part of the gradient, or an optimizer without it"
+                    )
 
 
 def _follow(optimizer: Any, factor: FactorUpdate, path: tuple) -> Tensor | None:

@@ -156,3 +156,44 @@ def test_globals_and_methods_that_a_forward_uses_count(monkeypatch):
     monkeypatch.setattr(WithAMethod, "act", lambda self, x: torch.sin(x))
     after = [of(Activated(scaled)), of(WithAMethod())]
     assert before[0] != after[0] and before[1] != after[1]
+
+
+class Setting:
+    __slots__ = ("value",)
+
+    def __init__(self, value):
+        self.value = value
+
+
+class Holder(TwoLayers):
+    scale = 1.0
+
+    def __init__(self, held=None):
+        super().__init__()
+        self.held = held
+
+    def forward(self, x):
+        return self.b(torch.tanh(self.scale * self.a(x)))
+
+    @property
+    def doubled(self):
+        return 2 * self.scale
+
+
+def test_attributes_of_classes_and_of_objects_in_containers_count(monkeypatch):
+    def printed(*held):
+        return fingerprint(Holder(*held), [], {})
+
+    kinds = [Setting, lambda v: [Setting(v)], lambda v: {"a": (Setting(v),)}, lambda v: Setting(Setting(v))]
+    for kind in kinds:
+        assert printed(kind(1.0)) == printed(kind(1.0)) != printed(kind(2.0))
+    loop = [Setting(1.0)]
+    loop.append(loop)
+    assert printed(loop) == printed(loop)
+    before = printed()
+    monkeypatch.setattr(Holder, "scale", 2.0)
+    assert printed() != before
+    monkeypatch.undo()
+    assert printed() == before
+    monkeypatch.setattr(Holder, "doubled", property(lambda self: 3 * self.scale))
+    assert printed() != before

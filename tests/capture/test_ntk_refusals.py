@@ -250,3 +250,27 @@ def not_lora():
 def test_adapters_that_are_not_one_plain_lora_are_refused(factory, message):
     with pytest.raises(TargetError, match=message):
         ntk(factory(), small.text_batches())
+
+
+def test_what_is_no_module_is_an_error():
+    with pytest.raises(TargetError, match="the model is a function, not a torch.nn.Module; pass the module itself"):
+        ntk(lambda input_ids: input_ids, small.text_batches())
+
+
+def test_tensors_without_values_are_an_error():
+    model, batches = small.seeded(small.bert), small.text_batches()
+    batches[1]["attention_mask"] = batches[1]["attention_mask"].to("meta")
+    with pytest.raises(PeftLinearError, match="'attention_mask' of batch 1 has no values .it is on the meta device"):
+        ntk(model, batches)
+    model.bert.embeddings.token_type_ids = model.bert.embeddings.token_type_ids.to("meta")
+    with pytest.raises(TargetError, match="bert.embeddings.token_type_ids of .* has no values"):
+        ntk(model, small.text_batches())
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_adapters_that_train_biases_are_refused(bias):
+    config = LoraConfig(target_modules=["query"], bias=bias)
+    model = get_peft_model(small.seeded(small.bert), config).double()
+    with pytest.raises(TargetError, match=f"adapter 'default' trains biases .bias='{bias}'.*use bias='none'"):
+        ntk(model, small.text_batches())
+    assert len(ntk(model, small.text_batches(), targets=["query"], always_trained=["classifier"])) == 2

@@ -347,3 +347,38 @@ def test_the_model_average_of_torch_is_neither_pulled_nor_warned_of():
             average.update_parameters(model)
             average(torch.ones(3, 5))
     assert proximal_distance(average) > proximal_distance(model)
+
+
+class FlatSGD(torch.optim.Optimizer):
+    """SGD on a flat copy of all parameters, from which they are overwritten."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+        self.flat = torch.cat([p.detach().reshape(-1) for group in self.param_groups for p in group["params"]])
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        first = 0
+        for group in self.param_groups:
+            for p in group["params"]:
+                part = self.flat[first : first + p.numel()].view_as(p)
+                p.copy_(part.sub_(p.grad, alpha=group["lr"]))
+                first += p.numel()
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_flat_copies_are_refused_where_the_term_acts_on_the_weights(grouped):
+    def run(make, **options):
+        model = looped(**options)
+        params = list(lora_parameters(model).values())
+        optimizer = make([{"params": params[:2]}, {"params": params[2:]}] if grouped else params, lr=0.05)
+        for batch in batches(4):
+            optimizer.zero_grad()
+            risk(model, batch).backward()
+            optimizer.step()
+        return params
+
+    with pytest.raises(PeftLinearError, match=r"FlatSGD keeps a flat copy .*optimizer\.flat.*proximal_mode='coupled'"):
+        run(FlatSGD)
+    for p, q in zip(run(FlatSGD, proximal_mode="coupled"), run(SGD, proximal_mode="coupled"), strict=True):
+        torch.testing.assert_close(p, q)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 
 DEPTH = 6
+LEVELS = 3  # of objects in objects
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 # Kept by nn.Module, or counted elsewhere; `training` is the same for all passes.
 _OWN = frozenset(vars(nn.Module())) | {"training", "config", "generation_config", "_hf_hook", "_compiled_call_impl"}
@@ -33,7 +34,7 @@ def modules_digest(root: nn.Module) -> str:
         attributes = {key: _described(value) for key, value in vars(module).items() if key not in _OWN}
         hooks = [_described(hook) for kind in _HOOKS for hook in getattr(module, kind).values()]
         kind = type(module)
-        code = [digest(kind.forward), *(digest(method) for method in _methods(kind))]
+        code = [digest(kind.forward), *_of_class(kind)]
         parts.append((name, kind.__module__, kind.__qualname__, code, module.extra_repr(), sorted(attributes.items())))
         parts.append((name, hooks))
     return hashlib.sha256(repr(parts).encode()).hexdigest()
@@ -73,14 +74,41 @@ def digest(value: Any, depth: int = DEPTH) -> str | None:
     return None
 
 
-def _described(value: Any) -> str:
-    """`digest`, or of an object its class and attributes, as far as they have one."""
+def _described(value: Any, levels: int = LEVELS, seen: frozenset[int] = frozenset()) -> str:
+    """`digest`, or of an object its class, methods and attributes, and of containers of objects those of each."""
     described = digest(value)
-    if described is not None:
-        return described
     kind = f"{type(value).__module__}.{type(value).__qualname__}"
-    attributes = getattr(value, "__dict__", {})
-    return f"{kind} {sorted((key, digest(inner, 2) or type(inner).__name__) for key, inner in attributes.items())}"
+    if described is not None or levels == 0 or id(value) in seen or isinstance(value, nn.Module):
+        return described or kind  # a module of the model is counted by itself
+
+    def inner(part: Any) -> str:
+        return _described(part, levels - 1, seen | {id(value)})
+
+    if isinstance(value, Mapping):
+        return f"{kind} {[(inner(key), inner(part)) for key, part in value.items()]}"
+    if isinstance(value, (list, tuple)):
+        return f"{kind} {[inner(part) for part in value]}"
+    slots = [name for one in type(value).__mro__ for name in _names(vars(one).get("__slots__", ()))]
+    attributes = {name: getattr(value, name) for name in slots if hasattr(value, name)} | getattr(
+        value, "__dict__", {}
+    )
+    return f"{kind} {sorted((str(key), inner(part)) for key, part in attributes.items())} {_of_class(type(value))}"
+
+
+def _names(slots: Any) -> list[str]:
+    return [slots] if isinstance(slots, str) else [name for name in slots if not name.startswith("__")]
+
+
+def _of_class(kind: type) -> list[tuple[str, str | None]]:
+    """Methods and attributes of a class and its bases that the user, not a package of known version, has written."""
+    found: list[tuple[str, str | None]] = []
+    for one in kind.__mro__:
+        for name, value in () if _is_known(one) else vars(one).items():
+            for part in (value.fget, value.fset) if isinstance(value, property) else (value,):
+                part = part.__func__ if isinstance(part, (staticmethod, classmethod)) else part
+                if isinstance(part, types.FunctionType) or not name.startswith("__"):
+                    found.append((name, digest(part)))
+    return found
 
 
 def _joined(what: str, parts: list[Any], depth: int) -> str | None:
@@ -88,12 +116,6 @@ def _joined(what: str, parts: list[Any], depth: int) -> str | None:
     if None in described:
         return None
     return f"{what} {hashlib.sha256(repr(described).encode()).hexdigest()}"
-
-
-def _methods(kind: type) -> list[types.FunctionType]:
-    """Those of a class and its bases that the user, not a package whose version is recorded, has written."""
-    classes = [one for one in kind.__mro__ if not _is_known(one)]
-    return [value for one in classes for value in vars(one).values() if isinstance(value, types.FunctionType)]
 
 
 def _globals(function: types.FunctionType, depth: int) -> list[tuple[str, str]]:
