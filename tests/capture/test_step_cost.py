@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from peft_linear import compute_ntk, recommend
 from peft_linear.capture.batches import Batch
 from peft_linear.capture.meta_copy import meta_copy
+from peft_linear.capture.resources import Resources
 from peft_linear.capture.step_cost import counted_step, step_record
 from peft_linear.errors import BudgetError, PeftLinearError
 from peft_linear.recommendation.cost import StepCost
@@ -168,7 +169,8 @@ def test_a_model_that_asks_for_numbers_is_refused_and_its_kernels_say_why():
     with pytest.raises(PeftLinearError, match=r"of Asks cannot be counted: its code does not run on the meta device"):
         step_record(Asks(), {"x": torch.zeros(N, D)})
     torch.manual_seed(0)
-    kernels = compute_ntk(Asks(), [{"x": torch.randn(N, D)}], rank=1, progress=False)
+    unchecked = Resources(check="off", progress=False)  # what it asks for is of all examples together
+    kernels = compute_ntk(Asks(), [{"x": torch.randn(N, D)}], rank=1, resources=unchecked)
     with pytest.raises(BudgetError, match=r"a budget of time or memory cannot be kept: the operations of .* Asks"):
         recommend(kernels, "time:0.9", "trace")
     assert recommend(kernels, 1, "trace").step_time is None

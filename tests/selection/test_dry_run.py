@@ -69,4 +69,4 @@ def test_a_budget_that_cannot_be_kept_is_refused_before_any_kernel():
     model.register_forward_hook(lambda module, *_: asked.append(next(module.parameters()).device.type))
     with pytest.raises(BudgetError, match=r"'time:0.01' fits no module: .* alone takes 0\.\d\d of the time"):
         recommend_modules(model, [{"input_ids": ids, "labels": torch.arange(4) % 3}], "time:0.01", progress=False)
-    assert set(asked) == {"meta"}  # the counts; nothing was computed
+    assert not asked  # the model did not run; its operations were counted on a copy without its hooks
