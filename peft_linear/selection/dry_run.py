@@ -136,13 +136,13 @@ def estimate_cost(
 
 
 def _of_shape(model: nn.Module, shape: tuple[int, ...]) -> dict[str, torch.Tensor]:
-    """A batch without numbers."""
+    """A batch of zeros."""
     if len(shape) < 2 or min(shape) < 1:
         raise PeftLinearError(f"a batch's shape is such as (4, 512) or (4, 3, 224, 224), got {shape}")
     root = base_model(model)
     name = getattr(root, "main_input_name", "input_ids")
     whole = name.endswith("input_ids")
-    batch = {name: torch.zeros(shape, dtype=torch.long if whole else torch.float32, device="meta")}
+    batch = {name: torch.zeros(shape, dtype=torch.long if whole else torch.float32)}
     return batch | ({"labels": batch[name]} if whole else {})
 
 
