@@ -123,6 +123,17 @@ def _on_meta(what: str) -> TargetError:
     )
 
 
+def check_no_global_hooks() -> None:
+    """Raises TargetError where forward hooks are registered for all modules: an adapter's own would run them too."""
+    modules = torch.nn.modules.module
+    if modules._global_forward_hooks or modules._global_forward_pre_hooks:
+        raise TargetError(
+            "forward hooks are registered for all modules (torch.nn.modules.module.register_module_forward_hook or "
+            "_pre_hook); the modules of a LoRA adapter would run them too, which is not computed here. Remove them, "
+            'or take kernels in space="weight"'
+        )
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Where a model takes its inputs."""
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))

@@ -14,7 +14,7 @@ from ..errors import PeftLinearError
 from ..functional.outputs import Outputs, resolve_output
 from ..kernels import ModuleKernels
 from .adapter_spaces import Space, check_adapter_arguments, count_parameters, full_matrices, place_of, space_matrices
-from .conditions import check_present, device_of, unwrapped
+from .conditions import check_no_global_hooks, check_present, device_of, unwrapped
 from .engine.computation import compute_kernels
 from .job import Job, Prepared
 from .layers import Layer, layer_of
@@ -96,6 +96,8 @@ class KernelRequest:
         self._check_ranks(ranks)
         model = unwrapped(model)
         check_present(model)
+        if self.space == "lora":
+            check_no_global_hooks()
         folders = {self.rank: ""} if ranks is None else {rank: f"rank-{rank}/" for rank in sorted(ranks)}
         head, layers = self._find(model)
         head_layers, head_other = split_parameters(head, model)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from transformers import DataCollatorWithFlattening, RwkvConfig, RwkvForCausalLM
 
 from peft_linear.capture.adapter_spaces import initial_lora_a
@@ -89,6 +90,20 @@ def adapter_error(kernels, model, batches):
     layer.lora_A["default"].weight.data = initial_lora_a("a", 4, 2)
     layer.lora_B["default"].weight.data.zero_()
     return error(kernels["a"], [layer.lora_B["default"].weight], adapted.eval(), batches)
+
+
+@pytest.mark.parametrize("register", [register_module_forward_hook, register_module_forward_pre_hook])
+def test_hooks_for_all_modules_are_refused_where_an_adapter_would_run_them(register):
+    model, batches = TwoLayers(), numbers()
+    handle = register(lambda *_: None)
+    try:
+        with pytest.raises(TargetError, match="registered for all modules .*Remove them"):
+            ntk(model, batches, targets=["a"])
+        kernels = ntk(model, batches, targets=["a"], space="weight", always_trained=())
+    finally:
+        handle.remove()
+    assert error(kernels["a"], [model.a.weight], model, batches) < 1e-10
+    assert float(ntk(model, batches, targets=["a"])["a"].norm()) > 0
 
 
 @pytest.mark.parametrize("before", [False, True])
