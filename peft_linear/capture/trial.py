@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy, linear
 from ..errors import OutputError, PeftLinearError
 from .adapter_spaces import initial_lora_a
 from .batches import Batch, read_batches
-from .conditions import as_in_training, check_present, device_of, gradient_errors, unwrapped
+from .conditions import as_in_training, check_no_global_hooks, check_present, device_of, gradient_errors, unwrapped
 from .layers import Handles, Layer
 from .outputs import label_shift, logits_of
 from .recorder import recording
@@ -93,6 +93,7 @@ class Trial:
         """
         model = unwrapped(model)
         check_present(model)
+        check_no_global_hooks()
         read = [part for batch in read_batches(batches, model, True, "a trial") for part in _halved(batch)]
         trial = cls(model, layers, read, rank, lora_alpha, seed)
         if (count := sum(batch.size for batch in read)) < 4 or len(read) < 2:
@@ -250,8 +251,4 @@ def _halved(batch: Batch) -> list[Batch]:
     size = batch.size
     if size < 2 or not batch.uniform:
         return [batch]
-    rest = {
-        key: value[size // 2 :] if isinstance(value, Tensor) and value.ndim and len(value) == size else value
-        for key, value in batch.inputs.items()
-    }
-    return [batch.head(size // 2), Batch(rest, None if batch.labels is None else batch.labels[size // 2 :])]
+    return [batch.head(size // 2), batch.tail(size - size // 2)]

@@ -13,7 +13,7 @@ from ..recommendation.values import ModuleScore
 from .escaping import cell, code, plain
 from .formatting import budget_words, criterion_label, direction, known, step_words
 from .heat import HeatMap, heat_maps, legend, outside_of_layers
-from .options import EXPLAINED, HEADER, option_rows
+from .options import EXPLAINED, option_header, option_rows
 
 
 # Key in `Recommendation.predicted`, words, format.
@@ -39,7 +39,7 @@ def score_table(recommendation: RecommendationData) -> str:
     rec = recommendation
     maps = heat_maps(rec)
     table = _heat_lines(rec, maps) if maps else _listed(rec)
-    options = [*_aligned([HEADER, *option_rows(rec)], left=(0,)), ""] if rec.options else []
+    options = [*_aligned([option_header(rec), *option_rows(rec)], left=(0,)), ""] if rec.options else []
     lines = [
         f"{sentence(rec)}.",
         _headline(rec),
@@ -100,7 +100,7 @@ def _option_sections(rec: RecommendationData) -> list[str]:
     if not rec.options:
         return []
     rows = [tuple(map(plain, row)) for row in option_rows(rec)]
-    return ["## Options", EXPLAINED, markdown_table(HEADER, rows, right=(1, 2, 3, 4, 5))]
+    return ["## Options", EXPLAINED, markdown_table(option_header(rec), rows, right=(1, 2, 3, 4, 5))]
 
 
 def _prediction_sections(rec: RecommendationData) -> list[str]:

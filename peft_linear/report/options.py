@@ -8,12 +8,17 @@ from ..recommendation.data import RecommendationData
 from ..recommendation.values import OptionScore
 
 
-HEADER = ("option", "rank", "parameters", "decrease", "minus all linear", "best in", "")
 EXPLAINED = (
     "Decrease: nats a label token that one Adam step of the best size takes off the loss of held-out examples, with "
-    "its 90 % interval over resamples. All linear modules are chosen unless another option is better beyond the "
+    "its 90 % interval over resamples. The first option is chosen unless another one is better beyond the "
     "interval of the difference."
 )
+
+
+def option_header(recommendation: RecommendationData) -> tuple[str, ...]:
+    """The titles of the columns."""
+    first = recommendation.options[0].label
+    return ("option", "rank", "parameters", "decrease", f"minus {first}", "best in", "")
 
 
 def option_rows(recommendation: RecommendationData) -> list[tuple[str, ...]]:

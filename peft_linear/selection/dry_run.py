@@ -150,13 +150,13 @@ def _of_a_plan(step: StepCost, size: int, examples: int) -> tuple[float, float]:
     """Of the decision for a language model (`selection.language`): time, as `StepCost.time` counts it, and bytes.
 
     Half of the examples give a gradient at the highest rank; the other half are passed through twice for each of four
-    options, once for each of three learning rates, and twice without an adapter. A rate takes four steps of half a
+    options, once for each of three learning rates, and once without an adapter. A rate takes four steps of half a
     batch.
     """
     highest = step.all_linear(HIGHEST_RANK)
     forward = step.machine.time(sum(step.forward.values(), Work()))
     batches = examples / 2 / size
-    passes = 2 * OPTIONS + RATES + 2
+    passes = 2 * OPTIONS + RATES + 1
     steps = TRIAL_STEPS * RATES / 2
     return (batches + steps) * step.time(highest) + passes * batches * forward, float(step.memory(highest))
 

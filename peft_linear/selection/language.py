@@ -9,6 +9,7 @@ better beyond the interval. The learning rate is that of the choice (`learning_r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -44,6 +45,7 @@ class LanguageRequest:
     Args:
         layers: {candidate: its layer}, in model order.
         budget, asked_for: As numbers, with the counts of a training step where they are known; and as it was passed.
+        excluded: Candidates that are scored, but part of no option.
         ranks: That a module may have; None: 1 to 32, with a budget that counts modules `rank` alone.
         rank, lora_alpha: At which candidates are counted; α is the same at every rank.
         training: Without a learning rate one is looked for, for so many steps.
@@ -53,6 +55,7 @@ class LanguageRequest:
     layers: Mapping[str, Layer]
     budget: Budget
     asked_for: Any
+    excluded: Sequence[str] = ()
     ranks: Sequence[int] | None = None
     rank: int = 8
     lora_alpha: float = 16.0
@@ -74,18 +77,19 @@ class LanguageRequest:
         costs = {name: sum(layer.shape) for name, layer in layers.items()}
         rate: LearningRate | None = None
         with trial.running() as run:
+            start = run.losses(held_out)
             gradients = run.gradients(learning)
             if not gradients:
                 raise OutputError("the loss does not depend on any candidate; are they part of the model's forward?")
             names = [name for name in layers if name in gradients]
             gains = first_order(gradients, dict.fromkeys(names, min(ranks)), self.lora_alpha)
-            options = make_options(names, self.budget.allows, ranks, gains, upper=self._by_depth)
-            scores = score_options(run, options, gradients, held_out, costs, self.seed)
+            free = [name for name in names if name not in self.excluded]
+            options = make_options(free, self.budget.allows, ranks, gains, upper=self._by_depth)
+            scores = score_options(run, options, gradients, held_out, start, costs, self.seed)
             chosen = decide(scores)
             if self.training.learning_rate is None:
                 guess = _START * chosen.step_size
                 rate = find_learning_rate(run, chosen.ranks, learning, held_out, guess, self.training.steps, self.seed)
-            start = run.losses(held_out)
         facts = _Facts(
             gains=gains,
             costs=costs,
@@ -156,6 +160,7 @@ class LanguageRequest:
                 strategy="options",
                 evaluations=len(scores),
                 candidates=tuple(facts.gains),
+                excluded=tuple(name for name in facts.gains if name in self.excluded),
                 budget_modules=self.budget.modules,
                 budget_parameters=self.budget.parameters,
                 seed=self.seed,
@@ -191,6 +196,11 @@ def check_ranks(ranks: Sequence[int] | None) -> None:
         raise PeftLinearError(f"ranks must be integers of at least 0 such as (0, 1, 2, 4, 8), got {ranks!r}")
     if not any(ranks):
         raise PeftLinearError(f"ranks={ranks!r} allows no adapter; add a rank of at least 1")
+
+
+def lowest_rank(ranks: Sequence[int] | None) -> int:
+    """Of an adapter, where these ranks are allowed."""
+    return 1 if ranks is None else min(rank for rank in ranks if rank)
 
 
 @dataclass(frozen=True)
@@ -233,7 +243,7 @@ def _notes(
             f"The choice has {chosen.parameters:,} of the {left:,} parameters of the budget: the next rank for all "
             "its modules would be above it."
         )
-    needed = facts.start * facts.label_tokens * request.training.steps * request.training.batch_size / 0.6931
+    needed = facts.start * facts.label_tokens * request.training.steps * request.training.batch_size / math.log(2)
     held = BITS_A_PARAMETER * chosen.parameters
     binds = "capacity" if needed > held else "speed"
     yield (

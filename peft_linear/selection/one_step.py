@@ -74,6 +74,7 @@ def score_options(
     options: Sequence[Option],
     gradients: Mapping[str, Tensor],
     held_out: Sequence[Batch],
+    start: TokenLosses,
     costs: Mapping[str, int],
     seed: int = 0,
 ) -> tuple[OptionScore, ...]:
@@ -83,11 +84,10 @@ def score_options(
 
     Args:
         gradients: Of examples that are not held out, as `Run.gradients` gives them.
+        start: Losses of the held-out examples without an adapter.
         costs: {module: adapter parameters a rank}.
         seed: Of the resamples.
     """
-    run.use({}, {})
-    start = run.losses(held_out)
     searches = [_search(run, option, gradients, held_out, start) for option in options]
     count = len(start.sums)
     draws = torch.randint(count, (RESAMPLES, count), generator=torch.Generator().manual_seed(seed))

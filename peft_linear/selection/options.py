@@ -34,7 +34,6 @@ def make_options(
     allows: Allows,
     ranks: Sequence[int],
     gains: Mapping[str, float],
-    calls: Sequence[str] | None = None,
     upper: bool = False,
 ) -> tuple[Option, ...]:
     """All linear modules first, then MLP, attention, the last module of both; no set twice.
@@ -46,13 +45,12 @@ def make_options(
         gains: {module: first-order decrease}; where the budget has no room for all linear modules of one layer, the
             modules with the largest are the first option.
         upper: Take the last layers where there is no room for all; default: evenly spaced ones.
-        calls: The candidates in the order in which the model calls them; default: model order.
 
     Raises:
         BudgetError: the budget has no room for one module at the smallest rank.
     """
     found: dict[frozenset, Option] = {}
-    for label, members in _groups(names, calls or names):
+    for label, members in _groups(names):
         if members and (chosen := _fit(members, allows, sorted(ranks), upper)):
             found.setdefault(frozenset(chosen.items()), Option(label, chosen))
     options = tuple(found.values())
@@ -70,12 +68,12 @@ def make_options(
     return (best, *(option for option in options if option.ranks != best.ranks))
 
 
-def _groups(names: Sequence[str], calls: Sequence[str]) -> list[tuple[str, list[str]]]:
+def _groups(names: Sequence[str]) -> list[tuple[str, list[str]]]:
     parsed = {name: parse_name(name) for name in names}
     attention = [name for name in names if parsed[name].is_attention]
     mlp = [name for name in names if parsed[name].is_mlp]
     last: dict[tuple[str, int | None, bool], str] = {}
-    for name in calls:
+    for name in names:
         place = parsed[name]
         if place.layer is not None:
             last[place.stack, place.layer, place.is_attention] = name

@@ -27,8 +27,8 @@ from ..recommendation.budget import BudgetLike, needs_cost, parse_budget
 from ..recommendation.cost import RECORD, StepCost
 from ..report.recommendation import Recommendation
 from .criteria import DEFAULT_NAME, resolve_criterion
-from .exclusion import DEFAULT_EXCLUDE, check_exclude
-from .language import LanguageRequest, check_ranks
+from .exclusion import DEFAULT_EXCLUDE, check_exclude, excluded_candidates
+from .language import LanguageRequest, check_ranks, lowest_rank
 from .problem import Problem
 from .recommend import BY_HEADS, recommend
 from .search.search import check_strategy
@@ -101,8 +101,7 @@ class ModuleRequest:
                 "always trained; leave head_steps at 0, or name the head in `always_trained`"
             )
         sizes = request.candidates(model)
-        language = self.is_for_language(model)
-        lowest = min((rank for rank in self.ranks or (1,) if rank), default=1) if language else None
+        lowest = lowest_rank(self.ranks) if self.is_for_language(model) else None
         parse_budget(self.budget, sizes, request.rank, lowest_rank=lowest)
         return sizes
 
@@ -183,10 +182,11 @@ class ModuleRequest:
         counts = counted_step(model, batch, sizes, request.always_trained)
         known = "error" not in counts or needs_cost(self.budget)
         cost = StepCost.of_kernels({RECORD: counts}) if known else None
-        lowest = min((rank for rank in ranks or (1,) if rank), default=1)
+        budget = parse_budget(self.budget, sizes, request.rank, cost, lowest_rank(ranks))
         return LanguageRequest(
             layers=layers,
-            budget=parse_budget(self.budget, sizes, request.rank, cost, lowest),
+            budget=budget,
+            excluded=excluded_candidates(sizes, budget, self.exclude),
             asked_for=self.budget,
             ranks=ranks,
             rank=request.rank,

@@ -178,7 +178,7 @@ def test_scores_are_of_the_best_size_by_a_fine_search(llama):
     costs = {name: sum(layer.shape) for name, layer in trial.layers.items()}
     with trial.running() as run:
         gradients = run.gradients(trial.batches[0::2])
-        scores = score_options(run, options, gradients, trial.batches[1::2], costs)
+        scores = score_options(run, options, gradients, trial.batches[1::2], run.losses(trial.batches[1::2]), costs)
         for option, score in zip(options, scores, strict=True):
             a = {name: trial.initial_a(name)[:rank] for name, rank in option.ranks.items()}
             found = []
@@ -322,6 +322,20 @@ def test_a_budget_of_time_and_parameters(llama):
     assert rec.budget == ("time:0.75", 0.5)
     whole = recommend_modules(llama, learnable_batches(4), 1.0, training=Training(learning_rate=0.01))
     assert whole.step_time == pytest.approx(1) and whole.step_memory == pytest.approx(1)
+
+
+def test_excluded_modules_are_scored_and_in_no_option(llama):
+    plan = Training(learning_rate=0.01)
+    rec = recommend_modules(llama, learnable_batches(4), 0.25, exclude=("o_proj", "down_proj"), training=plan)
+    out = {row.name for row in rec.scores if row.name.endswith(("o_proj", "down_proj"))}
+    assert len(out) == 8 and set(rec.settings.excluded) == out
+    assert not out & {name for option in rec.options for name in option.ranks}
+
+
+def test_a_first_option_that_is_not_all_linear_is_named(llama):
+    rec = recommend_modules(llama, learnable_batches(4), 3, rank=2, training=Training(learning_rate=0.01))
+    assert rec.options[0].label == LARGEST and len(rec.options[0].ranks) == 3
+    assert f"minus {LARGEST}" in str(rec) and "minus all linear" not in rec.to_markdown()
 
 
 @pytest.mark.parametrize("ranks", [(), (0,), (-1, 2), (1.5,), "12", 4])

@@ -12,7 +12,7 @@ from typing import Any
 from ...recommendation.data import RecommendationData
 from ...recommendation.values import ModuleScore
 from ..markdown import PREDICTIONS, format_number, interval_words, prediction_columns, setting_rows
-from ..options import EXPLAINED, HEADER, option_rows
+from ..options import EXPLAINED, option_header, option_rows
 from .elements import Cell, Markup, Row, breakable, cell, table, text
 
 
@@ -67,7 +67,9 @@ def options_table(recommendation: RecommendationData) -> Markup:
         Row([cell(value, "" if place in (0, 6) else "right") for place, value in enumerate(row)], header=0)
         for row in option_rows(recommendation)
     ]
-    header = [cell(title, "" if place in (0, 6) else "right") for place, title in enumerate(HEADER)]
+    header = [
+        cell(title, "" if place in (0, 6) else "right") for place, title in enumerate(option_header(recommendation))
+    ]
     return table(text(EXPLAINED), header, rows, "wide")
 
 
