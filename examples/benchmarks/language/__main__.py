@@ -17,6 +17,8 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 
@@ -51,19 +53,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         for group in groups(arguments.kept)
         if arguments.model in (None, group.model) and arguments.task in (None, group.task)
     ]
-    if arguments.planned:
-        from .planned import NAME, SHIPPED_PLANS, train_plans
+    if arguments.planned or arguments.scores:
+        from . import planned, scores
+        from .queue import fill
 
-        cells = [group for group in plan if group.budget == arguments.budget and group.seed == 0]
-        log = RunLog(arguments.output, SHIPPED_PLANS, NAME)
-        print(f"{train_plans(log, cells, Bench(), arguments.limit)} plans trained")
-        return 0
-    if arguments.scores:
-        from . import scores
-
-        cells = [group for group in plan if group.budget == arguments.budget and group.seed == 0]
-        log = RunLog(arguments.output, scores.SHIPPED_SCORES, scores.NAME)
-        print(f"{scores.score_arms(log, cells, Bench(), arguments.limit)} cells scored")
+        made, record_of = (planned, planned.run_plan) if arguments.planned else (scores, scores.score_cell)
+        cells = [
+            replace(group, arm=made.NAME) for group in plan if group.budget == arguments.budget and group.seed == 0
+        ]
+        log = RunLog(arguments.output, made.SHIPPED, made.NAME)
+        print(f"{fill(log, cells, partial(record_of, Bench()), arguments.limit)} cells done")
         return 0
     step = count_right_answers if arguments.accuracy else work
     print(f"{step(RunLog(arguments.output), plan, Bench(), arguments.limit)} runs trained")

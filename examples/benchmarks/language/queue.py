@@ -11,16 +11,19 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from functools import partial
 
-from torch import nn
+from torch import Tensor, nn
 
 from .accuracy import accuracy
 from .arms import ArmRequest, budget_parameters, choose_ranks
-from .batches import Encoded, encode
+from .batches import Encoded, encode, pad
 from .models import load_language_model
 from .plan import Group, Run, best_rate, next_rate
 from .run_log import RunLog
 from .tasks import load_task
 from .training import ALPHA, BATCH, STEPS, mean_loss, train
+
+
+EXAMPLES, ROWS = 32, 8  # that a decision is made from
 
 
 class Bench:
@@ -46,6 +49,12 @@ class Bench:
             }
             losses = [mean_loss(self.model, self.tokens[task][split]) for split in ("validation", "test")]
             self.start[task] = (round(losses[0], 5), round(losses[1], 5))
+
+    def padded(self, task: str) -> list[dict[str, Tensor]]:
+        """The first EXAMPLES training examples of a prepared task, as a collator gives them."""
+        padding = self.tokenizer.pad_token_id or self.tokenizer.eos_token_id
+        examples = self.tokens[task]["train"][:EXAMPLES]
+        return [pad(examples[start : start + ROWS], padding) for start in range(0, len(examples), ROWS)]
 
     def run(self, run: Run, with_accuracy: bool = False) -> dict:
         """The record of one run."""
@@ -99,6 +108,20 @@ def count_right_answers(log: RunLog, plan: Iterable[Group], bench: Bench, limit:
             if limit is not None and count >= limit:
                 return count
             record_run(answers, bench.run(Run(**asdict(group), rate=best_rate(seen)), with_accuracy=True))
+            count += 1
+    return count
+
+
+def fill(log: RunLog, groups: Iterable[Group], record_of: Callable[[Group], dict], limit: int | None = None) -> int:
+    """Makes the record of every group that has none yet, at most `limit`; returns how many it made."""
+    count = 0
+    with log.locked():
+        for group in dict.fromkeys(groups):
+            if log.seen(group):
+                continue
+            if limit is not None and count >= limit:
+                return count
+            record_run(log, record_of(group))
             count += 1
     return count
 

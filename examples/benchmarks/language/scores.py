@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 
 from scipy.stats import spearmanr
 
@@ -16,52 +17,30 @@ from peft_linear.selection.options import Option
 
 from .analysis import ArmResult, Cell
 from .arms import ArmRequest, budget_parameters, candidates, choose_ranks
-from .batches import pad
 from .plan import FIRST_ARMS, MORE_ARMS, RATES, Group
-from .planned import EXAMPLES, ROWS
-from .queue import Bench, record_run
-from .run_log import SHIPPED, RunLog
+from .queue import Bench
+from .run_log import SHIPPED as SHIPPED_RUNS
 
 
 NAME = "scores"
-SHIPPED_SCORES = SHIPPED.with_name("scores.jsonl.gz")
-
-
-def score_arms(output: RunLog, plan: Iterable[Group], bench: Bench, limit: int | None = None) -> int:
-    """One record for each model, task and budget of `plan`; returns how many were made."""
-    count = 0
-    with output.locked():
-        for group in dict.fromkeys(Group(g.model, g.task, g.budget, NAME, 0) for g in plan):
-            if output.seen(group):
-                continue
-            if limit is not None and count >= limit:
-                return count
-            record_run(output, score_cell(bench, group))
-            count += 1
-    return count
+SHIPPED = SHIPPED_RUNS.with_name("scores.jsonl.gz")
 
 
 def score_cell(bench: Bench, group: Group) -> dict:
+    """The scores of all arms in one cell."""
     bench.prepare(group.model, group.task)
     model = bench.model
     parameters = budget_parameters(model, group.budget)
     arms = [Option(arm, choose_ranks(arm, ArmRequest(model, parameters))) for arm in (*FIRST_ARMS, *MORE_ARMS)]
-    padding = bench.tokenizer.pad_token_id or bench.tokenizer.eos_token_id
-    tokens = bench.tokens[group.task]["train"]
-    batches = [pad(tokens[start : start + ROWS], padding) for start in range(0, EXAMPLES, ROWS)]
     layers = KernelRequest(targets=[candidate.name for candidate in candidates(model)]).layers(model)
-    trial = Trial.of(model, layers, batches, max(rank for arm in arms for rank in arm.ranks.values()))
+    trial = Trial.of(model, layers, bench.padded(group.task), max(rank for arm in arms for rank in arm.ranks.values()))
     costs = {name: sum(layer.shape) for name, layer in layers.items()}
     with trial.running() as run:
         gradients = run.gradients(trial.batches[0::2])
-        scores = score_options(run, arms, gradients, trial.batches[1::2], costs)
+        scores = score_options(run, arms, gradients, trial.batches[1::2], run.losses(trial.batches[1::2]), costs)
         slopes = [sum(first_order(gradients, arm.ranks, trial.lora_alpha).values()) for arm in arms]
     return {
-        "model": group.model,
-        "task": group.task,
-        "budget": group.budget,
-        "arm": NAME,
-        "seed": 0,
+        **asdict(group),
         "rate": 0.0,
         "validation_loss": None,
         "scores": {

@@ -2,12 +2,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """A tiny Llama with a byte tokenizer that stands in for the bench's models."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from examples.benchmarks.language import queue
 from examples.benchmarks.language.batches import encode
+from examples.benchmarks.language.queue import Bench
 from examples.benchmarks.language.tasks import load_task
 
 
@@ -46,3 +50,12 @@ def tokens(tokenizer):
         split: [encode(tokenizer, example) for example in getattr(task, split)[:count]]
         for split, count in counts.items()
     }
+
+
+@pytest.fixture
+def bench(model, tokenizer, monkeypatch):
+    """The tiny model, a few examples of one task, two steps."""
+    task = load_task("spam")
+    short = replace(task, train=task.train[:8], validation=task.validation[:4], test=task.test[:4])
+    monkeypatch.setattr(queue, "load_task", lambda name: short)
+    return Bench(load=lambda name: (model, tokenizer), steps=2)

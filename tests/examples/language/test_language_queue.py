@@ -4,14 +4,13 @@
 
 import gzip
 import json
-from dataclasses import replace
 
 import pytest
 
-from examples.benchmarks.language import plan, queue
+from examples.benchmarks.language import plan
 from examples.benchmarks.language.accuracy import accuracy
 from examples.benchmarks.language.plan import ABOVE, BELOW, RATES, Group, Run, next_rate
-from examples.benchmarks.language.queue import Bench, count_right_answers, work
+from examples.benchmarks.language.queue import count_right_answers, work
 from examples.benchmarks.language.run_log import RunLog
 from examples.benchmarks.language.tasks import load_task
 from peft_linear.errors import PeftLinearError
@@ -106,14 +105,6 @@ def test_the_plan_begins_with_the_arms_that_decide_and_keeps_the_kept_tasks_out(
     assert {group.arm for group in groups[: 12 * first]} == set(plan.FIRST_ARMS)
     assert {(group.budget, group.seed) for group in groups[: 12 * first]} == {("1/8", 0)}
     assert not {group.task for group in groups} & {group.task for group in plan.groups(kept=True)}
-
-
-@pytest.fixture
-def bench(model, tokenizer, monkeypatch):
-    task = load_task("spam")
-    short = replace(task, train=task.train[:8], validation=task.validation[:4], test=task.test[:4])
-    monkeypatch.setattr(queue, "load_task", lambda name: short)
-    return Bench(load=lambda name: (model, tokenizer), steps=2)
 
 
 def test_a_real_run_records_what_the_report_needs(tmp_path, bench):
