@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .plan import FIRST_ARMS, RATES, Group, Run, best_rate, next_rate
+from .plan import FIRST_ARMS, MIDDLE, Group, Run, best_rate, next_rate
 
 
 RESAMPLES = 10_000
@@ -29,7 +29,7 @@ class ArmResult:
     """One arm in one cell, the mean over its seeds."""
 
     tuned: float  # test loss
-    one_rate: float  # test loss at RATES[1]; infinite where that run diverged
+    one_rate: float  # test loss at the model's MIDDLE rate; infinite where that run diverged
     rates: tuple[float, ...]  # best rate of each seed
     parameters: int
     seeds: tuple[int, ...]
@@ -43,7 +43,7 @@ def results(records: Mapping[Run, dict], budget: str) -> dict[Cell, dict[str, Ar
             groups[run.group][run.rate] = record
     cells: dict[Cell, dict[str, dict[int, dict]]] = defaultdict(lambda: defaultdict(dict))
     for group, by_rate in groups.items():
-        if next_rate({rate: record["validation_loss"] for rate, record in by_rate.items()}) is None:
+        if next_rate(group.model, {rate: record["validation_loss"] for rate, record in by_rate.items()}) is None:
             cells[group.model, group.task][group.arm][group.seed] = by_rate
     return {cell: merge_seeds(arms) for cell, arms in cells.items()}
 
@@ -62,7 +62,7 @@ def merge_seeds(arms: Mapping[str, Mapping[int, dict]]) -> dict[str, ArmResult]:
 def summarise(seeds_records: list[dict], seeds: tuple[int, ...]) -> ArmResult:
     best = [best_rate({rate: record["validation_loss"] for rate, record in rows.items()}) for rows in seeds_records]
     tuned = [loss(rows[rate]) for rows, rate in zip(seeds_records, best, strict=True)]
-    single = [loss(rows[RATES[1]]) for rows in seeds_records]
+    single = [loss(rows[MIDDLE[rows[best[0]]["model"]]]) for rows in seeds_records]
     parameters = seeds_records[0][best[0]]["adapter_parameters"]
     return ArmResult(mean(tuned), mean(single), tuple(best), parameters, seeds)
 

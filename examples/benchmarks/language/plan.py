@@ -2,10 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which runs there are and in which order: what is there at any time is a usable part of the whole.
 
-Rates: every arm is trained at the same three rates, the middle one first, then the upper one. Two rules, the same for
-every arm, decide on the others from validation losses:
+Rates: every arm is trained at the same rates of its model: the middle one first, then the one on the side where this
+model's best rates lie, then the one on the other side. Two rules, for every arm, decide from validation losses:
 
-- the lower rate is left out where the upper one is better than the middle one by more than CLEAR (the loss as a
+- the third rate is left out where the second one is better than the middle one by more than CLEAR (the loss as a
   function of the rate is taken to have one minimum);
 - where the best rate is the lowest or the highest and better than the middle one by more than CLEAR, the next rate
   beyond it is tried, once.
@@ -20,10 +20,11 @@ from dataclasses import asdict, dataclass
 from .tasks import KEPT, TUNING
 
 
-RATES = (1.3e-3, 4e-3, 1.2e-2)
-BELOW, ABOVE = 4.4e-4, 3.6e-2  # the one further rate at either end
+LADDER = (1.5e-4, 4.4e-4, 1.3e-3, 4e-3, 1.2e-2, 3.6e-2)
 CLEAR = 0.02  # nats per label token
-MODELS = ("smollm2-135m", "gemma3-270m")
+MIDDLE = {"smollm2-135m": 4e-3, "gemma3-270m": 1.3e-3}  # the one rate of all arms
+SECOND = {"smollm2-135m": 1.3e-3, "gemma3-270m": 4.4e-4}
+MODELS = tuple(MIDDLE)
 FIRST_ARMS = ("all_linear", "mlp", "o_down", "attention")
 MORE_ARMS = ("down_proj", "qv", "random_0", "middle_layers", "last_layers", "first_layers", "random_1", "random_2")
 
@@ -48,20 +49,26 @@ class Run(Group):
         return Group(**{key: value for key, value in asdict(self).items() if key != "rate"})
 
 
-def next_rate(seen: Mapping[float, float | None]) -> float | None:
+def next_rate(model: str, seen: Mapping[float, float | None]) -> float | None:
     """The rate to try next, given {rate: validation loss} (None: diverged); None where the group is complete."""
     losses = {rate: math.inf if loss is None else loss for rate, loss in seen.items()}
-    low, middle, high = RATES
-    for rate in (middle, high):
+    middle, second = MIDDLE[model], SECOND[model]
+    for rate in (middle, second):
         if rate not in losses:
             return rate
-    if low not in losses and not losses[high] < losses[middle] - CLEAR:
-        return low
+    third = beyond(second, middle)
+    if third not in losses and not losses[second] < losses[middle] - CLEAR:
+        return third
     best = best_rate(seen)
-    further = {low: BELOW, high: ABOVE}.get(best)
-    if further is not None and further not in losses and losses[best] < losses[middle] - CLEAR:
-        return further
+    if best in (second, third) and losses[best] < losses[middle] - CLEAR:
+        further = beyond(middle, best)
+        return None if further in losses else further
     return None
+
+
+def beyond(rate: float, neighbour: float) -> float:
+    """The rate of LADDER that comes after `neighbour` on the way from `rate`."""
+    return LADDER[2 * LADDER.index(neighbour) - LADDER.index(rate)]
 
 
 def best_rate(seen: Mapping[float, float | None]) -> float:

@@ -88,7 +88,7 @@ def work(log: RunLog, plan: Iterable[Group], bench: Bench, limit: int | None = N
     count = 0
     with log.locked():
         for group in plan:
-            while (rate := next_rate(log.seen(group))) is not None:
+            while (rate := next_rate(group.model, log.seen(group))) is not None:
                 if limit is not None and count >= limit:
                     return count
                 record_run(log, bench.run(Run(**asdict(group), rate=rate)))
@@ -103,7 +103,7 @@ def count_right_answers(log: RunLog, plan: Iterable[Group], bench: Bench, limit:
     with answers.locked():
         for group in plan:
             seen = log.seen(group)
-            if load_task(group.task).verify is None or next_rate(seen) is not None or answers.seen(group):
+            if load_task(group.task).verify is None or next_rate(group.model, seen) is not None or answers.seen(group):
                 continue
             if limit is not None and count >= limit:
                 return count

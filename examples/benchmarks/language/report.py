@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from .analysis import ArmResult, Cell, complete_cells, differences, interval, mean, regrets, results
-from .plan import FIRST_ARMS, MODELS, MORE_ARMS, RATES, Run
+from .plan import FIRST_ARMS, MIDDLE, MODELS, MORE_ARMS, Run
 from .planned import NAME as PLANS
 from .run_log import SHIPPED, RunLog
 from .scores import NAME as SCORES
@@ -72,8 +72,8 @@ def heading(records: Mapping[Run, dict]) -> str:
             f"{'; '.join(speed) or 'no run yet'}. Command: `python -m examples.benchmarks.language --report`.",
             "",
             "Test loss in nats per label token. Regret: loss minus the cell's best arm. Brackets: 95 % intervals over "
-            "cells (model x task). Only cells in which all first arms are trained count; one rate is "
-            f"{RATES[1]:g} for all arms.",
+            "cells (model x task). Only cells in which all first arms are trained count; one rate for all arms is "
+            f"{', '.join(f'{rate:g} ({model})' for model, rate in MIDDLE.items())}.",
         ]
     )
 

@@ -9,15 +9,16 @@ import pytest
 
 from examples.benchmarks.language import plan
 from examples.benchmarks.language.accuracy import accuracy
-from examples.benchmarks.language.plan import ABOVE, BELOW, RATES, Group, Run, next_rate
+from examples.benchmarks.language.plan import LADDER, MIDDLE, SECOND, Group, Run, next_rate
 from examples.benchmarks.language.queue import count_right_answers, work
 from examples.benchmarks.language.run_log import RunLog
 from examples.benchmarks.language.tasks import load_task
 from peft_linear.errors import PeftLinearError
 
 
-LOW, MIDDLE, HIGH = RATES
-GROUPS = [Group("tiny", "spam", "1/2", arm, 0) for arm in ("all_linear", "mlp")]
+MODEL = "smollm2-135m"
+BELOW, LOW, CENTRE, HIGH, ABOVE = LADDER[1:]
+GROUPS = [Group(MODEL, "spam", "1/2", arm, 0) for arm in ("all_linear", "mlp")]
 
 
 class FakeBench:
@@ -31,7 +32,7 @@ class FakeBench:
         if self.die_after is not None and len(self.asked) == self.die_after:
             raise KeyboardInterrupt
         self.asked.append(run)
-        loss = 1.0 if run.rate == MIDDLE else 2.0
+        loss = 1.0 if run.rate == CENTRE else 2.0
         return {**vars(run), "validation_loss": loss, "test_loss": loss, "seconds": 1.0}
 
 
@@ -51,7 +52,7 @@ def test_a_line_cut_off_by_a_kill_is_trained_again(tmp_path):
     path.write_text(path.read_text(encoding="utf-8")[:-20], encoding="utf-8")
     again = FakeBench()
     work(RunLog(tmp_path, shipped=None), GROUPS, again, limit=1)
-    assert again.asked == [Run(**vars(GROUPS[0]), rate=HIGH)]
+    assert again.asked == [Run(**vars(GROUPS[0]), rate=LOW)]
     assert len(RunLog(tmp_path, shipped=None).records) == 2
 
 
@@ -70,7 +71,7 @@ def test_a_second_queue_on_the_same_folder_is_refused(tmp_path):
 
 def test_a_run_is_recorded_once(tmp_path):
     log = RunLog(tmp_path, shipped=None)
-    record = FakeBench().run(Run(**vars(GROUPS[0]), rate=MIDDLE))
+    record = FakeBench().run(Run(**vars(GROUPS[0]), rate=CENTRE))
     log.append(record)
     with pytest.raises(PeftLinearError, match="recorded once"):
         log.append(record)
@@ -79,22 +80,29 @@ def test_a_run_is_recorded_once(tmp_path):
 @pytest.mark.parametrize(
     ("losses", "expected"),
     [
-        ({}, MIDDLE),
-        ({MIDDLE: 2.0}, HIGH),
-        ({MIDDLE: 2.0, HIGH: 2.5}, LOW),
-        ({MIDDLE: 2.0, HIGH: None}, LOW),
-        ({MIDDLE: 2.0, HIGH: 1.99}, LOW),  # better, but not clearly
-        ({MIDDLE: 2.0, HIGH: 1.9}, ABOVE),  # clearly better: the lower rate is left out
-        ({MIDDLE: 2.0, HIGH: 1.9, ABOVE: 1.8}, None),
-        ({MIDDLE: 2.0, HIGH: 2.5, LOW: 1.9}, BELOW),
-        ({MIDDLE: 2.0, HIGH: 2.5, LOW: 1.99}, None),
-        ({MIDDLE: 2.0, HIGH: 2.5, LOW: 2.1}, None),
-        ({MIDDLE: 2.0, HIGH: 2.5, LOW: 1.9, BELOW: 1.95}, None),
-        ({MIDDLE: None, HIGH: None, LOW: None}, None),
+        ({}, CENTRE),
+        ({CENTRE: 2.0}, LOW),
+        ({CENTRE: 2.0, LOW: 2.5}, HIGH),
+        ({CENTRE: 2.0, LOW: None}, HIGH),
+        ({CENTRE: 2.0, LOW: 1.99}, HIGH),  # better, but not clearly
+        ({CENTRE: 2.0, LOW: 1.9}, BELOW),  # clearly better: the upper rate is left out
+        ({CENTRE: 2.0, LOW: 1.9, BELOW: 1.8}, None),
+        ({CENTRE: 2.0, LOW: 2.5, HIGH: 1.9}, ABOVE),
+        ({CENTRE: 2.0, LOW: 2.5, HIGH: 1.99}, None),
+        ({CENTRE: 2.0, LOW: 2.5, HIGH: 2.1}, None),
+        ({CENTRE: 2.0, LOW: 2.5, HIGH: 1.9, ABOVE: 1.95}, None),
+        ({CENTRE: None, LOW: None, HIGH: None}, None),
     ],
 )
 def test_the_next_rate(losses, expected):
-    assert next_rate(losses) == expected
+    assert next_rate(MODEL, losses) == expected
+
+
+def test_every_model_has_its_own_three_rates():
+    gemma = "gemma3-270m"
+    assert [MIDDLE[gemma], SECOND[gemma]] == [LOW, BELOW]
+    assert next_rate(gemma, {LOW: 2.0, BELOW: 2.1}) == CENTRE
+    assert next_rate(gemma, {LOW: 2.0, BELOW: 1.9}) == LADDER[0]
 
 
 def test_the_plan_begins_with_the_arms_that_decide_and_keeps_the_kept_tasks_out():
@@ -109,16 +117,16 @@ def test_the_plan_begins_with_the_arms_that_decide_and_keeps_the_kept_tasks_out(
 
 def test_a_real_run_records_what_the_report_needs(tmp_path, bench):
     log = RunLog(tmp_path, shipped=None)
-    assert work(log, [Group("tiny", "spam", "1/2", "mlp", 0)], bench, limit=1) == 1
+    assert work(log, [Group(MODEL, "spam", "1/2", "mlp", 0)], bench, limit=1) == 1
     (record,) = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert record["rate"] == MIDDLE
+    assert record["rate"] == CENTRE
     assert record["test_loss"] < record["start_test_loss"]
     assert record["scaling"] == "16/r of each module"
     assert 0.98 * record["budget_parameters"] <= record["adapter_parameters"] <= record["budget_parameters"]
 
 
 def test_right_answers_are_counted_with_the_adapter_in_place(bench):
-    record = bench.run(Run("tiny", "spam", "1/2", "mlp", 0, MIDDLE), with_accuracy=True)
+    record = bench.run(Run(MODEL, "spam", "1/2", "mlp", 0, CENTRE), with_accuracy=True)
     assert record["accuracy"] in (0.0, 0.25, 0.5, 0.75, 1.0)
     assert not any(hasattr(module, "lora_A") for module in bench.model.modules())
 
@@ -136,7 +144,7 @@ def test_right_answers_are_counted_at_the_best_rate_once(tmp_path):
     work(log, GROUPS, FakeBench())
     counting = FakeBench()
     assert count_right_answers(log, GROUPS, counting) == 2
-    assert {run.rate for run in counting.asked} == {MIDDLE}
+    assert {run.rate for run in counting.asked} == {CENTRE}
     assert count_right_answers(log, GROUPS, FakeBench()) == 0
 
 

@@ -8,12 +8,12 @@ import json
 import pytest
 
 from examples.benchmarks.language.analysis import complete_cells, differences, interval, mean, regrets, results
-from examples.benchmarks.language.plan import BELOW, FIRST_ARMS, RATES, Run
+from examples.benchmarks.language.plan import FIRST_ARMS, LADDER, MIDDLE, SECOND, Run, beyond
 from examples.benchmarks.language.report import render, write_report
 from examples.benchmarks.language.tasks import TUNING
 
 
-LOW, MIDDLE, HIGH = RATES
+BELOW, LOW = LADDER[1:3]
 
 
 def planted(order, seeds=(0,), models=("smollm2-135m", "gemma3-270m"), budget="1/8"):
@@ -23,8 +23,9 @@ def planted(order, seeds=(0,), models=("smollm2-135m", "gemma3-270m"), budget="1
         for number, task in enumerate(TUNING):
             for place, arm in enumerate(order):
                 for seed in seeds:
-                    for rate in RATES:
-                        best = MIDDLE if place else LOW
+                    middle, second = MIDDLE[model], SECOND[model]
+                    for rate in (middle, second, beyond(second, middle)):
+                        best = middle if place else second
                         loss = 2.0 + number + 0.1 * place + (0.0 if rate == best else 0.01 if place == 0 else 0.3)
                         run = Run(model, task, budget, arm, seed, rate)
                         records[run] = {
@@ -62,7 +63,7 @@ def test_regrets_at_tuned_rates_and_at_one_rate():
 
 def test_the_test_loss_is_read_at_the_rate_that_validation_chose():
     records = planted(FIRST_ARMS)
-    run = Run("smollm2-135m", "spam", "1/8", "all_linear", 0, HIGH)
+    run = Run("smollm2-135m", "spam", "1/8", "all_linear", 0, LADDER[4])
     records[run] = {**records[run], "test_loss": -5.0}
     assert results(records, "1/8")["smollm2-135m", "spam"]["all_linear"].tuned > 0
 
@@ -88,12 +89,12 @@ def test_seeds_are_averaged_over_those_that_all_first_arms_have():
 
 def test_a_diverged_rate_is_no_best_rate():
     records = planted(FIRST_ARMS)
-    run = Run("smollm2-135m", "spam", "1/8", "mlp", 0, MIDDLE)
+    run = Run("smollm2-135m", "spam", "1/8", "mlp", 0, MIDDLE["smollm2-135m"])
     records[run] = {**records[run], "validation_loss": None, "test_loss": None}
     low = records[Run("smollm2-135m", "spam", "1/8", "mlp", 0, LOW)]
     records[Run("smollm2-135m", "spam", "1/8", "mlp", 0, BELOW)] = {**low, "rate": BELOW}  # the edge is tried beyond
     result = results(records, "1/8")["smollm2-135m", "spam"]["mlp"]
-    assert result.rates != (MIDDLE,)
+    assert result.rates != (MIDDLE["smollm2-135m"],)
     assert result.one_rate == float("inf")
     assert "1 diverged" in render(records)
 
