@@ -100,7 +100,7 @@ def delta_squared_distance(
     scaling: float,
     moment: SecondMoment | None = None,
 ) -> Tensor:  # (...)
-    """‖s·BA − s·B0A0‖_F², or tr(E C Eᵀ), from r×r Gram matrices, float64 where the device has it; d_out×d_in is never formed.
+    """‖s·BA − s·B0A0‖_F² or tr(E C Eᵀ), from r×r Gram matrices in float64 where the device has it; E is not formed.
 
     With a zero anchor product (a0 or b0 is None): s²·tr(BᵀB·AAᵀ). Otherwise BA − B0A0 = (B−B0)A + B0(A−A0) = PQ with
     P = [B−B0, B0] and Q = [A; A−A0], and the distance is s²·tr(PᵀP·QQᵀ). Written with differences, it has no

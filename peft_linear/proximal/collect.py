@@ -30,6 +30,7 @@ from ..tuners.proximal_lora.reference import ProximalReference
 IGNORED = -100
 LARGEST_SHARE, SMALL = 0.05, 10**7  # of the model's own size, and bytes, beyond which its user is told
 ROWS = 8  # texts in a batch
+ALIKE = 0.1  # share of positions in which modules that share a second moment may differ
 SAMPLED = 256  # predictions whose probabilities are in memory at once
 LONGEST = 512  # tokens of a text
 
@@ -48,8 +49,8 @@ def collect_reference(
 
     For every module: C, the second moment of its inputs, and g, the mean square of the cotangents of its outputs for
     log p with labels that are sampled from the model (so no labels are needed). Positions without influence on a
-    prediction, such as padding, do not count. Modules with one input share its C, if they have influence at the same
-    positions of the first batch.
+    prediction, such as padding, do not count. Modules with one input share its C, if they have influence at nearly the
+    same positions of the first batch.
 
     Args:
         model: The pretrained model, or a PeftModel of it, whose adapters are off meanwhile. Left as it was found.
@@ -191,12 +192,16 @@ class _Collector:
         self._sketches[name].add(inputs)
 
     def _leader(self, name: str, counted: Tensor) -> str:
-        """The module whose second moment this one shares: the first with its input and its positions, or itself."""
+        """The module whose second moment this one shares: the first with its input and its positions, or itself.
+
+        A few positions may differ: the first query of a causal model has no influence, its key has.
+        """
         if name not in self._inputs:
             alike = (
                 other
                 for other, positions in self._positions.items()
-                if self._addresses[other] == self._addresses[name] and torch.equal(positions, counted)
+                if self._addresses[other] == self._addresses[name]
+                and int((positions != counted).sum()) <= ALIKE * int(counted.sum())
             )
             self._inputs[name] = next(alike, name)
             self._positions[name] = counted
@@ -212,8 +217,10 @@ def _predictions(logits: Tensor, batch: Batch, shift: int) -> Tensor:  # bool, l
         known = batch.labels != IGNORED
     else:
         mask = batch.inputs.get("attention_mask")
-        fits = isinstance(mask, Tensor) and mask.shape == shape
-        known = mask.bool() if fits else torch.ones(shape, dtype=torch.bool, device=logits.device)
+        if isinstance(mask, Tensor) and mask.shape == shape:
+            known = mask.bool()
+        else:
+            known = torch.ones(shape, dtype=torch.bool, device=logits.device)
     return known[:, shift:].to(logits.device)
 
 

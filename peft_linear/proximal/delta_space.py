@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Factors as matrices whose product is the change of the weight, and modules of equal shapes stacked.
 
-In delta space and in function space the proximal term needs r×r matrices of each module; stacking makes them one call for many modules.
+In delta space and in function space the proximal term needs r×r matrices of each module; stacking makes them one call
+for many modules.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class ModuleStack:
         return self._column([module.strength for module in self._modules])
 
     def rates(self, gate: Tensor | None) -> tuple[Tensor, Tensor]:
-        """ηλs²g for A and for B, per module (g = 1 in delta space); 0 for a factor that the optimizer does not update."""
+        """ηλs²g for A and for B, per module (g = 1 in delta space); 0 for a factor that is not updated."""
         columns = []
         for factors in ([m.a for m in self._modules], [m.b for m in self._modules]):
             rates = [0.0 if factor is None else factor.learning_rate for factor in factors]

@@ -131,8 +131,8 @@ class ProximalLoraConfig(LoraConfig):
             variants = variants_without_product(self)
             if variants:
                 raise PeftLinearError(
-                    f"proximal_space={self.proximal_space!r} needs an adapter that adds s·B·A to the weight; this one has "
-                    f"{', '.join(variants)}, which changes it otherwise: use proximal_space='factors'"
+                    f"proximal_space={self.proximal_space!r} needs an adapter that adds s·B·A to the weight; this one "
+                    f"has {', '.join(variants)}, which changes it otherwise: use proximal_space='factors'"
                 )
 
 

@@ -94,15 +94,15 @@ class ProximalReference:
         if missing:
             raise PeftLinearError(
                 f"the reference has no statistics of {missing[0]!r}" + _others(missing) + f" of adapter "
-                f"{adapter_name!r}; it has those of {len(self.inputs)} modules ({_some(self.inputs)}). Collect it from "
-                "the model that is adapted, with `targets` that hold the adapter's modules"
+                f"{adapter_name!r}; it has those of {len(self.inputs)} modules ({_some(self.inputs)}). Collect it "
+                "from the model that is adapted, with `targets` that hold the adapter's modules"
             )
         for name, width in widths.items():
             found = self.moment(name).diagonal.shape[-1]
             if found != width:
                 raise PeftLinearError(
-                    f"the reference has inputs of width {found} for {name!r}, the adapter {adapter_name!r} has {width}: "
-                    "it was collected from another model; call collect_reference on this one"
+                    f"the reference has inputs of width {found} for {name!r}, the adapter {adapter_name!r} has "
+                    f"{width}: it was collected from another model; call collect_reference on this one"
                 )
 
     def save(self, path: str | os.PathLike) -> None:
