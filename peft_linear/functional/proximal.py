@@ -25,7 +25,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .second_moment import SecondMoment
+from .second_moment import SecondMoment, symmetric_eigh
 
 
 Anchor = Tensor | None
@@ -191,7 +191,7 @@ def _shrunk_rows(
     """Y − Z with Z + μG·Z·C = Y − μ·R·C, for a positive semidefinite r×r G and R = `anchored` (default 0)."""
     if moment is None:
         return _shrinkage(gram, step).to(rows) @ rows
-    values, vectors = torch.linalg.eigh(torch.nan_to_num(gram))  # it raises for NaN, which B holds all the same
+    values, vectors = symmetric_eigh(torch.nan_to_num(gram))  # it raises for NaN, which B holds all the same
     step = _on(step, gram)
     step = step.squeeze(-1) if isinstance(step, Tensor) and step.ndim else step
     values = values.clamp_min(0)

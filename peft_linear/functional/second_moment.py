@@ -65,6 +65,7 @@ class SecondMoment:
         Returns:
             (..., r, d), in the dtype of X.
         """
+        weights = weights.clamp(max=torch.finfo(rows.dtype).max ** 0.5)  # λ → ∞ without infinity times zero
         *_, count, d = rows.shape
         k = self.factors.shape[-2]
         others = max(1, rows.numel() // max(1, count * d))
@@ -99,6 +100,13 @@ def stacked(moments: list[SecondMoment]) -> SecondMoment:
     return SecondMoment(torch.stack([moment.diagonal for moment in moments]), torch.stack(filled))
 
 
+def symmetric_eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (ascending) and eigenvectors of the symmetric part; on the CPU for devices that cannot."""
+    where = torch.device("cpu") if matrix.device.type == "mps" else matrix.device
+    values, vectors = torch.linalg.eigh(((matrix + matrix.mT) / 2).to(where))
+    return values.to(matrix.device), vectors.to(matrix.device)
+
+
 class MomentSketch:
     """C = E[h hᵀ] of inputs that come in parts, as an exact diagonal and the best U (rank, d) there is for it.
 
@@ -116,10 +124,12 @@ class MomentSketch:
         self._rank, self._directions = rank, directions.to(device, wide)
         self._products = torch.zeros(d, width, device=device, dtype=wide)
         self._diagonal = torch.zeros(d, device=device, dtype=wide)
-        self._count = 0
+        self._count, self._accuracy = 0, 0.0
 
     def add(self, inputs: Tensor) -> None:  # (n, d), float32 or float64
         """More inputs."""
+        # eigenvalues below this share of the largest are rounding errors of the products
+        self._accuracy = max(self._accuracy, 100 * torch.finfo(inputs.dtype).eps)
         whole = self._directions.shape[0] == self._directions.shape[1]
         projected = inputs if whole else inputs @ self._directions.to(inputs)
         self._products += inputs.mT @ projected
@@ -133,19 +143,16 @@ class MomentSketch:
         left = (diagonal - factors.square().sum(0)).clamp_min(0)
         total = float(diagonal.sum())
         share = float(factors.square().sum()) / total if total else 1.0
-        return SecondMoment(left, factors), min(share, 1.0)
+        return SecondMoment(left, factors.contiguous()), min(share, 1.0)
 
     def _leading(self, products: Tensor) -> Tensor:  # (d, width) → (at most rank, d)
-        norm = float(torch.linalg.matrix_norm(products))
-        if not norm:
-            return products.new_zeros(0, len(products))
-        accuracy = torch.finfo(products.dtype).eps
-        shift = accuracy * norm
-        shifted = products + shift * self._directions
-        core = self._directions.mT @ shifted
-        lower, _ = torch.linalg.cholesky_ex((core + core.mT) / 2)
-        root = torch.linalg.solve_triangular(lower, shifted.mT, upper=False)  # C ≈ rootᵀ root − shift
-        _, singular, right = torch.linalg.svd(root, full_matrices=False)
-        values = (singular.square() - shift)[: self._rank]
-        kept = values > len(products) * accuracy * norm
-        return right[: self._rank][kept] * values[kept].sqrt().unsqueeze(1)
+        whole = products.shape[0] == products.shape[1]
+        core = products if whole else self._directions.mT @ products
+        values, vectors = symmetric_eigh(core)
+        kept = values > self._accuracy * values[-1].clamp_min(0)
+        values, vectors = values[kept], vectors[:, kept]
+        if not whole:  # C ≈ rootᵀ·root
+            root = (vectors / values.sqrt()).mT @ products.mT
+            _, singular, right = torch.linalg.svd(root, full_matrices=False)
+            return right[: self._rank] * singular[: self._rank].unsqueeze(1)
+        return (vectors * values.sqrt()).mT.flip(0)[: self._rank]

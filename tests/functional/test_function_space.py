@@ -172,6 +172,26 @@ def test_a_sketch_of_lower_rank_has_the_exact_diagonal_and_is_near_the_best_of_i
     assert 0.97 * best < share <= best + 1e-12
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("n", "d", "rank"), [(3, 40, 4), (5, 12, 8), (40, 40, 32), (200, 60, 6)])
+def test_a_sketch_of_few_or_ill_conditioned_inputs_is_below_the_second_moment(n, d, rank, dtype):
+    """As activations are: one coordinate a thousand times the others, and fewer inputs than directions."""
+    inputs = torch.randn(n, d, generator=torch.Generator().manual_seed(2), dtype=dtype) * torch.logspace(3, -3, d).to(
+        dtype
+    )
+    exact = inputs.double().T @ inputs.double() / n
+    sketch = MomentSketch(d, rank, CPU, torch.Generator().manual_seed(0))
+    sketch.add(inputs)
+    moment, share = sketch.moment()
+    norm = float(torch.linalg.matrix_norm(exact, 2))
+    accuracy = 1e-4 if dtype == torch.float32 else 1e-11
+    low_rank = moment.factors.T @ moment.factors
+    assert float(torch.linalg.eigvalsh(exact - low_rank)[0]) > -accuracy * norm
+    assert float(moment.trace()) == pytest.approx(float(exact.trace()), rel=accuracy)
+    best = float(torch.linalg.eigvalsh(exact).flip(0)[:rank].sum() / exact.trace())
+    assert best - 0.01 < share <= 1
+
+
 def test_a_sketch_of_nothing_is_zero():
     moment, share = MomentSketch(5, 2, CPU, torch.Generator()).moment()
     assert float(moment.trace()) == 0

@@ -36,6 +36,8 @@ VARIANTS = {
     "projection": {"proximal_mode": "projection", "rank_pattern": {"0": 1}},
     "delta": {"proximal_space": "delta", "proximal_selective": True, "proximal_lambda_pattern": {"0": 3.0}},
     "delta-coupled": {"proximal_space": "delta", "proximal_mode": "coupled", "proximal_selective": False},
+    "function": {"proximal_space": "function", "rank_pattern": {"0": 1}},
+    "function-coupled": {"proximal_space": "function", "proximal_mode": "coupled", "proximal_selective": True},
     "empty": {"proximal_selective": True, "rank_pattern": {"0": 1}},
     "elsewhere": {"proximal_space": "delta", "proximal_selective": False},  # neither factor starts at zero
 }
@@ -133,7 +135,7 @@ def main(rank: int, folder: Path) -> None:
 
 def pull_in_bfloat16(rank: int, folder: Path) -> None:
     """Half of the steps, saved and resumed, then the others; coupled steps are refused."""
-    for space in ("factors", "delta"):
+    for space in ("factors", "delta", "function"):
         model = sharded(in_bfloat16(space))
         optimizer = torch.optim.SGD(lora_parameters(model).values(), lr=2e-4)
         rest(model, optimizer, 50)

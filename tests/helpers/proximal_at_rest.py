@@ -9,6 +9,7 @@ from peft import get_peft_model
 from torch import nn
 
 from peft_linear.tuners.proximal_lora import ProximalLoraConfig
+from tests.helpers.function_space import with_reference
 from tests.helpers.reference_proximal import lora_parameters
 
 
@@ -26,7 +27,7 @@ def config(lam=2.0, **kwargs):
 
 
 def proximal(**kwargs):
-    return get_peft_model(mlp(), config(**kwargs))
+    return with_reference(get_peft_model(mlp(), config(**kwargs)))
 
 
 def backward(model):

@@ -45,7 +45,7 @@ def test_a_changed_rank_is_refused_until_the_anchor_is_reset():
     step_at_rest(model)
 
 
-@pytest.mark.parametrize("space", ["factors", "delta"])
+@pytest.mark.parametrize("space", ["factors", "delta", "function"])
 @pytest.mark.parametrize("scheme", ["pissa", "olora", "orthogonal", "gaussian", "mica"])
 def test_initialisation_schemes_are_pulled_toward_their_initial_factors(scheme, space):
     if not hasattr(LoraLayer, f"{scheme}_init") and scheme != "gaussian":

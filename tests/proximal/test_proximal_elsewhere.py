@@ -52,7 +52,7 @@ def model_of(dtype, **options):
 
 @pytest.mark.parametrize("make", COPIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("space", ["factors", "delta"])
+@pytest.mark.parametrize("space", ["factors", "delta", "function"])
 def test_weights_of_which_the_optimizer_keeps_copies_are_pulled_as_others_are(make, dtype, space):
     model = model_of(torch.float32, proximal_space=space)
     right = at_rest(model, SGD(lora_parameters(model).values(), lr=RATE))
@@ -262,7 +262,9 @@ def test_schedule_free_is_the_method_with_a_proximal_step_of_z(name, options):
 @pytest.mark.parametrize(
     ("name", "mode", "space"),
     itertools.product(
-        ["AdamWScheduleFree", "RAdamScheduleFree", "SGDScheduleFree"], ["decoupled", "coupled"], ["factors", "delta"]
+        ["AdamWScheduleFree", "RAdamScheduleFree", "SGDScheduleFree"],
+        ["decoupled", "coupled"],
+        ["factors", "delta", "function"],
     ),
 )
 def test_schedule_free_optimizers_stay_nearer_the_larger_lambda_is(name, mode, space):

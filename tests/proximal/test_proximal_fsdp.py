@@ -74,7 +74,7 @@ def test_two_processes_train_what_one_trains(together, name):
     assert 0 < facts(model)["rate"] <= 1
 
 
-@pytest.mark.parametrize("space", ["factors", "delta"])
+@pytest.mark.parametrize("space", ["factors", "delta", "function"])
 def test_bfloat16_shards_are_pulled_as_the_whole_factors_are(together, space):
     model = in_bfloat16(space)
     before = proximal_distance(model)

@@ -22,6 +22,7 @@ from peft_linear.tuners.proximal_lora.state import find_adapters
 from tests.helpers import small_models
 from tests.helpers.language import chat_tokenizer
 from tests.helpers.proximal_bert import base, logits, proximal, train
+from tests.helpers.quantised import quantised
 from tests.helpers.reference_proximal import lora_parameters
 from tests.reference import reference_statistics
 
@@ -66,6 +67,25 @@ def test_the_statistics_are_those_of_autograd(make, batches):
         expected = moments[reference.inputs[name]]
         assert torch.allclose(dense(reference.moment(name)), expected, rtol=1e-9, atol=1e-9), name
         assert reference.scales[name] == pytest.approx(scales[name], rel=1e-9), name
+
+
+@pytest.mark.parametrize(("kind", "difference"), [("int8", 0.1), ("nf4", 0.5)])
+@pytest.mark.filterwarnings("ignore:MatMul8bitLt")
+def test_over_a_quantised_base_the_statistics_are_its_own_and_the_pull_acts(kind, difference):
+    batches = small_models.text_batches()
+    found = collect(quantised(kind), batches, targets=["query", "value"])
+    expected = collect(small_models.seeded(small_models.bert, hidden_size=64, intermediate_size=128), batches)
+    for name in found.names:
+        own, near = dense(found.moment(name)), dense(expected.moment(name))
+        assert 0 < float((own - near).norm() / near.norm()) < difference
+    ends = []
+    for strength in (0.0, 30.0):
+        options = {"target_modules": ["query", "value"], "r": 2, "task_type": "SEQ_CLS"}
+        config = ProximalLoraConfig(proximal_lambda=strength, proximal_space="function", **options)
+        model = get_peft_model(quantised(kind), config)
+        set_proximal_reference(model, found)
+        ends.append(proximal_distance(train(model), space="function"))
+    assert 0 < ends[1] < 0.5 * ends[0]
 
 
 def test_modules_with_one_input_share_its_moment():

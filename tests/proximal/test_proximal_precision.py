@@ -20,6 +20,7 @@ from torch import nn
 from peft_linear.errors import PeftLinearError
 from peft_linear.proximal import attach_proximal, proximal_distance
 from peft_linear.tuners.proximal_lora.counts import REMAINDERS_KEY
+from tests.helpers.function_space import metric, statistics, with_reference
 from tests.helpers.proximal_at_rest import SGD, config
 from tests.helpers.reference_proximal import ReferenceProximal, lora_parameters
 
@@ -27,7 +28,7 @@ from tests.helpers.reference_proximal import ReferenceProximal, lora_parameters
 LOW = [torch.bfloat16, torch.float16]
 RATE, LAMBDA, STEPS = 2e-4, 10.0, 200
 VARIANTS = [
-    *itertools.product(["factors", "delta"], ["decoupled", "coupled"], [False, True]),
+    *itertools.product(["factors", "delta", "function"], ["decoupled", "coupled"], [False, True]),
     ("factors", "projection", False),
 ]
 
@@ -39,7 +40,8 @@ def ADAMW(parameters, lr):
 def proximal(dtype, lam=LAMBDA, **options):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(48, 40), nn.Tanh(), nn.Linear(40, 24))
-    return get_peft_model(model, config(lam=lam, r=8, **options), autocast_adapter_dtype=False).to(dtype)
+    model = get_peft_model(model, config(lam=lam, r=8, **options), autocast_adapter_dtype=False)
+    return with_reference(model).to(dtype)
 
 
 def displaced(dtype, amount=0.3, **options):
@@ -82,7 +84,9 @@ def test_the_distance_shrinks_as_in_float32(space, mode, selective, dtype):
 
 
 @pytest.mark.parametrize("dtype", LOW)
-@pytest.mark.parametrize(("space", "mode"), itertools.product(["factors", "delta"], ["decoupled", "coupled"]))
+@pytest.mark.parametrize(
+    ("space", "mode"), itertools.product(["factors", "delta", "function"], ["decoupled", "coupled"])
+)
 def test_the_distance_shrinks_as_in_float32_beside_adam(space, mode, dtype):
     options = {"proximal_space": space, "proximal_mode": mode, "noise": 0.0 if mode == "coupled" else 0.01}
     right = shrinkage(torch.float32, ADAMW, **options)
@@ -99,13 +103,14 @@ def test_a_projection_holds_the_distance_as_in_float32(dtype):
 
 
 @pytest.mark.parametrize("make", [SGD, ADAMW])
-@pytest.mark.parametrize("space", ["factors", "delta"])
+@pytest.mark.parametrize("space", ["factors", "delta", "function"])
 def test_a_bfloat16_run_follows_the_float64_loop_written_by_hand(space, make):
     """With gradients, as well as bfloat16 can: the pulled displacement is the reference's to 2 %."""
     exact = displaced(torch.bfloat16, lam=0.0, proximal_space=space).double()
     model = displaced(torch.bfloat16, proximal_space=space)
     start = lora_parameters(proximal(torch.bfloat16))
-    reference = ReferenceProximal(exact, lam=LAMBDA, space=space, scaling=0.5)
+    dense = metric(statistics(model)) if space == "function" else None
+    reference = ReferenceProximal(exact, lam=LAMBDA, space=space, scaling=0.5, metric=dense)
     reference.start = {name: p.detach().double() for name, p in start.items()}
     runs = [(m, make(lora_parameters(m).values(), lr=0.01)) for m in (exact, model)]
     generators = [torch.Generator().manual_seed(3) for _ in runs]

@@ -41,6 +41,7 @@ VARIANTS = {
     "projection": {"proximal_mode": "projection"},
     "delta": {"proximal_space": "delta"},
     "delta-coupled": {"proximal_space": "delta", "proximal_mode": "coupled", "proximal_selective": True},
+    "function": {"proximal_space": "function"},
 }
 CLIP = 0.05
 

@@ -91,7 +91,7 @@ def test_the_value_of_a_learning_rate_on_a_device_is_not_read():
 
 
 @pytest.mark.parametrize("mode", ["decoupled", "coupled"])
-@pytest.mark.parametrize("space", ["factors", "delta"])
+@pytest.mark.parametrize("space", ["factors", "delta", "function"])
 def test_the_largest_lambda_gives_no_nan(mode, space):
     model = displaced(proximal(lam=sys.float_info.max, proximal_mode=mode, proximal_space=space))
     with torch.no_grad():
@@ -102,7 +102,7 @@ def test_the_largest_lambda_gives_no_nan(mode, space):
         assert proximal_distance(model, space="delta") == 0
 
 
-@pytest.mark.parametrize("space", ["factors", "delta"])
+@pytest.mark.parametrize("space", ["factors", "delta", "function"])
 @pytest.mark.parametrize("rate", [0.0, torch.tensor(0.0)])
 def test_the_largest_lambda_times_a_learning_rate_of_zero_is_zero(rate, space):
     model = displaced(proximal(lam=sys.float_info.max, proximal_space=space))
@@ -197,7 +197,7 @@ def model_start(model):
     ("make", "space", "message"),
     [
         (mlp, None, "has no active ProximalLoRA adapter; it has none"),
-        (proximal, "weights", "space must be one of 'factors', 'delta', got 'weights'"),
+        (proximal, "weights", "space must be one of 'factors', 'delta', 'function', got 'weights'"),
         (partial(proximal, use_dora=True), "delta", "use_dora, with which the change of the weight is not"),
     ],
     ids=["no adapter", "unknown space", "not a product"],

@@ -17,6 +17,7 @@ from peft_linear.integrations.callbacks import ProximalCallback
 from peft_linear.proximal import attach_proximal, proximal_distance, proximal_firing_rate
 from peft_linear.tuners.proximal_lora import ProximalLoraConfig
 from tests.helpers import small_models
+from tests.helpers.function_space import metric, statistics, with_reference
 from tests.helpers.reference_callback import ByHand
 from tests.helpers.reference_proximal import ReferenceProximal, lora_parameters
 
@@ -41,7 +42,7 @@ def adapted(config, seed=1):
 
 
 def proximal(seed=1, **kwargs):
-    return adapted(ProximalLoraConfig(proximal_lambda=LAMBDA, **OPTIONS, **kwargs), seed)
+    return with_reference(adapted(ProximalLoraConfig(proximal_lambda=LAMBDA, **OPTIONS, **kwargs), seed))
 
 
 class OwnLoss(Trainer):
@@ -94,14 +95,16 @@ def assert_same(model, other):
         {"space": "delta"},
         {"mode": "coupled"},
         {"space": "delta", "mode": "coupled", "selective": True},
+        {"space": "function"},
+        {"space": "function", "mode": "coupled", "selective": True},
     ],
     ids=lambda variant: str(variant or "default"),
 )
 def test_the_trainer_trains_what_the_reference_trains(tmp_path, settings, variant):
     plain = adapted(LoraConfig(**OPTIONS))
-    by_hand = ByHand(lam=LAMBDA, scaling=2.0, **variant)
-    fit(plain, tmp_path, [by_hand], **settings)
     model = proximal(**{f"proximal_{key}": value for key, value in variant.items()})
+    by_hand = ByHand(lam=LAMBDA, scaling=2.0, metric=metric(statistics(model)), **variant)
+    fit(plain, tmp_path, [by_hand], **settings)
     fit(model, tmp_path, **settings)
     assert_same(model, plain)
     fired = by_hand.fired

@@ -19,7 +19,9 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from peft_linear import ProximalCallback, ProximalLoraConfig, proximal_distance
 from peft_linear.proximal import proximal_firing_rate
+from peft_linear.tuners.proximal_lora import set_proximal_reference
 from tests.helpers import small_models
+from tests.helpers.function_space import metric, statistics
 from tests.helpers.reference_callback import ByHand
 from tests.helpers.reference_proximal import lora_parameters
 
@@ -86,7 +88,19 @@ def adapted(config, seed=1, dtype=torch.float64):
     return get_peft_model(base_model(dtype), config)
 
 
-def fit(trainer_class, folder, tokenizer, dataset, *, model=None, config=None, callbacks=(), resume=None, **settings):
+def fit(
+    trainer_class,
+    folder,
+    tokenizer,
+    dataset,
+    *,
+    model=None,
+    config=None,
+    callbacks=(),
+    resume=None,
+    prepare=None,
+    **settings,
+):
     defaults = {
         "per_device_train_batch_size": 2,
         "max_steps": 4,
@@ -112,6 +126,8 @@ def fit(trainer_class, folder, tokenizer, dataset, *, model=None, config=None, c
         peft_config=config,
         callbacks=list(callbacks),
     )
+    if prepare is not None:
+        prepare(trainer.model)
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
@@ -143,6 +159,17 @@ def test_supervised_fine_tuning_equals_the_reference(tmp_path, tokenizer, varian
     untouched = fit(*run, config=plain_config(), **settings)
     with pytest.raises(AssertionError):  # otherwise the term would make no difference here
         assert_same(trainer.model, untouched.model, tolerance=1e-6)
+
+
+def test_supervised_fine_tuning_in_function_space_equals_the_reference(tmp_path, tokenizer):
+    reference = statistics(adapted(proximal_config()))
+    by_hand = ByHand(lam=LAMBDA, scaling=2.0, space="function", metric=metric(reference))
+    run, settings = (SFTTrainer, tmp_path, tokenizer, sentences()), {"gradient_accumulation_steps": 2}
+    plain = fit(*run, config=plain_config(), callbacks=[by_hand], **settings)
+    config = proximal_config({"space": "function"})
+    trainer = fit(*run, config=config, prepare=lambda model: set_proximal_reference(model, reference), **settings)
+    assert_same(trainer.model, plain.model)
+    assert_one_application_a_step(trainer.model, by_hand, steps=4)
 
 
 @pytest.mark.parametrize(

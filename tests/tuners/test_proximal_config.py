@@ -173,7 +173,7 @@ def test_a_lambda_that_no_float_holds_is_refused_in_a_pattern_and_after_the_conf
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"proximal_space": "weights"}, "proximal_space must be one of 'factors', 'delta', got 'weights'"),
+        ({"proximal_space": "weights"}, "proximal_space must be one of 'factors', 'delta', 'function', got 'weights'"),
         ({"proximal_mode": None}, "proximal_mode must be one of 'decoupled', 'coupled', 'projection', got None"),
         ({"proximal_mode": "projection", "proximal_space": "delta"}, "use proximal_space='factors', got 'delta'"),
         ({"proximal_selective": "yes"}, "proximal_selective must be True or False, got 'yes'"),
