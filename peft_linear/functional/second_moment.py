@@ -4,17 +4,25 @@
 
 `C = diag(c) + UᵀU` with c (d,) >= 0 and U (k, d). The matrix C (d, d) is never formed: a product with r rows costs
 O(r·k·d). Leading batch dimensions stand for modules of equal shapes.
+
+Where c has few values, as `MomentSketch` makes it, so does a system with C: `U·(I + w·diag(c))⁻¹·Uᵀ` is a sum of one
+k×k matrix a value, whatever w is.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-_TEMPORARY = 2**24  # numbers in the largest temporary tensor of `shrink_rows`
+LEVELS = 16  # values of the diagonal of a sketch, beside 0
+_RANGE = 1e-4  # of them: the smallest values count as this share of the largest
+_TEMPORARY = 2**24  # numbers in the largest temporary tensor of `shrink_rows` with a diagonal of many values
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +63,8 @@ class SecondMoment:
         """`x_i·(I − (I + w_i·C)⁻¹)` of every row x_i: the change, not the value, so that w_i = 0 gives exact zeros.
 
         By Woodbury's identity with D = I + w·diag(c): `(I + wC)⁻¹ = D⁻¹ − w·D⁻¹Uᵀ(I + w·U D⁻¹ Uᵀ)⁻¹U D⁻¹`; the k×k
-        systems are solved in the dtype `wide`. Cost O(r·k²·d).
+        systems are solved in the dtype `wide`. Cost O(r·k·d + r·k³) for a diagonal of at most LEVELS values beside 0,
+        O(r·k²·d) else.
 
         Args:
             rows: X, (..., r, d).
@@ -66,29 +75,59 @@ class SecondMoment:
             (..., r, d), in the dtype of X.
         """
         weights = weights.clamp(max=torch.finfo(rows.dtype).max ** 0.5)  # λ → ∞ without infinity times zero
-        *_, count, d = rows.shape
-        k = self.factors.shape[-2]
-        others = max(1, rows.numel() // max(1, count * d))
-        size = max(1, _TEMPORARY // max(1, others * k * d))
-        parts = [
-            self._shrink(rows[..., start : start + size, :], weights[..., start : start + size], wide)
-            for start in range(0, count, size)
-        ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)
-
-    def _shrink(self, rows: Tensor, weights: Tensor, wide: torch.dtype) -> Tensor:
         scaled = weights.to(rows).unsqueeze(-1) * self.diagonal.to(rows).unsqueeze(-2)  # (..., r, d)
         inverse = 1 / (1 + scaled)
         change = rows * (scaled * inverse)
         if not self.factors.shape[-2]:
             return change
-        factors = self.factors.to(rows).unsqueeze(-3)  # (..., 1, k, d)
-        weighted = factors * inverse.unsqueeze(-2)  # U D⁻¹, (..., r, k, d)
-        inner = (weighted @ factors.mT).to(wide) * weights.to(wide)[..., None, None]
+        factors = self.factors.to(rows)
+        inner = self._inner(rows.dtype, weights).to(wide) * weights.to(wide)[..., None, None]
         inner = inner + torch.eye(inner.shape[-1], dtype=wide, device=inner.device)
-        right = (weighted @ rows.unsqueeze(-1)).to(wide)  # U D⁻¹ x, (..., r, k, 1)
-        solved = torch.linalg.solve_ex(inner, right)[0] * weights.to(wide)[..., None, None]
-        return change + (weighted.mT @ solved.to(rows)).squeeze(-1)
+        right = ((rows * inverse) @ factors.mT).to(wide).unsqueeze(-1)  # U D⁻¹ x, (..., r, k, 1)
+        solved = torch.linalg.solve_ex(inner, right)[0].squeeze(-1) * weights.to(wide).unsqueeze(-1)
+        return change + (solved.to(rows) @ factors) * inverse
+
+    def _inner(self, dtype: torch.dtype, weights: Tensor) -> Tensor:
+        """U (I + w·diag(c))⁻¹ Uᵀ for every w, (..., r, k, k)."""
+        levels = self._levels
+        if levels is not None:
+            inverse = 1 / (1 + weights.to(dtype).unsqueeze(-1) * levels.values.to(dtype).unsqueeze(-2))  # (..., r, q)
+            return (inverse @ levels.grams.to(dtype).flatten(-2)).unflatten(-1, self.factors.shape[-2:-1] * 2)
+        factors = self.factors.to(dtype).unsqueeze(-3)
+        *others, k, d = self.factors.shape
+        size = max(1, _TEMPORARY // max(1, math.prod(others) * k * d))
+        parts = []
+        for part in weights.to(dtype).split(size, dim=-1):
+            inverse = 1 / (1 + part.unsqueeze(-1) * self.diagonal.to(dtype).unsqueeze(-2))
+            parts.append((factors * inverse.unsqueeze(-2)) @ factors.mT)
+        return torch.cat(parts, dim=-3)
+
+    @cached_property
+    def _levels(self) -> _Levels | None:
+        """The values of the diagonal, if they are few; computed once."""
+        flat = self.diagonal.reshape(-1, self.diagonal.shape[-1])
+        found = [row.unique(return_inverse=True) for row in flat]
+        count = max(len(values) for values, _ in found)
+        if count > LEVELS + 1:
+            return None
+        k = self.factors.shape[-2]
+        values, grams = flat.new_zeros(len(flat), count), flat.new_zeros(len(flat), count, k, k)
+        for number, ((level, index), factors) in enumerate(
+            zip(found, self.factors.reshape(len(flat), k, -1), strict=True)
+        ):
+            values[number, : len(level)] = level
+            for each in range(len(level)):
+                members = factors[:, index == each]
+                grams[number, each] = members @ members.mT
+        batch = self.diagonal.shape[:-1]
+        return _Levels(values.reshape(*batch, count), grams.reshape(*batch, count, k, k))
+
+
+class _Levels(NamedTuple):
+    """q values of a diagonal (..., q), and U_q·U_qᵀ (..., q, k, k) of the columns that have each."""
+
+    values: Tensor
+    grams: Tensor
 
 
 def stacked(moments: list[SecondMoment]) -> SecondMoment:
@@ -108,7 +147,10 @@ def symmetric_eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class MomentSketch:
-    """C = E[h hᵀ] of inputs that come in parts, as an exact diagonal and the best U (rank, d) there is for it.
+    """C = E[h hᵀ] of inputs that come in parts: the best U (rank, d) there is for it, and what is left on a diagonal.
+
+    The diagonal has LEVELS values: those of equal size, to a factor of about two, are replaced by their mean, so that
+    tr C is exact.
 
     The matrix C itself where it has at most 4·rank columns; else its products with 4·rank random directions, from
     which the leading part follows (Nyström; Tropp, Yurtsever, Udell and Cevher, "Fixed-rank approximation of a
@@ -140,7 +182,7 @@ class MomentSketch:
         """C of all inputs so far, zero without any, and the share of tr C that U holds."""
         diagonal = self._diagonal / max(self._count, 1)
         factors = self._leading(self._products / max(self._count, 1))
-        left = (diagonal - factors.square().sum(0)).clamp_min(0)
+        left = _grouped((diagonal - factors.square().sum(0)).clamp_min(0))
         total = float(diagonal.sum())
         share = float(factors.square().sum()) / total if total else 1.0
         return SecondMoment(left, factors.contiguous()), min(share, 1.0)
@@ -156,3 +198,16 @@ class MomentSketch:
             _, singular, right = torch.linalg.svd(root, full_matrices=False)
             return right[: self._rank] * singular[: self._rank].unsqueeze(1)
         return (vectors * values.sqrt()).mT.flip(0)[: self._rank]
+
+
+def _grouped(values: Tensor) -> Tensor:
+    """Non-negative numbers, those in the same of LEVELS classes on a logarithmic scale replaced by their mean."""
+    grouped, positive = torch.zeros_like(values), values > 0
+    if not bool(positive.any()):
+        return grouped
+    sizes = (values[positive] / values.max()).clamp_min(_RANGE).log() / math.log(_RANGE)  # 0 largest, 1 smallest
+    index = (sizes * LEVELS).long().clamp_max(LEVELS - 1)
+    sums = values.new_zeros(LEVELS).index_add_(0, index, values[positive])
+    means = sums / torch.bincount(index, minlength=LEVELS).clamp_min(1)
+    grouped[positive] = means[index]
+    return grouped

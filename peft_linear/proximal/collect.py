@@ -59,7 +59,8 @@ def collect_reference(
             must get the same.
         targets: The modules, as for `compute_ntk`; must hold those that the adapter will have.
         tokenizer: Of texts, which are cut off after 512 tokens.
-        rank: Of the low-rank part of C; its diagonal is exact. Of SmolLM2-135M the default takes 13 MB.
+        rank: Of the low-rank part of C; what it leaves is on a diagonal of 16 values. Of SmolLM2-135M the default
+            takes 13 MB.
         seed: Of the sampled labels, and of the random directions by which the low-rank part is found.
         progress: Whether to show a progress bar.
 

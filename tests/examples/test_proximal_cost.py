@@ -12,7 +12,7 @@ from peft_linear.tuners.proximal_lora.state import find_adapters, live_records
 
 
 def test_it_measures_every_form_and_writes_a_table(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(script, "TARGETS", {"factors": 1e9, "delta": 1e9})
+    monkeypatch.setattr(script, "TARGETS", {"factors": 1e9, "delta": 1e9, "function": 1e9})
     assert script.main(["--cases", "tiny", "--rounds", "3", "--output", str(tmp_path)]) == 0
     forms = read_json(tmp_path / "results.json.gz")["cases"]["tiny"]["forms"]
     assert set(forms) == set(script.FORMS)
@@ -21,7 +21,7 @@ def test_it_measures_every_form_and_writes_a_table(tmp_path, monkeypatch, capsys
         assert row["anchor_bytes"] == row["lora_a_bytes"] > 0  # zeros of B are not kept
     table = (tmp_path / "README.md").read_text()
     assert "delta, selective" in table and "All targets are met." in table and "--rounds 3" in table
-    monkeypatch.setattr(script, "TARGETS", {"factors": -1.0, "delta": 1e9})
+    monkeypatch.setattr(script, "TARGETS", {"factors": -1.0, "delta": 1e9, "function": 1e9})
     assert script.main(["--cases", "tiny", "--rounds", "2", "--output", str(tmp_path / "missed")]) == 1
     assert "missed: tiny, factors, always on" in capsys.readouterr().err
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peft_linear.functional.proximal import delta_gradient, delta_proximal_step, delta_squared_distance
-from peft_linear.functional.second_moment import MomentSketch, SecondMoment, stacked
+from peft_linear.functional.second_moment import LEVELS, MomentSketch, SecondMoment, stacked
 from tests.helpers.reference_proximal import dense_block_step, dense_penalty
 
 
@@ -159,14 +159,17 @@ def test_a_sketch_that_holds_the_rank_is_the_second_moment(n, d, rank):
     assert share == pytest.approx(1.0)
 
 
-def test_a_sketch_of_lower_rank_has_the_exact_diagonal_and_is_near_the_best_of_its_rank():
+def test_a_sketch_of_lower_rank_has_the_exact_trace_and_is_near_the_best_of_its_rank():
     torch.manual_seed(2)
     inputs = torch.randn(500, 60) * torch.logspace(0, -3, 60) @ torch.linalg.qr(torch.randn(60, 60))[0]
     sketch = MomentSketch(60, 8, CPU, torch.Generator().manual_seed(0))
     sketch.add(inputs)
     moment, share = sketch.moment()
     exact = inputs.T @ inputs / 500
-    assert torch.allclose(dense(moment).diagonal(), exact.diagonal(), rtol=1e-10)
+    assert float(moment.trace()) == pytest.approx(float(exact.trace()), rel=1e-10)
+    left = exact.diagonal() - moment.factors.square().sum(0)
+    assert torch.allclose(moment.diagonal, left, rtol=0.8)
+    assert len(moment.diagonal.unique()) <= LEVELS + 1
     values = torch.linalg.eigvalsh(exact).flip(0)
     best = float(values[:8].sum() / values.sum())
     assert 0.97 * best < share <= best + 1e-12
@@ -190,6 +193,23 @@ def test_a_sketch_of_few_or_ill_conditioned_inputs_is_below_the_second_moment(n,
     assert float(moment.trace()) == pytest.approx(float(exact.trace()), rel=accuracy)
     best = float(torch.linalg.eigvalsh(exact).flip(0)[:rank].sum() / exact.trace())
     assert best - 0.01 < share <= 1
+
+
+@pytest.mark.parametrize("values", [[0.0, 2.0], [0.5], [3.0, 0.0, 1e-9], [float(each) for each in range(60)]], ids=len)
+@pytest.mark.parametrize("batch", [(), (3,)])
+def test_rows_are_shrunk_as_by_a_dense_solve_however_many_values_the_diagonal_has(values, batch):
+    torch.manual_seed(4)
+    diagonal = torch.tensor(values)[torch.randint(len(values), (*batch, 20))]
+    moment = SecondMoment(diagonal, torch.randn(*batch, 3, 20))
+    rows, weights = torch.randn(*batch, 5, 20), torch.tensor([0.0, 1e-9, 0.3, 40.0, 1e6]).expand(*batch, 5)
+    c = torch.diag_embed(diagonal) + moment.factors.mT @ moment.factors
+    values, vectors = torch.linalg.eigh(c)
+    scaled = weights.unsqueeze(-1) * values.clamp_min(0).unsqueeze(-2)
+    expected = (rows @ vectors) * (scaled / (1 + scaled)) @ vectors.mT
+    found = moment.shrink_rows(rows, weights, torch.float64)
+    assert torch.allclose(found[..., :-1, :], expected[..., :-1, :], rtol=1e-10, atol=1e-10)
+    assert torch.allclose(found, expected, atol=1e-7)
+    assert not found[..., 0, :].any()
 
 
 def test_a_sketch_of_nothing_is_zero():
