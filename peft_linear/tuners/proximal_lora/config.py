@@ -17,7 +17,7 @@ from ...functional.schedule import SCHEDULES
 from .peft_type import PROXIMAL_LORA
 
 
-SPACES = ("factors", "delta")
+SPACES = ("factors", "delta", "function")
 MODES = ("decoupled", "coupled", "projection")
 
 # With these the adapter's change of the weight is not s·B·A.
@@ -40,9 +40,12 @@ class ProximalLoraConfig(LoraConfig):
             The default 1.0 is that value for Σ_t η_t = 1. With AdamW the sum is usually smaller and the default weak:
             in our measurement even λ = 1/Σ_t η_t did not reduce what is learned. With SGD the sum can be far larger
             and the default strong. Set 1/Σ_t η_t of your run or more. This holds for the other fields' defaults.
-        proximal_space (`"factors"` or `"delta"`, defaults to `"factors"`):
+        proximal_space (`"factors"`, `"delta"` or `"function"`, defaults to `"factors"`):
             `"factors"`: D = Σ ‖A−A0‖² + ‖B−B0‖², the paper's. `"delta"`: D = Σ ‖s·BA − s·B0A0‖_F², the distance of
-            the weights, computed from r×r matrices; it does not depend on how BA is factorised.
+            the weights, computed from r×r matrices; it does not depend on how BA is factorised. `"function"`: the
+            distance of what the model computes on reference data, Σ g·tr(E C Eᵀ) with E = s·BA − s·B0A0, half of
+            which is about KL(pretrained ‖ tuned) in nats a token. It needs `set_proximal_reference(model,
+            collect_reference(base, batches))`; λ is in units in which the mean of g·tr(C)/d_in over its modules is 1.
         proximal_mode (`"decoupled"`, `"coupled"` or `"projection"`, defaults to `"decoupled"`):
             `"decoupled"`: the proximal operator after the optimizer's step (as AdamW decays weights). `"coupled"`: the
             gradient of the penalty is added to the loss gradient before the step (as L2 regularisation); under Adam
@@ -66,9 +69,9 @@ class ProximalLoraConfig(LoraConfig):
             Length of the schedule in optimizer steps of this adapter; needed by all but `"constant"`.
 
     Raises:
-        PeftLinearError: a field has an invalid value, `r` is not positive, `proximal_space="delta"` is combined with a
-            variant of LoRA whose change of the weight is not s·B·A, or `proximal_mode="projection"` with
-            `proximal_space="delta"`.
+        PeftLinearError: a field has an invalid value, `r` is not positive, `proximal_space` other than "factors" is
+            combined with a variant of LoRA whose change of the weight is not s·B·A, or with
+            `proximal_mode="projection"`.
     """
 
     proximal_lambda: float = field(
@@ -77,7 +80,10 @@ class ProximalLoraConfig(LoraConfig):
     )
     proximal_space: str = field(
         default="factors",
-        metadata={"help": "Where distance is measured: 'factors' (of A and B) or 'delta' (of the weights)."},
+        metadata={
+            "help": "Where distance is measured: 'factors' (of A and B), 'delta' (of the weights) or 'function' (of "
+            "outputs on reference data)."
+        },
     )
     proximal_mode: str = field(
         default="decoupled",
@@ -121,12 +127,12 @@ class ProximalLoraConfig(LoraConfig):
             raise PeftLinearError(f"the ranks in rank_pattern must be positive integers, got {bad_ranks}")
         if self.proximal_mode == "projection":
             _check_projection(self)
-        if self.proximal_space == "delta":
+        if self.proximal_space != "factors":
             variants = variants_without_product(self)
             if variants:
                 raise PeftLinearError(
-                    f"proximal_space='delta' needs an adapter that adds s·B·A to the weight; this one has "
-                    f"{', '.join(variants)}, which changes it otherwise: use proximal_space='factors'"
+                    f"proximal_space={self.proximal_space!r} needs an adapter that adds s·B·A to the weight; this one "
+                    f"has {', '.join(variants)}, which changes it otherwise: use proximal_space='factors'"
                 )
 
 
