@@ -32,11 +32,11 @@ class Encoded:
     labels: list[int]
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, example: Example) -> Encoded:
-    """A text of more than MAX_TOKENS loses the start of its prompt, then the end of its completion."""
+def encode(tokenizer: PreTrainedTokenizerBase, example: Example, most: int = MAX_TOKENS) -> Encoded:
+    """A text of more than `most` tokens loses the start of its prompt, then the end of its completion."""
     answer = [*tokenizer(example.completion, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
-    answer = answer[: MAX_TOKENS - 1]
-    head = encode_prompt(tokenizer, example, room=MAX_TOKENS - len(answer))
+    answer = answer[: most - 1]
+    head = encode_prompt(tokenizer, example, room=most - len(answer))
     return Encoded([*head, *answer], [IGNORED] * len(head) + answer)
 
 

@@ -9,7 +9,7 @@ import gzip
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,37 +22,34 @@ SHIPPED = Path(__file__).parent / "runs.jsonl.gz"
 FIELDS = ("model", "task", "budget", "arm", "seed", "rate")
 
 
-class RunLog:
-    """`runs.jsonl` (or another name) in `folder`, and the shipped results before it."""
+class RecordLog:
+    """`<name>.jsonl` in `folder`, and the shipped results before it; a record is known by its values of `fields`."""
 
-    def __init__(self, folder: Path, shipped: Path | None = SHIPPED, name: str = "runs") -> None:
+    def __init__(self, folder: Path, shipped: Path | None, name: str, fields: Sequence[str]) -> None:
         self.path = folder / f"{name}.jsonl"
         self.lock_path = folder / f"{name}.lock"
+        self.fields = tuple(fields)
         folder.mkdir(parents=True, exist_ok=True)
         lines: list[str] = []
         if shipped is not None and shipped.exists():
             lines += gzip.decompress(shipped.read_bytes()).decode("utf-8").splitlines()
         if self.path.exists():
             lines += self.path.read_text(encoding="utf-8").splitlines()
-        self.records: dict[Run, dict] = {}
-        self.losses: dict[Group, dict[float, float | None]] = defaultdict(dict)
-        for record in parse(lines):
+        self.records: dict[Hashable, dict] = {}
+        for record in parse(lines, self.fields):
             self.add(record)
 
-    def add(self, record: dict) -> None:
-        run = run_of(record)
-        self.records[run] = record
-        self.losses[run.group][run.rate] = record["validation_loss"]
+    def key(self, record: dict) -> Hashable:
+        return tuple(record[field] for field in self.fields)
 
-    def seen(self, group: Group) -> dict[float, float | None]:
-        """{rate: validation loss} of the group's runs."""
-        return dict(self.losses[group])
+    def add(self, record: dict) -> None:
+        self.records[self.key(record)] = record
 
     def append(self, record: dict) -> None:
         """Adds one run; the line reaches the disk whole or is left out at the next reading."""
-        run = run_of(record)
-        if run in self.records:
-            raise PeftLinearError(f"{run} is in {self.path} already; a run is recorded once")
+        key = self.key(record)
+        if key in self.records:
+            raise PeftLinearError(f"{key} is in {self.path} already; a run is recorded once")
         line = json.dumps(record, separators=(",", ":")) + "\n"
         with self.path.open("ab") as file:
             if file.tell() and not ends_with_newline(self.path):
@@ -73,17 +70,35 @@ class RunLog:
             yield
 
 
-def run_of(record: dict) -> Run:
-    return Run(**{field: record[field] for field in FIELDS})
+class RunLog(RecordLog):
+    """The log of the language bench's runs, and the validation losses of each group by its rates."""
+
+    records: dict[Run, dict]
+
+    def __init__(self, folder: Path, shipped: Path | None = SHIPPED, name: str = "runs") -> None:
+        self.losses: dict[Group, dict[float, float | None]] = defaultdict(dict)
+        super().__init__(folder, shipped, name, FIELDS)
+
+    def key(self, record: dict) -> Run:
+        return Run(**{field: record[field] for field in self.fields})
+
+    def add(self, record: dict) -> None:
+        super().add(record)
+        run = self.key(record)
+        self.losses[run.group][run.rate] = record["validation_loss"]
+
+    def seen(self, group: Group) -> dict[float, float | None]:
+        """{rate: validation loss} of the group's runs."""
+        return dict(self.losses[group])
 
 
-def parse(lines: Iterable[str]) -> Iterator[dict]:
+def parse(lines: Iterable[str], fields: Sequence[str]) -> Iterator[dict]:
     for line in lines:
         try:
             record = json.loads(line)
         except json.JSONDecodeError:
             continue
-        if isinstance(record, dict) and all(field in record for field in FIELDS):
+        if isinstance(record, dict) and all(field in record for field in fields):
             yield record
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -37,12 +37,17 @@ def lora_config(ranks: dict[str, int], alpha: int = ALPHA) -> LoraConfig:
     )
 
 
-@contextmanager
-def adapted(model: nn.Module, ranks: dict[str, int], seed: int) -> Iterator[nn.Module]:
+def adapted(model: nn.Module, ranks: dict[str, int], seed: int) -> AbstractContextManager[nn.Module]:
     """`model` with LoRA on the modules of `ranks` inside the block, without it afterwards."""
+    return with_adapter(model, lora_config(ranks), seed)
+
+
+@contextmanager
+def with_adapter(model: nn.Module, config: LoraConfig, seed: int) -> Iterator[nn.Module]:
+    """`model` with the adapter of `config`, drawn from `seed`, inside the block, without it afterwards."""
     wanted = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     torch.manual_seed(seed)
-    wrapped = get_peft_model(model, lora_config(ranks))
+    wrapped = get_peft_model(model, config)
     try:
         yield wrapped
     finally:
@@ -83,16 +88,32 @@ def train(
     }
 
 
+def batch_loss(model: nn.Module, batch: Sequence[Encoded]) -> Tensor:
+    """The mean over the label tokens."""
+    return token_losses(model, pack(batch)).mean()
+
+
 def optimise(
-    model: nn.Module, parameters: list[Tensor], batches: list[list[Encoded]], rate: float
+    model: nn.Module,
+    parameters: list[Tensor],
+    batches: list[list[Encoded]],
+    rate: float,
+    *,
+    loss_of: Callable[[nn.Module, list[Encoded]], Tensor] = batch_loss,
+    weight_decay: float = 0.0,
+    planned: int | None = None,
 ) -> tuple[list[float], float]:
-    """The mean loss of every step before its update, and the seconds of all steps; a loss of NaN ends the training."""
-    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / len(batches))
+    """The loss of every step before its update, and the seconds of all steps; a loss of NaN ends the training.
+
+    The rate decays to zero at step `planned`; default: at the last batch.
+    """
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=weight_decay)
+    end = len(batches) if planned is None else planned
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / end)
     losses = []
     start = time.perf_counter()
     for batch in batches:
-        loss = token_losses(model, pack(batch)).mean()
+        loss = loss_of(model, batch)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, CLIP)
         optimizer.step()
