@@ -10,17 +10,25 @@
 - `operators`: the penalty's gradient, the proximal operator and the projection, on these factors;
 - `delta_space`: the same in delta space, modules of equal shapes together;
 - `shards`: factors that are sharded over processes (FSDP2);
-- `monitor`: distance, firing rate and λ while an adapter trains.
+- `plan`: the sum of the learning rates of a run before it, of which `proximal_lambda="auto"` is computed;
+- `monitor`: distance, what was removed, firing rate and λ while an adapter trains.
 """
 
 from .hook import ProximalHandle, attach_proximal
-from .monitor import proximal_distance, proximal_firing_rate, proximal_strength, proximal_summary
+from .monitor import (
+    proximal_distance,
+    proximal_exponent,
+    proximal_firing_rate,
+    proximal_strength,
+    proximal_summary,
+)
 
 
 __all__ = [
     "ProximalHandle",
     "attach_proximal",
     "proximal_distance",
+    "proximal_exponent",
     "proximal_firing_rate",
     "proximal_strength",
     "proximal_summary",
