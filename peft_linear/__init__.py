@@ -19,11 +19,17 @@ from .integrations.recommendation_callback import NtkRecommendationCallback
 from .integrations.trl_data import language_batches
 from .kernels.module_kernels import ModuleKernels
 from .kernels.regression import fit_kernel_regression
-from .proximal import attach_proximal, proximal_distance
+from .proximal import attach_proximal, collect_reference, proximal_distance
 from .report.recommendation import Recommendation
 from .selection.recommend import recommend
 from .selection.training import Training
-from .tuners.proximal_lora import ProximalLoraConfig, ProximalLoraModel, export_lora
+from .tuners.proximal_lora import (
+    ProximalLoraConfig,
+    ProximalLoraModel,
+    ProximalReference,
+    export_lora,
+    set_proximal_reference,
+)
 
 
 __version__ = "0.1.0.dev0"
@@ -36,11 +42,13 @@ __all__ = [
     "ProximalCallback",
     "ProximalLoraConfig",
     "ProximalLoraModel",
+    "ProximalReference",
     "Recommendation",
     "Resources",
     "Spectrum",
     "Training",
     "attach_proximal",
+    "collect_reference",
     "compute_ntk",
     "export_lora",
     "fit_kernel_regression",
@@ -50,6 +58,7 @@ __all__ = [
     "proximal_distance",
     "recommend",
     "recommend_modules",
+    "set_proximal_reference",
 ]
 
 plan_trainer_runs()

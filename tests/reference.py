@@ -113,3 +113,50 @@ def gradient_shares(
             energies[name] = (square * layer.in_features * layer.out_features) ** 0.5 if by_adam else square
         shares.append({name: energy / sum(energies.values()) for name, energy in energies.items()})
     return {name: min(of_model[name] for of_model in shares) for name in names}
+
+
+def reference_statistics(model: nn.Module, batches: list[dict], names, seed: int) -> tuple[dict, dict]:
+    """{module: E[h hᵀ]} and {module: Σ ‖δ‖²/(d_out·N)} of `collect_reference`, from plain hooks and autograd.
+
+    δ is the gradient of log p of labels sampled at every prediction that counts; positions with δ = 0 do not count.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    inputs, outputs = {name: [] for name in names}, {name: [] for name in names}
+    cotangents = {name: [] for name in names}
+    handles = []
+    for name in names:
+
+        def hook(module, args, output, name=name):
+            inputs[name].append(args[0].detach())
+            outputs[name].append(output)
+
+        handles.append(model.get_submodule(name).register_forward_hook(hook))
+    shift = int("CausalLM" in type(model).__name__ or "LMHead" in type(model).__name__)
+    total = 0
+    for batch in batches:
+        for name in names:
+            outputs[name].clear()
+        given = {k: v for k, v in batch.items() if k != "labels" or model.config.is_encoder_decoder}
+        scores = model(**given).logits
+        if scores.ndim == 3:
+            counted = (batch["labels"] != -100)[:, shift:]
+            scores = (scores[:, :-1] if shift else scores)[counted]
+        labels = torch.multinomial(scores.detach().softmax(-1), 1, generator=generator)
+        total += len(labels)
+        log_p = scores.log_softmax(-1).gather(1, labels).sum()
+        flat = [output for name in names for output in outputs[name]]
+        found = iter(torch.autograd.grad(log_p, flat, allow_unused=True))
+        for name in names:
+            for output in outputs[name]:
+                gradient = next(found)
+                cotangents[name].append(torch.zeros_like(output) if gradient is None else gradient)
+    for handle in handles:
+        handle.remove()
+    moments, scales = {}, {}
+    for name in names:
+        h = torch.cat([each.flatten(0, -2) for each in inputs[name]])
+        d = torch.cat([each.flatten(0, -2) for each in cotangents[name]])
+        h = h[(d != 0).any(-1)]
+        moments[name] = h.T @ h / len(h)
+        scales[name] = float(d.square().sum()) / d.shape[-1] / total
+    return moments, scales

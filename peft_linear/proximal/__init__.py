@@ -8,12 +8,14 @@
 - `precision`: the weights of bfloat16 and float16 factors in float32;
 - `elsewhere`: weights that an optimizer keeps beside the parameters;
 - `operators`: the penalty's gradient, the proximal operator and the projection, on these factors;
-- `delta_space`: the same in delta space, modules of equal shapes together;
+- `delta_space`: the same in delta space and function space, modules of equal shapes together;
+- `collect`: the statistics that function space measures distance by;
 - `shards`: factors that are sharded over processes (FSDP2);
 - `plan`: the sum of the learning rates of a run before it, of which `proximal_lambda="auto"` is computed;
 - `monitor`: distance, what was removed, firing rate and λ while an adapter trains.
 """
 
+from .collect import collect_reference
 from .hook import ProximalHandle, attach_proximal
 from .monitor import (
     proximal_distance,
@@ -27,6 +29,7 @@ from .monitor import (
 __all__ = [
     "ProximalHandle",
     "attach_proximal",
+    "collect_reference",
     "proximal_distance",
     "proximal_exponent",
     "proximal_firing_rate",

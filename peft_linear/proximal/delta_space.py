@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Factors as matrices whose product is the change of the weight, and modules of equal shapes stacked.
 
-In delta space the proximal term needs r×r matrices of each module; stacking makes them one call for many modules.
+In delta space and in function space the proximal term needs r×r matrices of each module; stacking makes them one call
+for many modules.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import torch
 from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import Tensor
 
-from ..tuners.proximal_lora.tracked import Factors
+from ..functional.second_moment import SecondMoment
+from ..tuners.proximal_lora.tracked import Factors, TrackedAdapter
 from .precision import whole_weights, write_weights
 from .shards import part_of, whole
 from .updates import FactorUpdate, ModuleUpdate
@@ -23,7 +25,7 @@ from .updates import FactorUpdate, ModuleUpdate
 class ModuleStack:
     """Modules of equal shapes, stacked along a new first dimension. Sharded factors are gathered."""
 
-    def __init__(self, modules: list[ModuleUpdate], adapter_name: str) -> None:
+    def __init__(self, modules: list[ModuleUpdate], adapter: TrackedAdapter) -> None:
         self._modules = modules
         self._whole = [(whole_weights(m.lora.a, m.a), whole_weights(m.lora.b, m.b)) for m in modules]
         self._views = [matrices(m.lora.layer, *pair) for m, pair in zip(modules, self._whole, strict=True)]
@@ -32,8 +34,12 @@ class ModuleStack:
         anchors = [pair for pair in (anchor_matrices(m.lora) for m in modules) if pair is not None]
         self.a0 = torch.stack([a for a, _ in anchors]) if anchors else None
         self.b0 = torch.stack([b for _, b in anchors]) if anchors else None
-        scalings = [float(m.lora.layer.scaling[adapter_name]) for m in modules]
-        self.squared_scalings = self._column([s * s for s in scalings])
+        self.moment: SecondMoment | None = None  # of the modules' inputs, in function space
+        scales = [1.0] * len(modules)
+        if adapter.config.proximal_space == "function":
+            self.moment, scales = adapter.moments(tuple(m.lora.name for m in modules), self.a)
+        scalings = [float(m.lora.layer.scaling[adapter.name]) for m in modules]
+        self.weights = self._column([s * s * scale for s, scale in zip(scalings, scales, strict=True)])
 
     def _column(self, values: list[Any]) -> Tensor:
         plain = not any(isinstance(value, Tensor) for value in values)
@@ -51,11 +57,11 @@ class ModuleStack:
         return self._column([module.strength for module in self._modules])
 
     def rates(self, gate: Tensor | None) -> tuple[Tensor, Tensor]:
-        """ηλs² for A and for B, per module; 0 for a factor that the optimizer does not update."""
+        """ηλs²g for A and for B, per module (g = 1 in delta space); 0 for a factor that is not updated."""
         columns = []
         for factors in ([m.a for m in self._modules], [m.b for m in self._modules]):
             rates = [0.0 if factor is None else factor.learning_rate for factor in factors]
-            column = self._column(rates) * self.squared_scalings * self.strengths
+            column = self._column(rates) * self.weights * self.strengths
             column = column.clamp(max=torch.finfo(column.dtype).max ** 0.25)  # λ → ∞ without infinity times zero
             columns.append(column if gate is None else column * gate.to(column))
         return columns[0], columns[1]
@@ -87,7 +93,7 @@ class ModuleStack:
                 yield module.b, part_of(b, module.b.parameter)
 
 
-def stack_modules(modules: list[ModuleUpdate], adapter_name: str) -> Iterator[ModuleStack]:
+def stack_modules(modules: list[ModuleUpdate], adapter: TrackedAdapter) -> Iterator[ModuleStack]:
     """Stacks the modules that have the same shapes, dtype, device and kind of anchor."""
     groups: dict[tuple, list[ModuleUpdate]] = {}
     for module in modules:
@@ -95,7 +101,7 @@ def stack_modules(modules: list[ModuleUpdate], adapter_name: str) -> Iterator[Mo
         product = anchor.a is not None and anchor.b is not None
         groups.setdefault((a.shape, b.shape, a.dtype, a.device, product, type(layer)), []).append(module)
     for members in groups.values():
-        yield ModuleStack(members, adapter_name)
+        yield ModuleStack(members, adapter)
 
 
 def matrices(layer: LoraLayer, a: Any, b: Any) -> tuple[Tensor, Tensor]:

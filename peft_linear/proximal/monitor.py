@@ -25,7 +25,8 @@ def proximal_distance(model: nn.Module, adapter_name: str | None = None, space: 
         model: the model, or anything around it (PeftModel, DDP, a compiled model).
         adapter_name: one adapter; default: all active ones together.
         space: `"factors"` (root of Σ ‖A−A0‖² + ‖B−B0‖²) or `"delta"` (root of Σ ‖s·BA − s·B0A0‖_F², the distance of
-            the weights); default: the one that the adapter is configured with.
+            the weights) or `"function"` (root of Σ g·tr(E C Eᵀ), on the adapter's reference: half of its square is
+            about KL(pretrained ‖ tuned) there, in nats a token); default: the one that the adapter is configured with.
 
     Returns:
         The distance, accumulated in float64. O(number of adapter parameters · r) at most. Where factors are sharded
@@ -100,6 +101,8 @@ def proximal_summary(model: nn.Module) -> dict[str, float]:
     summary = {"proximal_distance": proximal_distance(model, space="factors")}
     if not any(variants_without_product(adapter.config) for adapter in adapters):
         summary["proximal_distance_delta"] = proximal_distance(model, space="delta")
+        if all(adapter.has_reference() for adapter in adapters):
+            summary["proximal_distance_function"] = proximal_distance(model, space="function")
     strengths = {name: value for name, value in proximal_strength(model).items() if not math.isnan(value)}
     if len(set(strengths.values())) == 1:
         summary["proximal_lambda"] = next(iter(strengths.values()))
@@ -118,13 +121,13 @@ def proximal_summary(model: nn.Module) -> dict[str, float]:
 def _squared(adapter: TrackedAdapter, space: str | None) -> float:
     space = space or adapter.config.proximal_space
     variants = variants_without_product(adapter.config)
-    if space == "delta" and variants:
+    if space != "factors" and variants:
         raise PeftLinearError(
             f"adapter {adapter.name!r} has {', '.join(variants)}, with which the change of the weight is not s·B·A; "
             "use space='factors'"
         )
     with torch.no_grad():
-        return _squared_in_factors(adapter) if space == "factors" else _squared_in_delta(adapter)
+        return _squared_in_factors(adapter) if space == "factors" else _squared_in_weights(adapter, space)
 
 
 def _squared_in_factors(adapter: TrackedAdapter) -> float:
@@ -138,11 +141,14 @@ def _squared_in_factors(adapter: TrackedAdapter) -> float:
     return float(total([parameter for parameter, _ in pairs], local_sum))
 
 
-def _squared_in_delta(adapter: TrackedAdapter) -> float:
+def _squared_in_weights(adapter: TrackedAdapter, space: str) -> float:
+    reference = adapter.reference() if space == "function" else None
     square = 0.0
     for f in adapter.factors():
         a, b = matrices(f.layer, whole(f.a), whole(f.b))
         a0, b0 = anchor_matrices(f) or (None, None)
         scaling = float(f.layer.scaling[adapter.name])
-        square += float(delta_squared_distance(a, b, a0, b0, scaling).sum())
+        moment = None if reference is None else reference.moment(f.name).to(a.device)
+        scale = 1.0 if reference is None else reference.scales[f.name]
+        square += scale * float(delta_squared_distance(a, b, a0, b0, scaling, moment).sum())
     return square

@@ -35,9 +35,9 @@ def penalty_gradients(update: AdapterUpdate, weight: float | Tensor) -> Iterator
             gradients = factor_gradient(values, read_anchors(factors, values), weight * strength)
             yield from zip(factors, gradients, strict=True)
         return
-    for stack in stack_modules(update.active_modules, update.adapter.name):
-        weights = stack.squared_scalings * stack.strengths * weight
-        yield from stack.unstack(*delta_gradient(stack.a, stack.b, stack.a0, stack.b0, weights))
+    for stack in stack_modules(update.active_modules, update.adapter):
+        weights = stack.weights * stack.strengths * weight
+        yield from stack.unstack(*delta_gradient(stack.a, stack.b, stack.a0, stack.b0, weights, stack.moment))
 
 
 def apply_proximal_operator(update: AdapterUpdate, gate: Tensor | None) -> None:
@@ -48,9 +48,9 @@ def apply_proximal_operator(update: AdapterUpdate, gate: Tensor | None) -> None:
             factor_proximal_step_(values, read_anchors(factors, values), step, gate)
             write_weights(factors, values)
         return
-    for stack in stack_modules(update.active_modules, update.adapter.name):
+    for stack in stack_modules(update.active_modules, update.adapter):
         rates_a, rates_b = stack.rates(gate)
-        stack.store(*delta_proximal_step(stack.a, stack.b, stack.a0, stack.b0, rates_a, rates_b))
+        stack.store(*delta_proximal_step(stack.a, stack.b, stack.a0, stack.b0, rates_a, rates_b, stack.moment))
 
 
 def risk_inner_product(factors: list[FactorUpdate], gradients: list[Tensor]) -> Tensor:

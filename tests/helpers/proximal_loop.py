@@ -9,7 +9,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn import functional as F
 
-from peft_linear.tuners.proximal_lora import ProximalLoraConfig
+from peft_linear.functional.second_moment import SecondMoment
+from peft_linear.tuners.proximal_lora import ProximalLoraConfig, ProximalReference, set_proximal_reference
 from tests.helpers.reference_proximal import ReferenceProximal, lora_parameters
 
 
@@ -30,7 +31,32 @@ def lora(**kwargs):
 
 def proximal(lam=1.0, seed=1, **kwargs):
     config = ProximalLoraConfig(target_modules=TARGETS, r=RANK, lora_alpha=ALPHA, proximal_lambda=lam, **kwargs)
-    return adapted(config, seed)
+    model = adapted(config, seed)
+    if config.proximal_space == "function":
+        set_proximal_reference(model, statistics())
+    return model
+
+
+def statistics():
+    """A reference of the network, of its two layers."""
+    generator = torch.Generator().manual_seed(11)
+
+    def random(*shape):
+        return torch.rand(*shape, generator=generator, dtype=torch.float64)
+
+    moments = {name: SecondMoment(random(d), random(2, d)) for name, d in zip(TARGETS, (5, 7), strict=True)}
+    own = dict(zip(TARGETS, TARGETS, strict=True))
+    return ProximalReference(moments, own, {"0": 0.3, "2": 1.2}, dict.fromkeys(TARGETS, 0.5), 100, 2)
+
+
+def metric(name):
+    """C, dense, and g in units of λ, of the module of a factor."""
+    reference = statistics()
+    module = name.split(".lora_A")[0].rpartition(".")[2]
+    moment = reference.moment(module)
+    return torch.diag(moment.diagonal) + moment.factors.T @ moment.factors, reference.scales[module] / reference.unit(
+        TARGETS
+    )
 
 
 def batches(count=12):
@@ -68,7 +94,9 @@ def train(model, optimizer, *, clip=None, reference=None, data=None):
 
 def reference_run(make, *, lam=1.0, space="factors", mode="decoupled", selective=False, **kwargs):
     model = lora()
-    reference = ReferenceProximal(model, lam=lam, space=space, mode=mode, selective=selective, scaling=ALPHA / RANK)
+    reference = ReferenceProximal(
+        model, lam=lam, space=space, mode=mode, selective=selective, scaling=ALPHA / RANK, metric=metric
+    )
     return train(model, make(groups(model)), reference=reference, **kwargs), reference
 
 

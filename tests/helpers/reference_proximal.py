@@ -15,18 +15,24 @@ def pairs(parameters) -> list[tuple[str, str]]:
     return [(name, name.replace("lora_A", "lora_B")) for name in parameters if "lora_A" in name]
 
 
-def dense_penalty(a, b, a0, b0, scaling):
-    """‖s·BA − s·B0A0‖² from the d_out×d_in matrices."""
-    return ((scaling * b @ a - scaling * b0 @ a0) ** 2).sum()
+def dense_penalty(a, b, a0, b0, scaling, c=None):
+    """tr(E C Eᵀ), E = s·BA − s·B0A0, from the d_out×d_in matrices; C is the identity by default."""
+    change = scaling * b @ a - scaling * b0 @ a0
+    return (change**2).sum() if c is None else torch.trace(change @ c @ change.T)
 
 
-def dense_block_step(a, b, a0, b0, scaling, lam, lr_a, lr_b):
-    """B ← argmin ½‖B−B̃‖² + (η_B λ/2)·penalty, then A likewise with the new B; normal equations with dense B0A0."""
+def dense_block_step(a, b, a0, b0, scaling, lam, lr_a, lr_b, c=None):
+    """B ← argmin ½‖B−B̃‖² + (η_B λ/2)·penalty, then A likewise with the new B; normal equations with dense B0A0.
+
+    With C the one for A, A + μBᵀB·A·C = Ã + μBᵀ(B0A0)C, is solved for vec(A) with a Kronecker product.
+    """
     target = b0 @ a0
+    c = torch.eye(a.shape[1], dtype=a.dtype) if c is None else c
     mu = lr_b * lam * scaling**2
-    b = torch.linalg.solve(torch.eye(len(a)) + mu * a @ a.T, (b + mu * target @ a.T).T).T
+    b = torch.linalg.solve(torch.eye(len(a)) + mu * a @ c @ a.T, (b + mu * target @ c @ a.T).T).T
     mu = lr_a * lam * scaling**2
-    a = torch.linalg.solve(torch.eye(len(a)) + mu * b.T @ b, a + mu * b.T @ target)
+    system = torch.eye(a.numel()) + mu * torch.kron(b.T @ b, c)  # rows of A one after the other
+    a = torch.linalg.solve(system, (a + mu * b.T @ target @ c).reshape(-1)).reshape(a.shape)
     return a, b
 
 
@@ -34,9 +40,11 @@ class ReferenceProximal:
     """What must happen around `optimizer.step()` for the objective R + (λ/2)·D, on a plain LoRA model in float64.
 
     `lam` is λ, or a function of a parameter's name and the number of steps taken; where λ = 0 nothing happens.
+    `metric(name of a factor A)` gives C and g in units of λ, for `space="function"`.
     """
 
-    def __init__(self, model, *, lam, space="factors", mode="decoupled", selective=False, scaling=1.0):
+    def __init__(self, model, *, lam, space="factors", mode="decoupled", selective=False, scaling=1.0, metric=None):
+        self.metric = metric if space == "function" else lambda name: (None, 1.0)
         self.parameters = lora_parameters(model)
         self.start = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.strength = lam if callable(lam) else lambda name, step: lam
@@ -83,9 +91,10 @@ class ReferenceProximal:
         if self.space == "factors":
             return {name: 2 * (p.detach() - self.start[name]) for name, p in self.parameters.items()}
         leaves = {name: p.detach().clone().requires_grad_(True) for name, p in self.parameters.items()}
-        penalty = sum(
-            dense_penalty(leaves[a], leaves[b], self.start[a], self.start[b], self.scaling) for a, b in pairs(leaves)
-        )
+        penalty = 0.0
+        for a, b in pairs(leaves):
+            c, g = self.metric(a)
+            penalty += g * dense_penalty(leaves[a], leaves[b], self.start[a], self.start[b], self.scaling, c)
         names = list(leaves)
         return dict(zip(names, torch.autograd.grad(penalty, [leaves[n] for n in names]), strict=True))
 
@@ -109,8 +118,9 @@ class ReferenceProximal:
             return
         for a, b in pairs(self.parameters):
             pa, pb = self.parameters[a], self.parameters[b]
+            (c, g), rates = self.metric(a), (learning_rates[a], learning_rates[b])
             new_a, new_b = dense_block_step(
-                pa, pb, self.start[a], self.start[b], self.scaling, self.lam(a), learning_rates[a], learning_rates[b]
+                pa, pb, self.start[a], self.start[b], self.scaling, g * self.lam(a), *rates, c
             )
             pa.copy_(new_a)
             pb.copy_(new_b)

@@ -20,7 +20,7 @@ from tests.helpers.reference_proximal import ReferenceProximal, lora_parameters
 MODES = ["decoupled", "coupled", "projection"]
 SELECTIVE = [*itertools.product(MODES[:2], [True, False]), ("projection", False)]
 VARIANTS = [
-    *itertools.product(["factors", "delta"], MODES[:2], [True, False]),
+    *itertools.product(["factors", "delta", "function"], MODES[:2], [True, False]),
     *itertools.product(["factors"], ["projection"], [True, False]),
 ]
 SGD, ADAMW = torch.optim.SGD, torch.optim.AdamW
@@ -70,7 +70,7 @@ def test_projection_ignores_the_selective_field():
     assert 0 < proximal_firing_rate(models[0]) == proximal_firing_rate(models[1]) < 1
 
 
-@pytest.mark.parametrize("space", ["factors", "delta"])
+@pytest.mark.parametrize("space", ["factors", "delta", "function"])
 def test_with_a_very_large_lambda_training_stays_at_the_pretrained_model(space):
     """See tests/functional/test_proximal_laws.py for the other modes."""
     model = proximal(lam=1e12, proximal_space=space, proximal_selective=False)
@@ -80,7 +80,7 @@ def test_with_a_very_large_lambda_training_stays_at_the_pretrained_model(space):
         assert proximal_distance(model) < 1e-9
 
 
-@pytest.mark.parametrize("space", ["factors", "delta"])
+@pytest.mark.parametrize("space", ["factors", "delta", "function"])
 def test_coupled_and_decoupled_sgd_agree_to_second_order(space):
     def gap(rate):
         ends = []
@@ -237,7 +237,7 @@ def test_each_of_two_optimizers_decides_for_its_own_factors(selective):
     assert_same(model, expected)
 
 
-@pytest.mark.parametrize("space", ["factors", "delta"])
+@pytest.mark.parametrize("space", ["factors", "delta", "function"])
 def test_a_factor_that_is_frozen_or_without_gradient_does_not_change(space):
     model = proximal(lam=10.0, proximal_space=space, proximal_selective=False)
     named = lora_parameters(model)

@@ -19,8 +19,8 @@ from transformers import Trainer, TrainingArguments
 
 from peft_linear.errors import FileError
 from peft_linear.integrations.callbacks import ProximalCallback
-from peft_linear.proximal import proximal_distance, proximal_firing_rate, proximal_summary
-from peft_linear.tuners.proximal_lora import ProximalLoraConfig
+from peft_linear.proximal import collect_reference, proximal_distance, proximal_firing_rate, proximal_summary
+from peft_linear.tuners.proximal_lora import ProximalLoraConfig, set_proximal_reference
 from peft_linear.tuners.proximal_lora.anchors import ANCHOR_NAME
 from peft_linear.tuners.proximal_lora.counts import REMAINDERS_KEY
 from peft_linear.tuners.proximal_lora.state import find_adapters
@@ -37,6 +37,7 @@ VARIANTS = {
         "proximal_schedule": "linear",
         "proximal_schedule_steps": 4,
     },
+    "function": {"proximal_space": "function", "proximal_selective": True},
     "coupled": {
         "proximal_mode": "coupled",
         "proximal_selective": True,
@@ -57,7 +58,10 @@ def proximal(variant, seed=1):
     config = ProximalLoraConfig(proximal_lambda=3.0, **options, **VARIANTS[variant])
     model = base()
     torch.manual_seed(seed)
-    return get_peft_model(model, config, autocast_adapter_dtype=False)
+    model = get_peft_model(model, config, autocast_adapter_dtype=False)
+    if variant == "function" and seed == 1:  # the model that resumes has it from the checkpoint
+        set_proximal_reference(model, collect_reference(base(), small_models.text_batches(), progress=False))
+    return model
 
 
 def rows():

@@ -15,15 +15,18 @@ from .config import ProximalLoraConfig
 from .export import export_lora
 from .model import ProximalLoraModel
 from .peft_type import PROXIMAL_LORA
-from .state import reset_proximal_anchor, set_proximal_schedule
+from .reference import ProximalReference
+from .state import reset_proximal_anchor, set_proximal_reference, set_proximal_schedule
 
 
 __all__ = [
     "PROXIMAL_LORA",
     "ProximalLoraConfig",
     "ProximalLoraModel",
+    "ProximalReference",
     "export_lora",
     "reset_proximal_anchor",
+    "set_proximal_reference",
     "set_proximal_schedule",
 ]
 

@@ -103,7 +103,7 @@ class AnchorSource:
         return replace(self, seen=self._checksum()) if os.path.isdir(self.path) else self
 
     def _checksum(self) -> str:
-        file = self._file(ANCHOR_NAME)
+        file = self.path_of(ANCHOR_NAME)
         try:
             return "none" if file is None else (_open_tensors(file).metadata() or {}).get("sha256", "none")
         except (SafetensorError, OSError):
@@ -111,7 +111,7 @@ class AnchorSource:
 
     def exists(self) -> bool:
         """Whether there is an anchor file."""
-        return self._file(ANCHOR_NAME) is not None
+        return self.path_of(ANCHOR_NAME) is not None
 
     def read(self, shapes: Mapping[str, tuple[torch.Size, torch.Size]]) -> dict[str, FactorAnchor] | None:
         """The anchors saved with the adapter's weights, or None if there is no such file.
@@ -124,7 +124,7 @@ class AnchorSource:
         Raises:
             FileError: the file cannot be read or was changed, or does not belong to the adapter beside it.
         """
-        file = self._file(ANCHOR_NAME)
+        file = self.path_of(ANCHOR_NAME)
         if file is None:
             return None
         if self.seen is not None and self.seen != self._checksum():
@@ -156,14 +156,15 @@ class AnchorSource:
     def _weight_files(self) -> list[Path]:
         """In the order in which peft looks for them."""
         for name in WEIGHT_NAMES:
-            if file := self._file(name):
+            if file := self.path_of(name):
                 return [file]
         return sorted(self._folder().glob(_SHARDS)) if os.path.isdir(self.path) else []
 
     def _folder(self) -> Path:
         return Path(self.path) / (self.hub_kwargs.get("subfolder") or "")
 
-    def _file(self, name: str) -> Path | None:
+    def path_of(self, name: str) -> Path | None:
+        """The file of that name beside the adapter's weights; None where there is none."""
         folder = self._folder()
         if folder.is_dir() or os.path.isdir(self.path):
             return folder / name if (folder / name).is_file() else None

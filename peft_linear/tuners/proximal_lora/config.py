@@ -17,7 +17,7 @@ from ...functional.schedule import SCHEDULES
 from .peft_type import PROXIMAL_LORA
 
 
-SPACES = ("factors", "delta")
+SPACES = ("factors", "delta", "function")
 MODES = ("decoupled", "coupled", "projection")
 
 AUTO = "auto"
@@ -42,7 +42,7 @@ class ProximalLoraConfig(LoraConfig):
         proximal_lambda (`float` or `"auto"`, defaults to `"auto"`):
             λ >= 0. 0 is LoRA, bit for bit. Over a training run with learning rates η_t the pull multiplies a
             displacement that no gradient opposes by about exp(−λ·Σ_t η_t), so λ has an effect from about 1/Σ_t η_t on.
-            `"auto"` is λ = c/Σ_t η_t, with c = 1 in factor space and 0.5 in delta space (`AUTO_EXPONENTS`), so that
+            `"auto"` is λ = c/Σ_t η_t, with c = 1 in factor space and 0.5 in the other two (`AUTO_EXPONENTS`), so that
             the share 1 − exp(−c) is removed, 63 % or 39 %, whatever the rates and the length of the run. The sum is
             that of the planned run. The Trainer and TRL know it; in a loop of your own
             `attach_proximal(model, optimizer, num_steps=..., scheduler=...)` or `attach_proximal(..., total=...)` says
@@ -51,9 +51,12 @@ class ProximalLoraConfig(LoraConfig):
             Once known, the number replaces `"auto"` in the model's copy of the configuration and is saved with the
             adapter; another run of the same model has its own. With `proximal_mode="projection"`, where λ has no unit,
             `"auto"` is 1.0; with `"coupled"` it is an error.
-        proximal_space (`"factors"` or `"delta"`, defaults to `"factors"`):
+        proximal_space (`"factors"`, `"delta"` or `"function"`, defaults to `"factors"`):
             `"factors"`: D = Σ ‖A−A0‖² + ‖B−B0‖², the paper's. `"delta"`: D = Σ ‖s·BA − s·B0A0‖_F², the distance of
-            the weights, computed from r×r matrices; it does not depend on how BA is factorised.
+            the weights, computed from r×r matrices; it does not depend on how BA is factorised. `"function"`: the
+            distance of what the model computes on reference data, Σ g·tr(E C Eᵀ) with E = s·BA − s·B0A0, half of
+            which is about KL(pretrained ‖ tuned) in nats a token. It needs `set_proximal_reference(model,
+            collect_reference(base, batches))`; λ is in units in which the mean of g·tr(C)/d_in over its modules is 1.
         proximal_mode (`"decoupled"`, `"coupled"` or `"projection"`, defaults to `"decoupled"`):
             `"decoupled"`: the proximal operator after the optimizer's step (as AdamW decays weights). `"coupled"`: the
             gradient of the penalty is added to the loss gradient before the step (as L2 regularisation); under Adam
@@ -77,9 +80,9 @@ class ProximalLoraConfig(LoraConfig):
             Length of the schedule in optimizer steps of this adapter; needed by all but `"constant"`.
 
     Raises:
-        PeftLinearError: a field has an invalid value, `r` is not positive, `proximal_space="delta"` is combined with a
-            variant of LoRA whose change of the weight is not s·B·A, `proximal_mode="projection"` with
-            `proximal_space="delta"`, or `proximal_mode="coupled"` with `proximal_lambda="auto"`.
+        PeftLinearError: a field has an invalid value, `r` is not positive, `proximal_space` other than "factors" is
+            combined with a variant of LoRA whose change of the weight is not s·B·A, or with
+            `proximal_mode="projection"`, or `proximal_mode="coupled"` with `proximal_lambda="auto"`.
     """
 
     proximal_lambda: float | str = field(
@@ -91,7 +94,10 @@ class ProximalLoraConfig(LoraConfig):
     )
     proximal_space: str = field(
         default="factors",
-        metadata={"help": "Where distance is measured: 'factors' (of A and B) or 'delta' (of the weights)."},
+        metadata={
+            "help": "Where distance is measured: 'factors' (of A and B), 'delta' (of the weights) or 'function' (of "
+            "outputs on reference data)."
+        },
     )
     proximal_mode: str = field(
         default="decoupled",
@@ -134,12 +140,12 @@ class ProximalLoraConfig(LoraConfig):
             raise PeftLinearError(f"the ranks in rank_pattern must be positive integers, got {bad_ranks}")
         if self.proximal_mode == "projection":
             _check_projection(self)
-        if self.proximal_space == "delta":
+        if self.proximal_space != "factors":
             variants = variants_without_product(self)
             if variants:
                 raise PeftLinearError(
-                    f"proximal_space='delta' needs an adapter that adds s·B·A to the weight; this one has "
-                    f"{', '.join(variants)}, which changes it otherwise: use proximal_space='factors'"
+                    f"proximal_space={self.proximal_space!r} needs an adapter that adds s·B·A to the weight; this one "
+                    f"has {', '.join(variants)}, which changes it otherwise: use proximal_space='factors'"
                 )
 
 

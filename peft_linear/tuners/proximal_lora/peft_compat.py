@@ -25,6 +25,7 @@ from transformers.integrations import PeftAdapterMixin
 from .anchors import ANCHOR_NAME, AnchorSource, save_anchors
 from .config import ProximalLoraConfig
 from .peft_type import PROXIMAL_LORA
+from .reference import REFERENCE_NAME
 from .state import find_records, track_adapter
 from .strength import check_patterns
 from .tracked import TrackedAdapter
@@ -144,12 +145,16 @@ def _save_anchor_with_adapter() -> None:
         # read now, since the file that they are read from may be the one that is removed
         anchors = {n: t.anchors() for n, t in tracked.items() if t.worth_saving and not converted}
         folders = {n: Path(save_directory) if n == "default" else Path(save_directory) / n for n in tracked}
+        references = {n: t.reference() for n, t in tracked.items() if t.has_reference()}
         for folder in folders.values():
-            (folder / ANCHOR_NAME).unlink(missing_ok=True)
+            for beside in (ANCHOR_NAME, REFERENCE_NAME):
+                (folder / beside).unlink(missing_ok=True)
         result = original(self, save_directory, *args, **kwargs)
         weights_name = SAFETENSORS_WEIGHTS_NAME if given["safe_serialization"] else WEIGHTS_NAME
         for name, values in anchors.items():
             save_anchors(folders[name], values, weights_name)
+        for name, reference in references.items():
+            reference.save(folders[name] / REFERENCE_NAME)
         return result
 
     wrap(PeftModel, "save_pretrained", save_pretrained)

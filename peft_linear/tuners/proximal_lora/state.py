@@ -20,6 +20,7 @@ from torch import nn
 
 from ...errors import PeftLinearError
 from .config import ProximalLoraConfig
+from .reference import ProximalReference
 from .strength import Schedule
 from .tracked import TrackedAdapter
 
@@ -165,3 +166,26 @@ def set_proximal_schedule(model: nn.Module, schedule: Schedule | None, adapter_n
     """
     for adapter in find_adapters(model, adapter_name):
         adapter.strengths.schedule = schedule
+
+
+def set_proximal_reference(model: nn.Module, reference: ProximalReference, adapter_name: str | None = None) -> None:
+    """Sets what `proximal_space="function"` measures distance by, for the named adapter (default: every active one).
+
+    It is saved with the adapter, in `proximal_reference.safetensors`, and found again when that is loaded.
+
+    Args:
+        model: the model, or a wrapper of it.
+        reference: of `collect_reference`, with statistics of all modules of the adapter.
+        adapter_name: one adapter.
+
+    Raises:
+        PeftLinearError: `model` has no such ProximalLoRA adapter, it adapts something else than linear layers, or the
+            reference is of another model.
+    """
+    if not isinstance(reference, ProximalReference):
+        raise PeftLinearError(
+            f"the reference must be a ProximalReference, got {type(reference).__name__}; call "
+            "collect_reference(model, batches) or ProximalReference.load(path)"
+        )
+    for adapter in find_adapters(model, adapter_name):
+        adapter.set_reference(reference)

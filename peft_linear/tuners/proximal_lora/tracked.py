@@ -9,14 +9,17 @@ import weakref
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from peft.tuners.lora import LoraLayer
+import torch
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 
 from ...errors import PeftLinearError
+from ...functional.second_moment import SecondMoment, stacked
 from .anchors import ANCHOR_NAME, AnchorSource, FactorAnchor
 from .config import ProximalLoraConfig
 from .counts import Statistics
 from .guard import MovementGuard
+from .reference import REFERENCE_NAME, ProximalReference
 from .strength import Strengths
 
 
@@ -46,6 +49,9 @@ class TrackedAdapter:
         self._layers = {key: weakref.ref(layer) for key, layer in layers.items()}
         self._anchors: dict[str, FactorAnchor] = {}
         self._source: AnchorSource | None = None
+        self._reference: ProximalReference | None = None
+        self._stacks: dict[tuple, tuple[SecondMoment, list[float]]] = {}
+        self._reference_source: AnchorSource | None = None  # where the reference is, before it is needed
         self._guard = MovementGuard(name, self.strengths)
         self.capture()
         self.arm()
@@ -101,6 +107,8 @@ class TrackedAdapter:
         self._ensure_anchors()
         if self.stepped:
             return
+        if self.config.proximal_space == "function" and self.strengths.active():
+            self.reference()
         if self._made_here:
             self._start_here_if_untrained()
         self.stepped = True
@@ -115,6 +123,62 @@ class TrackedAdapter:
             self.arm()
         if self._guard.watches(parameters):
             self._guard.stepped(parameters)
+
+    def has_reference(self) -> bool:
+        """Whether there is one, in memory or beside the weights that were loaded."""
+        return self._reference is not None or (
+            self._reference_source is not None and self._reference_source.path_of(REFERENCE_NAME) is not None
+        )
+
+    def reference(self) -> ProximalReference:
+        """What function space measures distance by.
+
+        Raises:
+            PeftLinearError: there is none.
+            FileError: it was saved with the adapter, and the file cannot be read or was changed.
+        """
+        if self._reference is None and self._reference_source is not None:
+            path = self._reference_source.path_of(REFERENCE_NAME)
+            if path is not None:
+                self.set_reference(ProximalReference.load(path))
+        if self._reference is None:
+            raise PeftLinearError(
+                f"adapter {self.name!r} has no reference, which proximal_space='function' measures distance by: call "
+                "set_proximal_reference(model, collect_reference(model, batches)) of peft_linear after the adapter is "
+                "made, or use proximal_space='delta'"
+            )
+        return self._reference
+
+    def set_reference(self, reference: ProximalReference) -> None:
+        """Checks and keeps it.
+
+        Raises:
+            PeftLinearError: it has no statistics of a module of the adapter, or the module is no linear layer.
+        """
+        wrong = [name for name, layer, a, b in self.layers() if not _is_linear(layer, a, b)]
+        if wrong:
+            raise PeftLinearError(
+                f"function space is defined for linear layers, and adapter {self.name!r} has others: "
+                f"{', '.join(wrong[:3])}; leave them out of target_modules, or use proximal_space='delta'"
+            )
+        reference.check({name: a.shape[1] for name, _, a, _ in self.layers()}, self.name)
+        self._reference, self._stacks = reference, {}
+
+    def moments(self, names: tuple[str, ...], like: Tensor) -> tuple[SecondMoment, list[float]]:
+        """C of these modules, stacked, on the device and in the dtype of `like`, and g of each in units of λ.
+
+        In these units the mean of g·tr(C)/d_in over the adapter's modules is 1.
+
+        Kept between steps: one stack a set of modules.
+        """
+        reference = self.reference()
+        dtype = like.dtype if like.dtype == torch.float64 else torch.float32
+        key = (names, like.device, dtype)
+        if key not in self._stacks:
+            moments = stacked([reference.moment(name).to(like.device, dtype) for name in names])
+            unit = reference.unit([name for name, *_ in self.layers()]) or 1.0  # 0: no module of it has an influence
+            self._stacks[key] = moments, [reference.scales[name] / unit for name in names]
+        return self._stacks[key]
 
     def capture(self) -> None:
         """Makes the factors as they are now the anchor."""
@@ -135,6 +199,7 @@ class TrackedAdapter:
         if self.stepped and not source.exists():
             return  # weights of this same run (λ = 0 saves no anchor): the anchor stays
         self._source = source
+        self._reference_source = source if self._reference is None else None
         if trainable or not self.config.inference_mode:
             self._ensure_anchors()
             self.arm()
@@ -192,10 +257,15 @@ class TrackedAdapter:
 
     def __getstate__(self) -> dict[str, Any]:
         layers = {key: layer for key, reference in self._layers.items() if (layer := reference()) is not None}
-        return {**self.__dict__, "_layers": layers, "_guard": None}
+        return {**self.__dict__, "_layers": layers, "_guard": None, "_stacks": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         layers = state.pop("_layers")
         self.__dict__.update(state, _layers={key: weakref.ref(layer) for key, layer in layers.items()})
         self._guard = MovementGuard(self.name, self.strengths)
         self.arm()
+
+
+def _is_linear(layer: LoraLayer, a: Tensor, b: Tensor) -> bool:
+    embedding = bool(layer.lora_embedding_A)
+    return not (isinstance(layer, ParamWrapper) or embedding) and a.ndim == b.ndim == 2 and a.shape[0] == b.shape[1]
