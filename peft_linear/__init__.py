@@ -13,6 +13,7 @@ from .capture.resources import Resources
 from .errors import PeftLinearError
 from .functional.spectrum import Spectrum
 from .integrations.callbacks import ProximalCallback
+from .integrations.planned_runs import plan_trainer_runs
 from .integrations.recommend_modules import recommend_modules
 from .integrations.recommendation_callback import NtkRecommendationCallback
 from .integrations.trl_data import language_batches
@@ -59,3 +60,5 @@ __all__ = [
     "recommend_modules",
     "set_proximal_reference",
 ]
+
+plan_trainer_runs()

@@ -11,12 +11,19 @@
 - `delta_space`: the same in delta space and function space, modules of equal shapes together;
 - `collect`: the statistics that function space measures distance by;
 - `shards`: factors that are sharded over processes (FSDP2);
-- `monitor`: distance, firing rate and λ while an adapter trains.
+- `plan`: the sum of the learning rates of a run before it, of which `proximal_lambda="auto"` is computed;
+- `monitor`: distance, what was removed, firing rate and λ while an adapter trains.
 """
 
 from .collect import collect_reference
 from .hook import ProximalHandle, attach_proximal
-from .monitor import proximal_distance, proximal_firing_rate, proximal_strength, proximal_summary
+from .monitor import (
+    proximal_distance,
+    proximal_exponent,
+    proximal_firing_rate,
+    proximal_strength,
+    proximal_summary,
+)
 
 
 __all__ = [
@@ -24,6 +31,7 @@ __all__ = [
     "attach_proximal",
     "collect_reference",
     "proximal_distance",
+    "proximal_exponent",
     "proximal_firing_rate",
     "proximal_strength",
     "proximal_summary",

@@ -24,6 +24,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from ..errors import PeftLinearError
 from ..tuners.proximal_lora.state import find_adapters, live_records
+from .plan import given_sums, plan_adapters
 from .step import OptimizerStep
 
 
@@ -53,23 +54,43 @@ class ProximalHandle:
         self._undo = lambda: None
 
 
-def attach_proximal(model: nn.Module, optimizer: Any) -> ProximalHandle:
-    """Makes the proximal term act in an optimizer that is not a `torch.optim.Optimizer`.
+def attach_proximal(
+    model: nn.Module,
+    optimizer: Any,
+    total: float | None = None,
+    *,
+    num_steps: int | None = None,
+    scheduler: Any = None,
+) -> ProximalHandle:
+    """Makes the proximal term act in any optimizer, and says for which run `proximal_lambda="auto"` is.
 
-    `torch.optim.Optimizer`s and their subclasses (also inside accelerate's wrapper) need no call: for them this only
-    checks that the optimizer steps factors of an adapter of `model`. Any other object is attached if it has
+    `torch.optim.Optimizer`s and their subclasses (also inside accelerate's wrapper) need no call for the term to act:
+    for them this only checks that the optimizer steps factors of an adapter of `model`. Any other object is attached
+    if it has
 
     - `param_groups`: a list of dicts with `"params"` (the model's own parameters) and `"lr"`, and
     - `step(...)`: reads `.grad` of these parameters and updates them. It may take a closure, as torch's does.
 
     Its `step` is replaced on the object, so that the term acts once per call. Attaching twice has no further effect.
 
+    Args:
+        model: the model, or a wrapper of it.
+        optimizer: what steps the adapter's factors.
+        total: Ση, the sum of the learning rates of the whole run (of the largest, where parameter groups differ).
+        num_steps: in place of `total`: the optimizer steps of the whole run, those before a resume included.
+        scheduler: with `num_steps`: the scheduler of the learning rates, torch's or accelerate's wrapper of it, that
+            is stepped once an optimizer step. It is simulated, not changed. Default: the rates stay as they are.
+
+    With a plan, λ of every adapter that has `proximal_lambda="auto"` is set, and a λ is warned of that removes next to
+    nothing (λ·Ση < 0.05) or holds the adapter (> 20). Of several calls the last decides.
+
     Returns:
         A handle whose `remove()` undoes it.
 
     Raises:
         PeftLinearError: `model` has no active ProximalLoRA adapter, or the optimizer does not have this form, or it
-            holds none of the adapter's factors (but flattened or sharded copies, or another model's parameters).
+            holds none of the adapter's factors (but flattened or sharded copies, or another model's parameters); or
+            the plan is not one of `total` > 0, `num_steps` >= 1, and `num_steps` with a `scheduler`.
     """
     adapters = find_adapters(model)
     optimizer = _unwrapped(optimizer)
@@ -80,6 +101,9 @@ def attach_proximal(model: nn.Module, optimizer: Any) -> ProximalHandle:
             f"{type(optimizer).__name__} holds no factor of the adapters {[t.name for t in adapters]} of this model: "
             "it was made for another model, before the adapter, or holds flattened or sharded copies (not supported)"
         )
+    sums = given_sums(optimizer, total, num_steps, scheduler)
+    if sums is not None:
+        plan_adapters(adapters, optimizer, sums)
     if _has_torch_hooks(optimizer) or hasattr(optimizer.step, "_peft_linear_original"):
         return ProximalHandle()
     original, key = optimizer.step, ProximalHandle()

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The peft-linear authors
 # SPDX-License-Identifier: Apache-2.0
-"""Monitoring of ProximalLoRA adapters during training: distance from the anchor, firing rate, present λ."""
+"""Monitoring of ProximalLoRA adapters during training: distance from the anchor, what was removed, present λ."""
 
 from __future__ import annotations
 
@@ -62,18 +62,37 @@ def proximal_strength(model: nn.Module, adapter_name: str | None = None) -> dict
     By adapter name: `proximal_lambda` times the factor of the schedule. The values of `proximal_lambda_pattern` are
     multiplied by the same factor.
 
+    It is NaN where `proximal_lambda="auto"` and the run is not known yet.
+
     Raises:
         PeftLinearError: no such adapter.
     """
     return {
-        adapter.name: adapter.config.proximal_lambda
-        * adapter.strengths.factor(max(adapter.statistics.position - 1, 0))
+        adapter.name: adapter.strengths.common * adapter.strengths.factor(max(adapter.statistics.position - 1, 0))
         for adapter in find_adapters(model, adapter_name)
     }
 
 
+def proximal_exponent(model: nn.Module, adapter_name: str | None = None) -> float:
+    """Σ λ_t·η_t over the optimizer steps at which a decoupled term acted, of one adapter or of all active ones.
+
+    In factor space a displacement that no gradient opposes has been multiplied by exp(−this); in delta space one
+    along a direction in which s²·AAᵀ is 1. The largest, where adapters, modules or parameter groups differ. 0 before
+    the first step, with λ = 0, and for other modes, whose λ is not multiplied by the learning rate alone. A run that
+    is resumed with its optimizer's state continues the sum.
+
+    Raises:
+        PeftLinearError: no such adapter.
+    """
+    return max(adapter.statistics.exponent for adapter in find_adapters(model, adapter_name))
+
+
 def proximal_summary(model: nn.Module) -> dict[str, float]:
     """The quantities that `ProximalCallback` logs about the active adapters, by the names it logs them under.
+
+    `proximal_exponent` is λ·Ση so far, `proximal_removed_share` the share 1 − exp(−λ·Ση) of an unopposed displacement
+    that it removes: see `proximal_exponent`. `proximal_firing_rate` is there where the term may not act: with
+    `proximal_selective=True` or `proximal_mode="projection"`.
 
     Raises:
         PeftLinearError: there is no active ProximalLoRA adapter.
@@ -84,13 +103,17 @@ def proximal_summary(model: nn.Module) -> dict[str, float]:
         summary["proximal_distance_delta"] = proximal_distance(model, space="delta")
         if all(adapter.has_reference() for adapter in adapters):
             summary["proximal_distance_function"] = proximal_distance(model, space="function")
-    strengths = proximal_strength(model)
+    strengths = {name: value for name, value in proximal_strength(model).items() if not math.isnan(value)}
     if len(set(strengths.values())) == 1:
         summary["proximal_lambda"] = next(iter(strengths.values()))
     else:
         summary.update({f"proximal_lambda_{name}": strength for name, strength in strengths.items()})
-    rate = proximal_firing_rate(model)
-    if not math.isnan(rate):
+    exponent, rate = proximal_exponent(model), proximal_firing_rate(model)
+    if exponent > 0:
+        summary["proximal_exponent"] = exponent
+        summary["proximal_removed_share"] = -math.expm1(-exponent)
+    chosen = any(each.config.proximal_selective or each.config.proximal_mode == "projection" for each in adapters)
+    if chosen and not math.isnan(rate):
         summary["proximal_firing_rate"] = rate
     return summary
 

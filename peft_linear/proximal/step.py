@@ -184,14 +184,16 @@ def _finish(update: AdapterUpdate, taken: Tensor | None) -> None:
     """Applies the term after the step, unless the gate or `taken` is 0, and counts."""
     gate = update.gate if taken is None else (taken if update.gate is None else update.gate * taken.to(update.gate))
     fired: float | Tensor = 1 if gate is None else gate
+    exponent: float | Tensor = 0.0
     active = bool(update.active_modules)
     if not active:
         fired = 0
     elif update.mode == "decoupled":
         apply_proximal_operator(update, gate)
+        exponent = update.exponent() * fired
     elif update.mode == "projection":
         fired = apply_projection(update.factors(), gate)
-    update.counter.add(1 if taken is None else taken, active, fired)
+    update.counter.add(1 if taken is None else taken, active, fired, exponent)
 
 
 def _uncast(update: AdapterUpdate) -> AbstractContextManager:

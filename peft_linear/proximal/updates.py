@@ -107,6 +107,15 @@ class AdapterUpdate:
         """The modules with λ > 0 at this step."""
         return [module for module in self.modules if module.strength > 0]
 
+    def exponent(self) -> float | Tensor:
+        """λ·η of this step, the largest of the active modules and their parameter groups."""
+        products = {(id(f.group), f.strength): f.learning_rate * f.strength for f in self.factors()}.values()
+        on_device = next((p.device for p in products if isinstance(p, Tensor) and p.device.type != "cpu"), None)
+        if on_device is None:
+            return max((float(product) for product in products), default=0.0)
+        rows = [torch.as_tensor(p, dtype=torch.float64, device=on_device).reshape(()) for p in products]
+        return torch.stack(rows).max()  # not read: the host would wait for the device
+
     def parameters(self) -> list[nn.Parameter]:
         """All factors that the optimizer updates."""
         return [factor.parameter for module in self.modules for factor in module.factors()]
@@ -120,8 +129,9 @@ def find_updates(optimizer: Any) -> list[AdapterUpdate]:
     """The adapters with some λ > 0 of which `optimizer` is about to update a factor: trainable, with a gradient.
 
     Raises:
-        PeftLinearError: the factors are sharded or flattened in an unsupported way, their gradient is not in `.grad`,
-            or their parameter group has no learning rate, or one that is negative or not finite.
+        PeftLinearError: λ is "auto" and no run was planned, the factors are sharded or flattened in an unsupported
+            way, their gradient is not in `.grad`, or their parameter group has no learning rate, or one that is
+            negative or not finite.
     """
     groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
     held = []
@@ -132,6 +142,7 @@ def find_updates(optimizer: Any) -> list[AdapterUpdate]:
                 continue
             factors = [p for _, _, *pair in adapter.layers() for p in pair if p.requires_grad and id(p) in groups]
             if any(p.grad is not None for p in factors):
+                adapter.strengths.check_planned()
                 adapter.before_step()
                 if active:
                     held.append(adapter)

@@ -147,6 +147,7 @@ def test_parameters_are_matched_by_their_own_name_as_by_rank_pattern():
         target_modules=[],
         r=2,
         rank_pattern={"0.up": 1},
+        proximal_lambda=1.5,
         proximal_lambda_pattern=pattern,
     )
     adapter = find_adapters(get_peft_model(net, config))[0]
@@ -154,7 +155,7 @@ def test_parameters_are_matched_by_their_own_name_as_by_rank_pattern():
         layer.parameter_name: (layer.r["default"], adapter.strengths.base(name))
         for name, layer, *_ in adapter.layers()
     }
-    assert found == {"up": (1, 3.0), "down": (2, ProximalLoraConfig().proximal_lambda)}
+    assert found == {"up": (1, 3.0), "down": (2, 1.5)}
 
 
 # --- the position in a schedule -----------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -112,7 +113,7 @@ def test_the_trainer_trains_what_the_reference_trains(tmp_path, settings, varian
     assert proximal_firing_rate(model) == pytest.approx(sum(fired) / len(fired))
 
 
-def test_the_callback_adds_to_the_logs_and_lambda_zero_logs_no_rate(tmp_path):
+def test_the_callback_adds_to_the_logs_and_lambda_zero_logs_nothing_removed(tmp_path):
     model = proximal(proximal_selective=False)
     seen = []
 
@@ -124,10 +125,13 @@ def test_the_callback_adds_to_the_logs_and_lambda_zero_logs_no_rate(tmp_path):
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(logged) == 12
     for entry, tracked in zip(logged, seen, strict=False):
-        keys = {"proximal_distance", "proximal_distance_delta", "proximal_firing_rate"}
+        keys = {"proximal_distance", "proximal_distance_delta", "proximal_exponent", "proximal_removed_share"}
         assert keys <= set(entry) and keys <= set(tracked)
         assert all(isinstance(entry[key], float) and math.isfinite(entry[key]) for key in keys)
-        assert entry["proximal_firing_rate"] == 1.0
+        assert "proximal_firing_rate" not in entry  # which says nothing where the term always acts
+        assert entry["proximal_removed_share"] == pytest.approx(1 - math.exp(-entry["proximal_exponent"]))
+    rates = [0.02 * (1 - step / 12) for step in range(12)]
+    assert [entry["proximal_exponent"] for entry in logged] == pytest.approx(LAMBDA * np.cumsum(rates))
     assert logged[-1]["proximal_distance"] == pytest.approx(proximal_distance(model, space="factors"))
     assert logged[-1]["proximal_distance_delta"] == pytest.approx(proximal_distance(model, space="delta"))
     assert logged[-1]["proximal_distance"] > logged[0]["proximal_distance"] > 0
@@ -135,7 +139,7 @@ def test_the_callback_adds_to_the_logs_and_lambda_zero_logs_no_rate(tmp_path):
     off = adapted(ProximalLoraConfig(proximal_lambda=0.0, **OPTIONS))
     trainer = fit(off, tmp_path, [ProximalCallback()], max_steps=2)
     assert "proximal_distance" in trainer.state.log_history[0]
-    assert "proximal_firing_rate" not in trainer.state.log_history[0]
+    assert "proximal_exponent" not in trainer.state.log_history[0]
 
 
 def test_the_callback_omits_the_weight_distance_where_it_is_not_defined(tmp_path):

@@ -114,7 +114,7 @@ def test_the_configuration_is_lora_with_seven_more_fields(tmp_path):
 
 
 DEFAULTS = {
-    "proximal_lambda": 1.0,
+    "proximal_lambda": "auto",
     "proximal_space": "factors",
     "proximal_mode": "decoupled",
     "proximal_selective": False,
@@ -151,13 +151,19 @@ def test_projection_does_not_change_the_selective_field(selective):
 @pytest.mark.parametrize(
     "value",
     [
-        *[-0.1, float("nan"), float("inf"), "0.1", None, True],
+        *[-0.1, float("nan"), float("inf"), "0.1", "AUTO", None, True],
         *[pytest.param(v, id=n) for n, v in HUGE.items()],
     ],
 )
 def test_a_lambda_that_is_not_a_finite_number_from_zero_on_is_refused(value):
-    with pytest.raises(PeftLinearError, match=r"proximal_lambda must be a finite number >= 0 .* got"):
+    with pytest.raises(PeftLinearError, match=r"proximal_lambda must be a finite number >= 0 .* or 'auto', got"):
         ProximalLoraConfig(proximal_lambda=value)
+
+
+def test_auto_is_saved_and_loaded_and_is_one_where_lambda_has_no_unit(tmp_path):
+    ProximalLoraConfig(target_modules=["q"]).save_pretrained(tmp_path)
+    assert PeftConfig.from_pretrained(tmp_path).proximal_lambda == "auto"
+    assert ProximalLoraConfig(proximal_mode="projection").proximal_lambda == 1.0
 
 
 @pytest.mark.parametrize("value", HUGE.values(), ids=list(HUGE))
@@ -176,6 +182,7 @@ def test_a_lambda_that_no_float_holds_is_refused_in_a_pattern_and_after_the_conf
         ({"proximal_space": "weights"}, "proximal_space must be one of 'factors', 'delta', 'function', got 'weights'"),
         ({"proximal_mode": None}, "proximal_mode must be one of 'decoupled', 'coupled', 'projection', got None"),
         ({"proximal_mode": "projection", "proximal_space": "delta"}, "use proximal_space='factors', got 'delta'"),
+        ({"proximal_mode": "coupled"}, "set proximal_lambda to a number .*, or use proximal_mode='decoupled'"),
         ({"proximal_selective": "yes"}, "proximal_selective must be True or False, got 'yes'"),
         ({"proximal_lambda_pattern": ["q"]}, "proximal_lambda_pattern must be a dict"),
         ({"proximal_lambda_pattern": {"q": -1}}, r"proximal_lambda_pattern\['q'\] must be a finite number >= 0"),

@@ -20,6 +20,11 @@ from .peft_type import PROXIMAL_LORA
 SPACES = ("factors", "delta", "function")
 MODES = ("decoupled", "coupled", "projection")
 
+AUTO = "auto"
+# λ·Ση that proximal_lambda="auto" aims at, by proximal_space: 1 − exp(−c) is the share of an unopposed displacement
+# that is removed over the run. A new space needs a value here.
+AUTO_EXPONENTS = {"factors": 1.0, "delta": 0.5, "function": 0.5}
+
 # With these the adapter's change of the weight is not s·B·A.
 _NOT_A_PRODUCT = ("use_dora", "kasa_config", "use_qalora", "use_bdlora", "monteclora_config")
 
@@ -34,12 +39,18 @@ class ProximalLoraConfig(LoraConfig):
     the factors A and B are pulled: a task head in `modules_to_save`, biases and DoRA's magnitudes are not.
 
     Args:
-        proximal_lambda (`float`, defaults to `1.0`):
+        proximal_lambda (`float` or `"auto"`, defaults to `"auto"`):
             λ >= 0. 0 is LoRA, bit for bit. Over a training run with learning rates η_t the pull multiplies a
             displacement that no gradient opposes by about exp(−λ·Σ_t η_t), so λ has an effect from about 1/Σ_t η_t on.
-            The default 1.0 is that value for Σ_t η_t = 1. With AdamW the sum is usually smaller and the default weak:
-            in our measurement even λ = 1/Σ_t η_t did not reduce what is learned. With SGD the sum can be far larger
-            and the default strong. Set 1/Σ_t η_t of your run or more. This holds for the other fields' defaults.
+            `"auto"` is λ = c/Σ_t η_t, with c = 1 in factor space and 0.5 in the other two (`AUTO_EXPONENTS`), so that
+            the share 1 − exp(−c) is removed, 63 % or 39 %, whatever the rates and the length of the run. The sum is
+            that of the planned run. The Trainer and TRL know it; in a loop of your own
+            `attach_proximal(model, optimizer, num_steps=..., scheduler=...)` or `attach_proximal(..., total=...)` says
+            it, and without it the first step is an error. Where factors have several rates (LoRA+), it is the largest
+            group's sum. The sum is of the rates alone: `proximal_schedule` and `proximal_selective` then remove less.
+            Once known, the number replaces `"auto"` in the model's copy of the configuration and is saved with the
+            adapter; another run of the same model has its own. With `proximal_mode="projection"`, where λ has no unit,
+            `"auto"` is 1.0; with `"coupled"` it is an error.
         proximal_space (`"factors"`, `"delta"` or `"function"`, defaults to `"factors"`):
             `"factors"`: D = Σ ‖A−A0‖² + ‖B−B0‖², the paper's. `"delta"`: D = Σ ‖s·BA − s·B0A0‖_F², the distance of
             the weights, computed from r×r matrices; it does not depend on how BA is factorised. `"function"`: the
@@ -71,12 +82,15 @@ class ProximalLoraConfig(LoraConfig):
     Raises:
         PeftLinearError: a field has an invalid value, `r` is not positive, `proximal_space` other than "factors" is
             combined with a variant of LoRA whose change of the weight is not s·B·A, or with
-            `proximal_mode="projection"`.
+            `proximal_mode="projection"`, or `proximal_mode="coupled"` with `proximal_lambda="auto"`.
     """
 
-    proximal_lambda: float = field(
-        default=1.0,
-        metadata={"help": "Strength λ >= 0 of the pull toward the pretrained model; 0 is plain LoRA."},
+    proximal_lambda: float | str = field(
+        default=AUTO,
+        metadata={
+            "help": "Strength λ >= 0 of the pull toward the pretrained model; 0 is plain LoRA, 'auto' is computed "
+            "from the sum of the learning rates of the run."
+        },
     )
     proximal_space: str = field(
         default="factors",
@@ -112,10 +126,9 @@ class ProximalLoraConfig(LoraConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PROXIMAL_LORA
-        check_strength(self.proximal_lambda)
-        self.proximal_lambda = float(self.proximal_lambda)
         _check_choice("proximal_space", self.proximal_space, SPACES)
         _check_choice("proximal_mode", self.proximal_mode, MODES)
+        self.proximal_lambda = _checked_lambda(self.proximal_lambda, self.proximal_mode)
         if not isinstance(self.proximal_selective, bool):
             raise PeftLinearError(f"proximal_selective must be True or False, got {self.proximal_selective!r}")
         self.proximal_lambda_pattern = _checked_pattern(self.proximal_lambda_pattern)
@@ -145,10 +158,29 @@ def check_strength(value: Any, name: str = "proximal_lambda") -> None:
     """Raises `PeftLinearError` unless `value` is a finite number >= 0; `name` is its name in the message."""
     number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not number or not _is_finite(value) or value < 0:
+        auto = f" or {AUTO!r}" if name == "proximal_lambda" else ""
         raise PeftLinearError(
-            f"{name} must be a finite number >= 0 (0 is plain LoRA), got {_shown(value)} of type "
+            f"{name} must be a finite number >= 0 (0 is plain LoRA){auto}, got {_shown(value)} of type "
             f"{type(value).__name__}"
         )
+
+
+def is_auto(value: Any) -> bool:
+    """Whether λ is to be computed from the planned run."""
+    return isinstance(value, str) and value == AUTO
+
+
+def _checked_lambda(value: Any, mode: str) -> float | str:
+    if not is_auto(value):
+        check_strength(value)
+        return float(value)
+    if mode == "coupled":
+        raise PeftLinearError(
+            "proximal_lambda='auto' is in units of what a decoupled pull removes; with proximal_mode='coupled' under "
+            "Adam λ is relative to the loss gradient: set proximal_lambda to a number (0.002 to 0.3 in our tasks), or "
+            "use proximal_mode='decoupled'"
+        )
+    return 1.0 if mode == "projection" else AUTO
 
 
 def _is_finite(value: Any) -> bool:

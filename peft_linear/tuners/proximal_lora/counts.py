@@ -22,6 +22,7 @@ from torch import Tensor
 
 GROUP_KEY = "proximal_lora"
 REMAINDERS_KEY = "proximal_lora_remainders"
+RATE_KEY = "proximal_lora_rate"  # that the group began with, where no scheduler says it
 
 
 class Counts(NamedTuple):
@@ -30,6 +31,7 @@ class Counts(NamedTuple):
     steps: float | Tensor = 0  # taken: the position in a schedule
     active: float | Tensor = 0  # of these, with λ > 0
     fired: float | Tensor = 0  # of these, at which the term acted (the fraction of tensors, for projection decay)
+    exponent: float | Tensor = 0  # Σ λ·η over the steps at which a decoupled term acted
 
 
 @dataclass
@@ -48,6 +50,11 @@ class Statistics:
         """The optimizer steps taken, of the optimizer that took most."""
         return max((int(counts.steps) for counts in self.by_optimizer.values()), default=0)
 
+    @property
+    def exponent(self) -> float:
+        """Σ λ·η so far, of the optimizer in which it is largest."""
+        return max((float(counts.exponent) for counts in self.by_optimizer.values()), default=0.0)
+
 
 @dataclass(frozen=True)
 class StepCounter:
@@ -62,7 +69,7 @@ class StepCounter:
         """The counts so far, from the optimizer's state."""
         return Counts(**self.group.get(GROUP_KEY, {}).get(self.label, {}))
 
-    def add(self, taken: float | Tensor, active: bool, fired: float | Tensor) -> None:
+    def add(self, taken: float | Tensor, active: bool, fired: float | Tensor, exponent: float | Tensor = 0.0) -> None:
         """Counts one step; `taken` (0 or 1, a number or a tensor) says whether the optimizer took it.
 
         The dicts are replaced, not changed, so that a `state_dict()` taken before keeps its values.
@@ -72,6 +79,7 @@ class StepCounter:
             _sum(before.steps, taken),
             _sum(before.active, taken) if active else before.active,
             _sum(before.fired, fired) if active else before.fired,
+            _sum(before.exponent, exponent),
         )
         self.group[GROUP_KEY] = {**self.group.get(GROUP_KEY, {}), self.label: after._asdict()}
         self.statistics.by_optimizer[self.factor] = after

@@ -4,13 +4,14 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from peft.tuners.lora import LoraModel
 from torch import nn
 
-from .config import ProximalLoraConfig
+from .config import ProximalLoraConfig, is_auto
 from .peft_compat import as_lora
 from .state import find_adapters, forget_adapter, track_adapter
 from .strength import check_patterns
@@ -32,6 +33,8 @@ class ProximalLoraModel(LoraModel):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Makes the adapter's layers as LoRA does, then records the initial factors."""
         config = self.peft_config[adapter_name]
+        if is_auto(getattr(config, "proximal_lambda", None)):  # which becomes a number for this model alone
+            config = self.peft_config[adapter_name] = copy.copy(config)
         if isinstance(config, ProximalLoraConfig):
             check_patterns(config, adapter_name, model)
         with as_lora(config):

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 
@@ -13,7 +14,7 @@ from torch import nn
 
 from ...errors import PeftLinearError
 from ...functional.schedule import schedule_factor
-from .config import ProximalLoraConfig, check_strength
+from .config import AUTO_EXPONENTS, ProximalLoraConfig, check_strength, is_auto
 
 
 Schedule = Callable[[int], float]  # optimizer steps taken -> factor of λ
@@ -28,9 +29,46 @@ class Strengths:
         self._keys = {name: pattern_name(name, layer) for name, layer in layers.items()}
         self._matched: dict[str, str] = {}  # module -> key of the pattern
         self._patterns: tuple[str, ...] = ()
+        self._planned: float | None = None  # the number that has replaced "auto" in the configuration
+
+    def plan(self, total: float) -> None:
+        """Sets `proximal_lambda="auto"` for a run whose learning rates add up to `total` > 0; a number stays.
+
+        A number that was set here before, for another run, is set again.
+        """
+        if self.automatic:
+            self._planned = self.config.proximal_lambda = AUTO_EXPONENTS[self.config.proximal_space] / total
+
+    @property
+    def automatic(self) -> bool:
+        """Whether λ is that of `"auto"`, planned or not."""
+        value = self.config.proximal_lambda
+        return is_auto(value) or (self._planned is not None and value == self._planned)
+
+    @property
+    def common(self) -> float:
+        """`proximal_lambda` as a number: NaN while it is "auto" and no run has been planned."""
+        value = self.config.proximal_lambda
+        return math.nan if is_auto(value) else float(value)
 
     def base(self, name: str) -> float:
-        """λ of a module before the schedule: the value of the first matching pattern, else `proximal_lambda`."""
+        """λ of a module before the schedule: the value of the first matching pattern, else `proximal_lambda`.
+
+        Raises:
+            PeftLinearError: it is "auto", and no run has been planned.
+        """
+        value = self._value(name)
+        if isinstance(value, str):
+            raise PeftLinearError(
+                "proximal_lambda='auto' is c/Σ of the learning rates of the run, and nothing has said what they add "
+                "up to (or they add up to 0). The Trainer and TRL say it themselves. In a loop of your own call "
+                "peft_linear.attach_proximal(model, optimizer, num_steps=..., scheduler=...) or "
+                "attach_proximal(model, optimizer, total=...) before the first step, or set proximal_lambda to a "
+                "number"
+            )
+        return value
+
+    def _value(self, name: str) -> float | str:
         pattern = self.config.proximal_lambda_pattern
         if not pattern:
             return self.config.proximal_lambda
@@ -45,13 +83,22 @@ class Strengths:
         Raises:
             PeftLinearError: a λ is not a finite number >= 0.
         """
-        check_strength(self.config.proximal_lambda)
+        strength = self.config.proximal_lambda
+        if not is_auto(strength):
+            check_strength(strength)
         pattern = self.config.proximal_lambda_pattern
         if not pattern:
-            return self.config.proximal_lambda > 0
+            return isinstance(strength, str) or strength > 0
         for key, value in pattern.items():
             check_strength(value, f"proximal_lambda_pattern[{key!r}]")
-        return any(self.base(name) > 0 for name in self._keys)
+        values = map(self._value, self._keys)
+        return any(isinstance(value, str) or value > 0 for value in values)
+
+    def check_planned(self) -> None:
+        """Raises `PeftLinearError` if λ of some module is "auto" and no run has been planned."""
+        if is_auto(self.config.proximal_lambda):
+            for name in self._keys:
+                self.base(name)
 
     def factor(self, steps: int) -> float:
         """The factor of every λ in the step after `steps` optimizer steps.
