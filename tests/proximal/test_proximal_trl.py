@@ -272,7 +272,7 @@ def test_the_callback_logs_through_trl(tmp_path, tokenizer, trainer_class):
     assert distances[-1] == pytest.approx(proximal_distance(trainer.model, space="factors"))
     assert logged[-1]["proximal_distance_delta"] == pytest.approx(proximal_distance(trainer.model, space="delta"))
     removed = [entry["proximal_removed_share"] for entry in logged]
-    assert 0 < removed[0] and removed == sorted(removed)
+    assert removed[0] > 0 and removed == sorted(removed)
 
 
 def test_a_resumed_run_equals_the_uninterrupted_run_bit_for_bit(tmp_path, tokenizer):

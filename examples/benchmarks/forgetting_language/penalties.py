@@ -4,7 +4,7 @@
 
 All curvatures are Fisher information a predicted token with labels sampled from the base model, so that the penalty at
 strength 1 is each method's estimate of KL(base ‖ tuned) in nats a token. Both methods are implemented from their
-definitions as summarised in their abstracts and in this project's notes; the reference takes the place of the old task.
+definitions as summarised in their abstracts; the reference takes the place of the old task.
 """
 
 from __future__ import annotations

@@ -28,12 +28,12 @@ DECIDING = (
     ("kl", (1.0, 5.0)),
 )
 OTHERS = (
-    ("pull_factors", (3.0, 10.0, 30.0)),
+    ("ewc_lora", (1.0, 10.0, 100.0)),
     ("replay", (1.0, 3.0)),
     ("lower_rate", (0.5, 0.25)),
+    ("pull_factors", (3.0, 10.0, 30.0)),
     ("early_stopping", (0.6, 0.3)),
     ("weight_decay", (1.0, 3.0, 10.0)),
-    ("ewc_lora", (1.0, 10.0, 100.0)),
     ("lalora_kfac", (1.0, 10.0, 100.0)),
     ("lalora_diagonal", (1.0, 10.0, 100.0)),
     ("masked_kl", (0.5, 1.0, 5.0)),

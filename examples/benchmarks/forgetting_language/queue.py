@@ -28,7 +28,7 @@ from .training import train_and_measure
 
 
 SHIPPED = Path(__file__).parent / "runs.jsonl.gz"
-TEST = 96  # test examples
+TEST = 64  # test examples
 KEPT_STATISTICS = ("function_reference", "base_states")  # small; the others go with their model
 
 

@@ -18,9 +18,10 @@ from examples.benchmarks.language.tasks import Example, load_task
 
 
 REFERENCE_TEXTS = 64
-MEASURED_TEXTS = 24  # of each kind
+MEASURED_TEXTS = 16  # of each kind
+MEASURED_TOKENS = 96
 KINDS = ("descriptions", "code", "far")
-HUMAN_EVAL_TOKENS = 320
+HUMAN_EVAL_TOKENS = 256
 QUESTION = "\nSpam or ham?"  # the last line of the prompts of the task "spam"
 
 
@@ -43,7 +44,7 @@ def retained_texts(task: str) -> dict[str, list[str]]:
 
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[Encoded]:
     """Tokens with labels everywhere."""
-    return [encode(tokenizer, Example("", text)) for text in texts]
+    return [encode(tokenizer, Example("", text), most=MEASURED_TOKENS) for text in texts]
 
 
 def human_eval(tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:

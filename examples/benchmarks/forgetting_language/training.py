@@ -19,7 +19,7 @@ from .arms import Arm, function_reference
 from .measures import Measures, rounded
 
 
-SCALES = (1.0, 0.85, 0.7)  # of the adapter after training
+SCALES = (1.0, 0.7)  # of the adapter after training
 
 
 def train_and_measure(
