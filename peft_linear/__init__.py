@@ -13,13 +13,21 @@ from .capture.resources import Resources
 from .errors import PeftLinearError
 from .functional.spectrum import Spectrum
 from .integrations.callbacks import ProximalCallback
+from .integrations.kl_callback import KlToBaseCallback
 from .integrations.planned_runs import plan_trainer_runs
 from .integrations.recommend_modules import recommend_modules
 from .integrations.recommendation_callback import NtkRecommendationCallback
 from .integrations.trl_data import language_batches
 from .kernels.module_kernels import ModuleKernels
 from .kernels.regression import fit_kernel_regression
-from .proximal import attach_proximal, collect_reference, proximal_distance
+from .proximal import (
+    KlBudget,
+    attach_proximal,
+    collect_reference,
+    kl_to_base,
+    kl_to_base_loss,
+    proximal_distance,
+)
 from .report.recommendation import Recommendation
 from .selection.recommend import recommend
 from .selection.training import Training
@@ -35,6 +43,8 @@ from .tuners.proximal_lora import (
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "KlBudget",
+    "KlToBaseCallback",
     "LinearizedModel",
     "ModuleKernels",
     "NtkRecommendationCallback",
@@ -52,6 +62,8 @@ __all__ = [
     "compute_ntk",
     "export_lora",
     "fit_kernel_regression",
+    "kl_to_base",
+    "kl_to_base_loss",
     "language_batches",
     "linearization_gap",
     "linearize",

@@ -16,6 +16,7 @@ from ..tuners.proximal_lora.peft_compat import wrap
 
 # Callback -> the handler that it was last added to. Kept here: a callback holds nothing that cannot be pickled.
 _HANDLERS: WeakKeyDictionary[TrainerCallback, ref[CallbackHandler]] = WeakKeyDictionary()
+_KINDS: dict[type[TrainerCallback], bool] = {}  # classes of which the handlers are known; whether they come first
 
 
 def log_to_all(
@@ -39,12 +40,20 @@ def log_to_all(
         handler.on_log(args, state, control, logs)
 
 
-def know_handler(kind: type[TrainerCallback]) -> None:
-    """Wraps `CallbackHandler.add_callback` to remember the handler of each callback of this class."""
+def know_handler(kind: type[TrainerCallback], first: bool = False) -> None:
+    """Wraps `CallbackHandler.add_callback` to remember the handler of each callback of this class.
+
+    `first`: the callback is put before all others, so that trackers get what it adds to the logs.
+    """
+
+    _KINDS[kind] = first
 
     def add_callback(original: Callable, self: CallbackHandler, callback: Any) -> None:
         original(self, callback)
-        if isinstance(self.callbacks[-1], kind):
-            _HANDLERS[self.callbacks[-1]] = ref(self)
+        added = self.callbacks[-1]
+        if isinstance(added, tuple(_KINDS)):
+            _HANDLERS[added] = ref(self)
+        if any(put_first and isinstance(added, each) for each, put_first in _KINDS.items()):
+            self.callbacks.insert(0, self.callbacks.pop())
 
     wrap(CallbackHandler, "add_callback", add_callback)

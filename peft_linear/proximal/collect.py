@@ -5,13 +5,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -25,14 +22,12 @@ from ..capture.targets import Targets, base_model, resolve_targets
 from ..errors import OutputError, PeftLinearError
 from ..functional.second_moment import MomentSketch
 from ..tuners.proximal_lora.reference import ProximalReference
+from .reference_data import adapters_off, counted_predictions, tokenised
 
 
-IGNORED = -100
 LARGEST_SHARE, SMALL = 0.05, 10**7  # of the model's own size, and bytes, beyond which its user is told
-ROWS = 8  # texts in a batch
 ALIKE = 0.1  # share of positions in which modules that share a second moment may differ
 SAMPLED = 256  # predictions whose probabilities are in memory at once
-LONGEST = 512  # tokens of a text
 
 
 def collect_reference(
@@ -79,7 +74,7 @@ def collect_reference(
     model = unwrapped(model)
     check_present(model)
     layers = {name: layer_of(name, module) for name, module in resolve_targets(model, targets).items()}
-    prepared = _tokenised(batches, tokenizer)
+    prepared = tokenised(batches, tokenizer)
     with adapters_off(model), torch.inference_mode(False):
         collector = _Collector(model, layers, rank, seed)
         read = read_batches(prepared, model, False, "a reference")
@@ -162,7 +157,7 @@ class _Collector:
         recorder.clear()
         batch = batch.to(device_of(self._model))
         logits = logits_of(self._model(**batch.inputs))
-        counts = _predictions(logits, batch, self._shift)
+        counts = counted_predictions(logits, batch, self._shift)
         logits = (logits[:, :-1] if self._shift else logits)[counts]
         logits = logits if logits.dtype == torch.float64 else logits.float()
         if not bool(torch.isfinite(logits.detach()).all()):
@@ -207,66 +202,3 @@ class _Collector:
             self._inputs[name] = next(alike, name)
             self._positions[name] = counted
         return self._inputs[name]
-
-
-def _predictions(logits: Tensor, batch: Batch, shift: int) -> Tensor:  # bool, logits.shape[:-1] less the shift
-    """Which logits are predictions: of label tokens where there are any, else of all but padding."""
-    shape = logits.shape[:-1]
-    if len(shape) < 2:
-        return torch.ones(shape, dtype=torch.bool, device=logits.device)
-    if batch.labels is not None and batch.labels.shape == shape:
-        known = batch.labels != IGNORED
-    else:
-        mask = batch.inputs.get("attention_mask")
-        if isinstance(mask, Tensor) and mask.shape == shape:
-            known = mask.bool()
-        else:
-            known = torch.ones(shape, dtype=torch.bool, device=logits.device)
-    return known[:, shift:].to(logits.device)
-
-
-def _tokenised(batches: Iterable[Any], tokenizer: Any) -> Iterable[Any]:
-    """Batches as they are; texts in padded batches."""
-    if isinstance(batches, str):
-        raise PeftLinearError("the reference is one text; pass a list of texts, or batches of tensors")
-    if isinstance(batches, Mapping) or tokenizer is None:
-        if isinstance(batches, (list, tuple)) and batches and isinstance(batches[0], str):
-            raise PeftLinearError("the reference is a list of texts; pass tokenizer=..., or batches of tensors")
-        return batches
-    texts = list(batches)
-    wrong = next((text for text in texts if not isinstance(text, str) or not text.strip()), None)
-    if wrong is not None or not texts:
-        raise PeftLinearError(
-            f"with a tokenizer the reference must be a list of texts that are not empty, got {wrong!r}"
-            if texts
-            else "the reference is empty; pass at least one text"
-        )
-    if getattr(tokenizer, "pad_token", None) is None:
-        return [dict(tokenizer([text], truncation=True, max_length=LONGEST, return_tensors="pt")) for text in texts]
-    parts = [texts[start : start + ROWS] for start in range(0, len(texts), ROWS)]
-    return [
-        dict(tokenizer(part, truncation=True, max_length=LONGEST, padding=True, return_tensors="pt")) for part in parts
-    ]
-
-
-@contextmanager
-def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is the pretrained one: adapters and trained copies of modules are off, unless merged.
-
-    Raises:
-        PeftLinearError: an adapter is merged into the weights.
-    """
-    layers = [each for each in model.modules() if isinstance(each, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
-    if merged := [each for each in layers if getattr(each, "merged", False)]:
-        raise PeftLinearError(
-            f"an adapter is merged into {len(merged)} modules, so the pretrained weights are not there; call "
-            "unmerge_adapter() first"
-        )
-    before = [(each, each._disable_adapters) for each in layers]
-    try:
-        for each in layers:
-            each._disable_adapters = True
-        yield
-    finally:
-        for each, disabled in before:
-            each._disable_adapters = disabled

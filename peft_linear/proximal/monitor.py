@@ -59,8 +59,8 @@ def proximal_firing_rate(model: nn.Module, adapter_name: str | None = None) -> f
 def proximal_strength(model: nn.Module, adapter_name: str | None = None) -> dict[str, float]:
     """λ of the last optimizer step (before the first step: of the first), of the named adapter or of all active ones.
 
-    By adapter name: `proximal_lambda` times the factor of the schedule. The values of `proximal_lambda_pattern` are
-    multiplied by the same factor.
+    By adapter name: `proximal_lambda` times the factors of the schedule and of a budget of KL. The values of
+    `proximal_lambda_pattern` are multiplied by the same factors.
 
     It is NaN where `proximal_lambda="auto"` and the run is not known yet.
 
@@ -68,7 +68,9 @@ def proximal_strength(model: nn.Module, adapter_name: str | None = None) -> dict
         PeftLinearError: no such adapter.
     """
     return {
-        adapter.name: adapter.strengths.common * adapter.strengths.factor(max(adapter.statistics.position - 1, 0))
+        adapter.name: adapter.strengths.common
+        * adapter.strengths.gain
+        * adapter.strengths.factor(max(adapter.statistics.position - 1, 0))
         for adapter in find_adapters(model, adapter_name)
     }
 

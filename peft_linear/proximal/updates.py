@@ -150,7 +150,7 @@ def find_updates(optimizer: Any) -> list[AdapterUpdate]:
                 _refuse_other_gradients(adapter, factors)
             elif active:
                 _refuse_flattened(adapter)
-    updates = (_adapter_update(adapter, counter, groups) for adapter, counter in _with_counters(held, groups))
+    updates = (_adapter_update(adapter, counter, groups) for adapter, counter in step_counters(held, groups))
     found = [update for update in updates if update.modules]
     for update in found:
         used = {id(factor.group) for module in update.active_modules for factor in module.factors()}
@@ -160,7 +160,7 @@ def find_updates(optimizer: Any) -> list[AdapterUpdate]:
     return found
 
 
-def _with_counters(
+def step_counters(
     adapters: list[TrackedAdapter], groups: dict[int, dict]
 ) -> Iterator[tuple[TrackedAdapter, StepCounter]]:
     """The adapters in the optimizer's order, each with its step counter.
@@ -184,10 +184,11 @@ def _adapter_update(adapter: TrackedAdapter, counter: StepCounter, groups: dict[
     strengths = adapter.strengths
     # reading the count may wait for the device, so it is read only for a schedule
     schedule = strengths.factor(int(counter.read().steps)) if strengths.scheduled else 1.0
+    strengths.gain = counter.gain
     update = AdapterUpdate(adapter, counter)
     memory: set[int] = set()  # tied adapters are two parameters of one memory: only the first is updated
     for lora in adapter.factors():
-        strength = min(strengths.base(lora.name) * schedule, _LARGEST)
+        strength = min(strengths.base(lora.name) * schedule * counter.gain, _LARGEST)
         pair: list[FactorUpdate | None] = []
         for letter, value, anchor in (("A", lora.a, lora.anchor.a), ("B", lora.b, lora.anchor.b)):
             group = _group_of(value, groups, adapter, memory)

@@ -58,7 +58,7 @@ class Kl(ReferenceTerm):
 
 @register("replay")
 class Replay(ReferenceTerm):
-    """The language modelling loss on 4 reference texts a step, as many as examples of the task. Strength: its weight."""
+    """The language modelling loss on 4 reference texts a step, as many as of the task. Strength: its weight."""
 
     texts = 4
 

@@ -7,6 +7,8 @@ under the key `"proximal_lora"`. Parameter groups are part of every optimizer's 
 with its optimizer keeps its position in the schedule of λ and its firing rate, in any training loop, and a loaded
 adapter that is trained by a new optimizer starts from zero.
 
+The gain by which a budget of KL steers λ is there under `"proximal_lora_gain"`.
+
 The remainders are there too, under `"proximal_lora_remainders"`: of each bfloat16 or float16 factor, what its dtype
 cannot hold, in float32. The state of the parameters would not do: `load_state_dict` rounds it to their dtype.
 """
@@ -22,6 +24,7 @@ from torch import Tensor
 
 GROUP_KEY = "proximal_lora"
 REMAINDERS_KEY = "proximal_lora_remainders"
+GAIN_KEY = "proximal_lora_gain"
 RATE_KEY = "proximal_lora_rate"  # that the group began with, where no scheduler says it
 
 
@@ -83,6 +86,15 @@ class StepCounter:
         )
         self.group[GROUP_KEY] = {**self.group.get(GROUP_KEY, {}), self.label: after._asdict()}
         self.statistics.by_optimizer[self.factor] = after
+
+    @property
+    def gain(self) -> float:
+        """What a budget of KL multiplies every λ by, from the optimizer's state."""
+        return float(self.group.get(GAIN_KEY, {}).get(self.label, 1.0))
+
+    def set_gain(self, gain: float) -> None:
+        """Replaces it, in the optimizer's state."""
+        self.group[GAIN_KEY] = {**self.group.get(GAIN_KEY, {}), self.label: gain}
 
     def take_remainder(self, name: str) -> Tensor | None:
         """The remainder that was kept of a factor whose dtype has changed since, once."""

@@ -26,6 +26,7 @@ class Strengths:
     def __init__(self, config: ProximalLoraConfig, layers: dict[str, LoraLayer]) -> None:
         self.config = config
         self.schedule: Schedule | None = None  # set by the user in place of the configuration's
+        self.gain = 1.0  # of the last step, by which a budget of KL multiplies every λ
         self._keys = {name: pattern_name(name, layer) for name, layer in layers.items()}
         self._matched: dict[str, str] = {}  # module -> key of the pattern
         self._patterns: tuple[str, ...] = ()
