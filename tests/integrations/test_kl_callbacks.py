@@ -162,25 +162,18 @@ def test_the_term_is_added_once_a_step(tmp_path, plain, accumulation):
     expected = adapted(**made)
     data = rows()
     batches = [
-        {key: torch.stack([row[key] for row in data[start : start + 4]]) for key in data[0]}
-        for start in range(0, 24, 4)
+        {key: torch.stack([row[key] for row in data[first : first + 4]]) for key in data[0]}
+        for first in range(0, 24, 4)
     ]
     by_hand(expected, batches, reference, 2.0, 0.02, 6)
     model = adapted(**made)
     settings = {"gradient_accumulation_steps": accumulation, "per_device_train_batch_size": 4 // accumulation}
-    trainer = fit(
-        model,
-        tmp_path,
-        [KlToBaseCallback(TEXTS, 2.0, batch_size=3)],
-        cls=InOrder,
-        max_steps=6,
-        weight_decay=0.0,
-        **settings,
-    )
+    settings |= {"max_steps": 6, "weight_decay": 0.0}
+    trainer = fit(model, tmp_path, [KlToBaseCallback(TEXTS, 2.0, batch_size=3)], cls=InOrder, **settings)
     for name, parameter in lora_parameters(expected).items():
         torch.testing.assert_close(lora_parameters(model)[name], parameter, rtol=1e-10, atol=1e-12)
     logged = [entry["kl_to_base_loss"] for entry in trainer.state.log_history if "kl_to_base_loss" in entry]
-    assert len(logged) == 4 and logged[0] >= 0 and logged[1] > 0  # three logs of two steps, and the last summary's
+    assert len(logged) == 3 and min(logged) > 0
 
 
 def test_label_smoothing_leaves_the_term_as_it_is(tmp_path):
@@ -207,13 +200,13 @@ def test_label_smoothing_leaves_the_term_as_it_is(tmp_path):
 
 def test_it_holds_a_model_near_its_base_and_a_resumed_run_is_the_uninterrupted_one(tmp_path):
     ends = []
-    for callbacks in ([], [KlToBaseCallback(TEXTS, 5.0)]):
+    for callbacks in ([], [KlToBaseCallback(TEXTS, 50.0)]):
         model = adapted(plain=True)
         fit(model, tmp_path, callbacks, save_strategy="steps", save_steps=20)
         ends.append(held_out(model, TEXTS))
     assert ends[1] < 0.3 * ends[0]
     resumed = adapted(plain=True)
-    fit(resumed, tmp_path / "other", [KlToBaseCallback(TEXTS, 5.0)], tmp_path / "checkpoint-20")
+    fit(resumed, tmp_path / "other", [KlToBaseCallback(TEXTS, 50.0)], tmp_path / "checkpoint-20")
     for name, parameter in lora_parameters(model).items():
         assert torch.equal(parameter, lora_parameters(resumed)[name])
 
