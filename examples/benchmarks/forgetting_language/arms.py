@@ -17,11 +17,12 @@ from typing import Any
 from peft import PeftModel
 from peft.helpers import rescale_adapter_scale
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from examples.benchmarks.language.arms import candidates
-from examples.benchmarks.language.batches import Encoded
+from examples.benchmarks.language.batches import Encoded, pad
 from examples.benchmarks.language.training import ALPHA, batch_loss
-from peft_linear import ProximalLoraConfig
+from peft_linear import KlBudget, ProximalLoraConfig, ProximalReference, attach_proximal, collect_reference
 from peft_linear.errors import PeftLinearError
 
 from .plan import LORA, RANK
@@ -37,6 +38,7 @@ class Request:
     steps: int
     rate_sum: float  # Σ_t η_t of the training as planned
     reference: Sequence[Encoded]
+    held_out: Sequence[Encoded]  # of the reference's kind
     memo: dict[str, Any] = field(default_factory=dict)  # what is computed once for a base model
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:
@@ -47,6 +49,8 @@ class Request:
 
 class Arm:
     """LoRA on all linear modules. Strength: none."""
+
+    scales: tuple[float, ...] = (1.0, 0.7)  # of the adapter after training, at which all is measured
 
     rate_factor = 1.0
     steps_factor = 1.0  # the part of the planned steps that is trained
@@ -73,6 +77,14 @@ class Arm:
     def attach(self, wrapped: PeftModel) -> None:
         """After the adapter was added."""
 
+    def begin(self, optimizer: Optimizer, schedule: Any) -> Callable[[], None]:
+        """Returns what is called after every step."""
+        return lambda: None
+
+    def notes(self) -> dict[str, float]:
+        """What the arm itself has to record after the training."""
+        return {}
+
     def loss(self, model: nn.Module, batch: list[Encoded]) -> Tensor:
         return batch_loss(model, batch)
 
@@ -83,7 +95,7 @@ class Arm:
             yield
 
 
-ARMS: dict[str, type[Arm]] = {LORA: Arm}
+ARMS: dict[str, type[Arm]] = {}
 
 
 def register(name: str) -> Callable[[type[Arm]], type[Arm]]:
@@ -92,6 +104,13 @@ def register(name: str) -> Callable[[type[Arm]], type[Arm]]:
         return arm
 
     return add
+
+
+@register(LORA)
+class Lora(Arm):
+    """LoRA on all linear modules; scaled down after training, it is an arm of its own. Strength: none."""
+
+    scales = (1.0, 0.85, 0.7, 0.5, 0.35)
 
 
 def make_arm(name: str, request: Request) -> Arm:
@@ -155,10 +174,28 @@ class PullFunction(Pull):
 
     space = "function"
 
+
+@register("kl_budget")
+class Budget(PullFunction):
+    """The pull in function space, λ steered to a budget of KL on held-out texts. Strength: the budget in nats."""
+
     def __init__(self, request: Request) -> None:
         super().__init__(request)
-        if function_reference(request) is None:
-            raise PeftLinearError("the arm 'pull_function' needs peft_linear.collect_reference; update peft_linear")
+        self.fields = {"proximal_space": self.space}  # λ is "auto"
+
+    def attach(self, wrapped: PeftModel) -> None:
+        self.wrapped = wrapped
+
+    def begin(self, optimizer: Optimizer, schedule: Any) -> Callable[[], None]:
+        steps = self.request.steps
+        attach_proximal(self.wrapped, optimizer, num_steps=steps, scheduler=schedule)
+        texts = [pad([text], pad_token=0) for text in self.request.held_out]
+        target = self.request.strength
+        self.budget = KlBudget(self.wrapped, optimizer, texts, target, num_steps=steps, scheduler=schedule)
+        return lambda: (self.budget.step(), None)[1]
+
+    def notes(self) -> dict[str, float]:
+        return {"held_out_kl": self.budget.history[-1].kl, "last_lambda": self.budget.history[-1].strength}
 
 
 @register("projection_decay")
@@ -170,13 +207,8 @@ class ProjectionDecay(Arm):
         self.fields = {"proximal_mode": "projection", "proximal_lambda": request.strength}
 
 
-def function_reference(request: Request) -> Any:
-    """The statistics of function space, taken once for a model; None where this peft_linear has no function space."""
-    try:
-        from peft_linear import collect_reference
-    except ImportError:
-        return None
-    from examples.benchmarks.language.batches import pad
+def function_reference(request: Request) -> ProximalReference:
+    """The statistics of function space, taken once for a model."""
 
     def collect() -> Any:
         texts, rows = request.reference, 8

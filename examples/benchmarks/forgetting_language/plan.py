@@ -26,6 +26,7 @@ DECIDING = (
     ("pull_delta", (3.0, 10.0)),
     ("pull_function", (3.0, 10.0, 30.0)),
     ("kl", (1.0, 5.0)),
+    ("kl_budget", (0.03,)),
 )
 OTHERS = (
     ("ewc_lora", (1.0, 10.0, 100.0)),

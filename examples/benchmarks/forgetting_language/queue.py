@@ -51,7 +51,7 @@ class Bench:
             self.model, self.tokenizer = self.load(model)
             self.name, self.tasks = model, {}
             self.memos.setdefault(model, {})
-            self.reference = encode_texts(self.tokenizer, reference_texts())
+            self.reference, self.held_out = (encode_texts(self.tokenizer, texts) for texts in reference_texts())
             self.human_eval = human_eval(self.tokenizer)
         if task not in self.tasks:
             examples = load_task(task)
@@ -69,7 +69,14 @@ class Bench:
         rate = RATES[run.model]
         rate_sum = rate * sum(1 - step / self.steps for step in range(self.steps))
         request = Request(
-            self.model, run.strength, run.seed, self.steps, rate_sum, self.reference, self.memos[run.model]
+            self.model,
+            run.strength,
+            run.seed,
+            self.steps,
+            rate_sum,
+            self.reference,
+            self.held_out,
+            self.memos[run.model],
         )
         result = train_and_measure(make_arm(run.arm, request), tokens["train"], tokens["validation"], measures, rate)
         return {

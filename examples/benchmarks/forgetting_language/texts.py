@@ -18,6 +18,7 @@ from examples.benchmarks.language.tasks import Example, load_task
 
 
 REFERENCE_TEXTS = 64
+HELD_OUT_TEXTS = 16
 MEASURED_TEXTS = 16  # of each kind
 MEASURED_TOKENS = 96
 KINDS = ("descriptions", "code", "far")
@@ -25,8 +26,10 @@ HUMAN_EVAL_TOKENS = 256
 QUESTION = "\nSpam or ham?"  # the last line of the prompts of the task "spam"
 
 
-def reference_texts() -> list[str]:
-    return [example.completion for example in load_task("domain_text").train[:REFERENCE_TEXTS]]
+def reference_texts() -> tuple[list[str], list[str]]:
+    """The reference, and held-out texts of its kind for a budget of KL; none of them is measured."""
+    texts = [example.completion for example in load_task("domain_text").train]
+    return texts[:REFERENCE_TEXTS], texts[REFERENCE_TEXTS : REFERENCE_TEXTS + HELD_OUT_TEXTS]
 
 
 def retained_texts(task: str) -> dict[str, list[str]]:

@@ -13,13 +13,10 @@ from torch import nn
 from examples.benchmarks.language.batches import Encoded, training_batches
 from examples.benchmarks.language.training import BATCH, curve, mean_loss, optimise, with_adapter
 from examples.common.machine import peak_bytes
-from peft_linear import proximal_distance
+from peft_linear import proximal_distance, set_proximal_reference
 
 from .arms import Arm, function_reference
 from .measures import Measures, rounded
-
-
-SCALES = (1.0, 0.7)  # of the adapter after training
 
 
 def train_and_measure(
@@ -34,10 +31,7 @@ def train_and_measure(
     processor = time.process_time()
     forget_peak()
     with arm.base(config), with_adapter(model, config, request.seed) as wrapped:
-        if reference is not None:
-            from peft_linear import set_proximal_reference
-
-            set_proximal_reference(wrapped, reference)
+        set_proximal_reference(wrapped, reference)
         arm.attach(wrapped)
         preparation = time.process_time() - processor
         batches = training_batches(train, BATCH, request.steps, request.seed)
@@ -52,6 +46,7 @@ def train_and_measure(
             loss_of=arm.loss,
             weight_decay=arm.weight_decay,
             planned=request.steps,
+            begin=arm.begin,
         )
         processor = time.process_time() - processor
         peak = peak_bytes()
@@ -59,7 +54,8 @@ def train_and_measure(
             "validation_loss": rounded(mean_loss(model, validation)),
             "scales": read_scaled(arm, measures),
             "delta_distance": distance(wrapped, "delta"),
-            "function_distance": distance(wrapped, "function") if reference is not None else None,
+            "function_distance": distance(wrapped, "function"),
+            **arm.notes(),
         }
     return {
         **found,
@@ -76,7 +72,7 @@ def train_and_measure(
 def read_scaled(arm: Arm, measures: Measures) -> dict[str, dict[str, float | None]]:
     """{scale: measures}; HumanEval's loss at scale 1 alone."""
     found = {}
-    for scale in SCALES:
+    for scale in arm.scales:
         with arm.scaled(arm.request.model, scale):
             found[f"{scale:g}"] = measures.read(arm.request.model, human_eval=scale == 1.0)
     return found

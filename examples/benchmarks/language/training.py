@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -102,14 +103,17 @@ def optimise(
     loss_of: Callable[[nn.Module, list[Encoded]], Tensor] = batch_loss,
     weight_decay: float = 0.0,
     planned: int | None = None,
+    begin: Callable[[torch.optim.Optimizer, Any], Callable[[], None]] | None = None,
 ) -> tuple[list[float], float]:
     """The loss of every step before its update, and the seconds of all steps; a loss of NaN ends the training.
 
-    The rate decays to zero at step `planned`; default: at the last batch.
+    The rate decays to zero at step `planned`; default: at the last batch. `begin`, given the optimizer and the
+    schedule, returns what is called after every step.
     """
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=weight_decay)
     end = len(batches) if planned is None else planned
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / end)
+    after_step = begin(optimizer, schedule) if begin is not None else lambda: None
     losses = []
     start = time.perf_counter()
     for batch in batches:
@@ -117,6 +121,7 @@ def optimise(
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, CLIP)
         optimizer.step()
+        after_step()
         schedule.step()
         optimizer.zero_grad()
         losses.append(loss.item())
