@@ -45,7 +45,7 @@ def plain():
     return train_and_measure(make_arm("lora", request(model)), texts(24, seed=3), texts(4), measures(model), 0.02)
 
 
-STRENGTHS = {arm: strengths[0] for arm, strengths in (*OTHERS, *DECIDING)} | {"stm": 250.0}
+STRENGTHS = {arm: strengths[0] for arm, strengths in (*OTHERS, *DECIDING)} | {"stm": 43.0}
 
 
 @pytest.mark.parametrize("name", sorted(ARMS))
