@@ -152,7 +152,12 @@ def _add_choice_arguments(choice: argparse._ArgumentGroup) -> None:
         help="draws of LoRA's random A to average over; default: 32 for causal-lm, else 1, and 8 for the loss kernels "
         "of the head",
     )
-    choice.add_argument("--proximal-lambda", type=float, default=1.0, help="proximal_lambda of the adapter config")
+    choice.add_argument(
+        "--proximal-lambda",
+        type=lambda text: text if text == "auto" else float(text),
+        default="auto",
+        help="proximal_lambda of the adapter config: 'auto' or a number",
+    )
 
 
 def _add_run_arguments(run: argparse._ArgumentGroup) -> None:
