@@ -23,10 +23,13 @@ FIELDS = ("model", "task", "arm", "strength", "seed")
 # (arm, strengths), the most wanted first. What a strength is: the arm's docstring.
 DECIDING = (
     (LORA, (0.0,)),
+    ("pull_function", (10.0, 30.0)),
+    ("kl", (5.0, 1.0)),
     ("pull_delta", (3.0, 10.0)),
-    ("pull_function", (3.0, 10.0, 30.0)),
-    ("kl", (1.0, 5.0)),
     ("kl_budget", (0.03,)),
+    ("pull_function", (100.0, 3.0)),
+    ("kl", (20.0,)),
+    ("pull_delta", (1.0,)),
 )
 OTHERS = (
     ("ewc_lora", (1.0, 10.0, 100.0)),
@@ -43,8 +46,8 @@ OTHERS = (
     ("corda", (1.0, 0.5)),
     ("lora_null", (1.0, 0.5)),
     ("stm", (2.5, 25.0, 250.0)),
-    ("pull_delta", (1.0, 30.0)),
-    ("pull_function", (1.0, 100.0)),
+    ("pull_delta", (30.0,)),
+    ("pull_function", (1.0, 300.0)),
     ("kl", (0.5,)),
 )
 
