@@ -16,7 +16,7 @@ trl = pytest.importorskip("trl", reason="TRL is not installed: pip install 'peft
 
 ROOT = Path(__file__).parents[2]
 MARK = "<!-- run by tests/integrations/test_docs_of_trl.py -->\n"
-PAGES = ("use_your_sft_data", "use_trl", "use_the_trainer_callback")
+PAGES = ("use_your_sft_data", "use_trl", "use_the_trainer_callback", "fine_tune_without_forgetting")
 QUICK = {"max_steps": 2, "use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True}
 
 
@@ -48,12 +48,14 @@ def quick(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("code", list(programs()))
 @pytest.mark.parametrize("kind", ["messages", "turns"])
+@pytest.mark.filterwarnings("ignore:the run ends at a KL")
 def test_the_program_runs(code, kind, quick):
     names = {
         "model": language_model(),
         "tokenizer": chat_tokenizer(),
         "dataset": Dataset.from_list(rows_in(kind)),
         "preferences": preferences(),
+        "texts": [words(i, 8) for i in range(6)],
     }
     exec(compile(code, "page", "exec"), names)
     if "rec" in names:
