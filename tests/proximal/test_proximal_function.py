@@ -299,7 +299,8 @@ def test_low_precision_factors_are_pulled_as_float32_ones():
 
 def test_every_adapter_has_its_own():
     model = functional()
-    model.add_adapter("second", ProximalLoraConfig(target_modules=["key"], r=2, proximal_space="function"))
+    options = {"target_modules": ["key"], "r": 2, "proximal_space": "function"}
+    model.add_adapter("second", ProximalLoraConfig(proximal_lambda=1.0, **options))
     model.set_adapter("second")
     with pytest.raises(PeftLinearError, match="'second' has no reference"):
         train(model, steps=1)
