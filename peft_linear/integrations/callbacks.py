@@ -92,7 +92,7 @@ class ProximalCallback(TrainerCallback):
         """Measures the KL when it is due, and logs it."""
         if self._budget is not None:
             measured = self._budget.step()
-            values = {} if measured is None else {"kl_to_base": measured.kl, "kl_wanted": measured.wanted}
+            values = {} if measured is None else {"kl_to_base": measured.kl}
         elif self._held_out and _is_due(state):
             values = {"kl_to_base": mean_kl(checked_model(kwargs["model"]), self._held_out)}
         else:

@@ -2,12 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """`KlBudget`: λ is steered while an adapter trains, so that the run ends at a chosen KL from the pretrained model.
 
-Every few steps the KL is measured on held-out reference texts, and the gain, by which λ is multiplied, changes by
-`(KL / wanted)^EXPONENT`, at most by a factor of LARGEST_CHANGE. Wanted is the target times the share of Ση that has
-passed: a pull acts through the learning rate, so that a run whose rates fall to zero cannot be corrected at its end.
-The KL of a run was about λ^(−3/4) where the pull matters, so that a change removes about half of the error at once.
+Every few steps the KL is measured on held-out reference texts, and λ becomes the one that leads to the target by the
+response of the run so far (`functional.kl_control`).
 
-The gain is kept in the optimizer's parameter groups, with the counts: a resumed run continues with it.
+The gain and the response are kept in the optimizer's parameter groups, with the counts: a resumed run continues.
 """
 
 from __future__ import annotations
@@ -16,11 +14,13 @@ import math
 import numbers
 import warnings
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from ..errors import PeftLinearError
+from ..functional.kl_control import PULLED, KlResponse
 from ..tuners.proximal_lora.state import find_adapters
 from .kl import checked_model, mean_kl, read_reference
 from .monitor import proximal_strength
@@ -28,8 +28,6 @@ from .plan import planned_sums
 from .updates import step_counters
 
 
-EXPONENT = 0.7
-LARGEST_CHANGE = 4.0
 LARGEST_GAIN = 1e6
 MEASUREMENTS = 20  # in a run, by default
 TOLERANCE = 0.2  # of the target, at the end
@@ -40,7 +38,6 @@ class Measurement(NamedTuple):
 
     step: int  # optimizer steps taken
     kl: float  # nats a prediction
-    wanted: float  # at this step
     strength: float  # λ from the next step on
 
 
@@ -118,13 +115,15 @@ class KlBudget:
         if self.history and self.history[-1].step == done:  # a step that a GradScaler skipped
             return None
         kl = mean_kl(self._model, self._batches)
-        wanted = self.target * self._shares.get(done, 1.0)
-        change = min(max((kl / wanted) ** EXPONENT, 1 / LARGEST_CHANGE), LARGEST_CHANGE)
+        share = self._shares.get(done, 1.0)
         for adapter, counter in counters:
-            gain = min(max(counter.gain * change, 1 / LARGEST_GAIN), LARGEST_GAIN)
-            counter.set_gain(gain)
-            adapter.strengths.gain = gain
-        self.history.append(Measurement(done, kl, wanted, max(proximal_strength(self._model).values())))
+            base = max(adapter.strengths.base(name) for name, *_ in adapter.layers())
+            strength = base * counter.gain
+            response = KlResponse(**counter.response) if counter.response else KlResponse(PULLED / strength)
+            change = response.next_strength(kl, share, strength, self.target) / strength
+            counter.steer(min(max(counter.gain * change, 1 / LARGEST_GAIN), LARGEST_GAIN), asdict(response))
+            adapter.strengths.gain = counter.gain
+        self.history.append(Measurement(done, kl, max(proximal_strength(self._model).values())))
         if done == self.num_steps:
             self._conclude()
         return self.history[-1]

@@ -25,6 +25,7 @@ from examples.benchmarks.language.training import ALPHA, batch_loss
 from peft_linear import KlBudget, ProximalLoraConfig, ProximalReference, attach_proximal, collect_reference
 from peft_linear.errors import PeftLinearError
 
+from .measures import rounded
 from .plan import LORA, RANK
 
 
@@ -81,7 +82,7 @@ class Arm:
         """Returns what is called after every step."""
         return lambda: None
 
-    def notes(self) -> dict[str, float]:
+    def notes(self) -> dict[str, Any]:
         """What the arm itself has to record after the training."""
         return {}
 
@@ -189,13 +190,16 @@ class Budget(PullFunction):
     def begin(self, optimizer: Optimizer, schedule: Any) -> Callable[[], None]:
         steps = self.request.steps
         attach_proximal(self.wrapped, optimizer, num_steps=steps, scheduler=schedule)
-        texts = [pad([text], pad_token=0) for text in self.request.held_out]
+        texts = [pad(self.request.held_out[:8], pad_token=0), pad(self.request.held_out[8:], pad_token=0)]
         target = self.request.strength
         self.budget = KlBudget(self.wrapped, optimizer, texts, target, num_steps=steps, scheduler=schedule)
         return lambda: (self.budget.step(), None)[1]
 
-    def notes(self) -> dict[str, float]:
-        return {"held_out_kl": self.budget.history[-1].kl, "last_lambda": self.budget.history[-1].strength}
+    def notes(self) -> dict[str, Any]:
+        return {
+            "held_out_kl": self.budget.history[-1].kl,
+            "steered": [[each.step, rounded(each.kl), rounded(each.strength)] for each in self.budget.history],
+        }
 
 
 @register("projection_decay")

@@ -90,11 +90,17 @@ class StepCounter:
     @property
     def gain(self) -> float:
         """What a budget of KL multiplies every λ by, from the optimizer's state."""
-        return float(self.group.get(GAIN_KEY, {}).get(self.label, 1.0))
+        return float(self.group.get(GAIN_KEY, {}).get(self.label, {}).get("gain", 1.0))
 
-    def set_gain(self, gain: float) -> None:
-        """Replaces it, in the optimizer's state."""
-        self.group[GAIN_KEY] = {**self.group.get(GAIN_KEY, {}), self.label: gain}
+    @property
+    def response(self) -> dict[str, float]:
+        """What the budget knows of the run; empty before the first measurement."""
+        kept = self.group.get(GAIN_KEY, {}).get(self.label, {})
+        return {name: value for name, value in kept.items() if name != "gain"}
+
+    def steer(self, gain: float, response: dict[str, float]) -> None:
+        """Replaces both, in the optimizer's state."""
+        self.group[GAIN_KEY] = {**self.group.get(GAIN_KEY, {}), self.label: {"gain": gain, **response}}
 
     def take_remainder(self, name: str) -> Tensor | None:
         """The remainder that was kept of a factor whose dtype has changed since, once."""
