@@ -24,6 +24,7 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainingArguments
 
 from peft_linear.integrations.callbacks import ProximalCallback
+from peft_linear.integrations.kl_callback import KlToBaseCallback
 from peft_linear.proximal import proximal_distance, proximal_firing_rate
 from peft_linear.tuners.proximal_lora import ProximalLoraConfig
 from peft_linear.tuners.proximal_lora.state import find_adapters
@@ -139,7 +140,8 @@ class InOrder(Trainer):
         return SequentialSampler(self.train_dataset)
 
 
-def fit(folder, seed, batch_size):
+def fit(folder, seed, batch_size, steered=False):
+    """`steered`: λ to a budget of KL, and KL in the loss; the reference is the same in all processes."""
     torch.manual_seed(0)
     base = small_models.bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).double()
     torch.manual_seed(seed)
@@ -151,7 +153,11 @@ def fit(folder, seed, batch_size):
         average_tokens_across_devices=False,  # else the loss of a classifier is multiplied by the number of processes
         ddp_backend="gloo" if distributed.is_initialized() else None,
     )  # fmt: skip
-    trainer = InOrder(model=model, args=arguments, train_dataset=rows(), callbacks=[ProximalCallback()])
+    reference = small_models.text_batches()
+    callbacks = [ProximalCallback()]
+    if steered:
+        callbacks = [ProximalCallback(reference, 1e-3), KlToBaseCallback(reference, 0.5)]
+    trainer = InOrder(model=model, args=arguments, train_dataset=rows(), callbacks=callbacks)
     trainer.train()
     logged = [entry["proximal_distance"] for entry in trainer.state.log_history if "proximal_distance" in entry]
     return whole(model), logged
@@ -167,7 +173,8 @@ def run(rank, port, folder, ways):
     torch.set_default_dtype(torch.float64)
     distributed.init_process_group("gloo")
     # first: accelerate's plugin for FSDP leaves an environment variable behind
-    torch.save(fit(folder / "trainer", seed=1 if rank == 0 else 99, batch_size=2), folder / f"trainer{rank}.pt")
+    for name, steered in (("trainer", False), ("steered", True)):
+        torch.save(fit(folder / name, 1 if rank == 0 else 99, 2, steered), folder / f"{name}{rank}.pt")
     half = slice(0, 3) if rank == 0 else slice(3, 6)
     for way, variant in itertools.product(ways, VARIANTS):
         alike = way == "accelerate-fsdp2"  # the weights of rank 0 are not copied
@@ -204,10 +211,12 @@ def test_two_processes_train_what_one_trains(together, way, variant):
     assert 0 < expected["rate"] <= 1
 
 
-def test_the_trainer_in_two_processes_trains_what_it_trains_in_one(together, tmp_path):
-    expected, distances = fit(tmp_path, seed=1, batch_size=4)
+@pytest.mark.parametrize("name", ["trainer", "steered"])
+@pytest.mark.filterwarnings("ignore:the run ends at a KL")
+def test_the_trainer_in_two_processes_trains_what_it_trains_in_one(together, tmp_path, name):
+    expected, distances = fit(tmp_path, 1, 4, name == "steered")
     for rank in range(2):
-        values, logged = torch.load(together / f"trainer{rank}.pt")
-        for name, value in expected.items():
-            torch.testing.assert_close(values[name], value, rtol=1e-12, atol=1e-12)
+        values, logged = torch.load(together / f"{name}{rank}.pt")
+        for key, value in expected.items():
+            torch.testing.assert_close(values[key], value, rtol=1e-12, atol=1e-12)
         assert logged == pytest.approx(distances, rel=1e-10)
