@@ -50,7 +50,7 @@ def know_handler(kind: type[TrainerCallback], first: bool = False) -> None:
 
     def add_callback(original: Callable, self: CallbackHandler, callback: Any) -> None:
         original(self, callback)
-        added = self.callbacks[-1]
+        added: TrainerCallback = self.callbacks[-1]
         if isinstance(added, tuple(_KINDS)):
             _HANDLERS[added] = ref(self)
         if any(put_first and isinstance(added, each) for each, put_first in _KINDS.items()):

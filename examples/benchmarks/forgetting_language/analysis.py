@@ -94,10 +94,20 @@ def least_kl(ladder: Ladder, share: float, scaled: bool) -> float | None:
     return min(reached, default=None)
 
 
+def reaches_below(ladder: Ladder, share: float, scaled: bool) -> bool:
+    """Whether some point keeps less than this share: else the least KL is only an upper bound."""
+    runs = [run if scaled else run[:1] for run in ladder]
+    return any(point.share < share for run in runs for point in run)
+
+
 def log_ratios(
     cells: Mapping[Cell, Sequence[Mapping]], ours: str, theirs: str, kind: str, share: float, scaled: bool = False
 ) -> dict[Cell, float]:
-    """log(KL of ours / KL of theirs) at a share of the gain, in every cell in which both reach it."""
+    """log(KL of ours / KL of theirs) at a share of the gain, in every cell in which both reach it.
+
+    A cell in which no strength of theirs keeps less does not count: a stronger one would forget less. Where this is so
+    of ours, the ratio is an upper bound.
+    """
     found = {}
     for cell, runs in cells.items():
         arms = ladders(runs, kind)
@@ -105,6 +115,8 @@ def log_ratios(
             continue
         scaling = scaled or theirs == LORA
         values = least_kl(arms[ours], share, scaled), least_kl(arms[theirs], share, scaling)
+        if not reaches_below(arms[theirs], share, scaling):
+            continue
         if values[0] and values[1]:
             found[cell] = math.log(values[0] / values[1])
     return found

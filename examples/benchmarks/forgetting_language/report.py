@@ -18,7 +18,19 @@ from examples.common.files import save_text
 from examples.common.reports import as_page, circumstances, provenance
 from peft_linear.report.markdown import markdown_table
 
-from .analysis import KINDS, NO_LADDER, SHARES, Cell, cells_of, explained, interval, ladders, least_kl, log_ratios
+from .analysis import (
+    KINDS,
+    NO_LADDER,
+    SHARES,
+    Cell,
+    cells_of,
+    explained,
+    interval,
+    ladders,
+    least_kl,
+    log_ratios,
+    reaches_below,
+)
 from .plan import DECIDING, LORA, OTHERS
 from .queue import SHIPPED, open_log
 
@@ -101,8 +113,8 @@ def introduction(records: Sequence[Mapping], cells: Mapping[Cell, Sequence[Mappi
         "Gain is the reduction of the test loss, as a share of plain LoRA's in the same cell. Forgotten is KL(base ‖ "
         "tuned) in nats a token on texts that no arm trains on or takes as reference: package descriptions in English "
         "(the reference's kind), Python code, and e-mails (far). Arms with a reference read 64 descriptions. Between "
-        "the strengths of an arm log KL is interpolated. All arms have LoRA's learning rate, which was not tuned for "
-        "any of them."
+        "the strengths of an arm log KL is interpolated; ≤ where its strongest still keeps more of the gain. All arms "
+        "have LoRA's learning rate, which was not tuned for any of them."
     )
 
 
@@ -121,7 +133,8 @@ def comparison(cells: Mapping[Cell, Sequence[Mapping]]) -> str:
     header = ("against", *(f"KL, {kind}" for kind in KINDS), "descriptions, both scaled down too")
     return (
         "KL of the pull in function space divided by that of the other arm, at 90 % of LoRA's gain: geometric mean "
-        "over cells (their number), Student's 95 % interval where there are three. Below 1 it forgets less.\n\n"
+        "over the cells in which the other arm has a strength that keeps less (their number), Student's 95 % interval "
+        "where there are three. Below 1 it forgets less.\n\n"
         + markdown_table(header, [row for row in rows if any(cell != "–" for cell in row[1:])], right=range(1, 5))
     )
 
@@ -149,7 +162,9 @@ def section(model: str, task: str, cells: Mapping[Cell, Sequence[Mapping]]) -> s
             found = [ladders(runs, kind).get(arm) for runs in chosen]
             values = [least_kl(each, share, arm == LORA) for each in found if each is not None]
             known = [value for value in values if value is not None]
-            row.append(f"{statistics.fmean(known):.3g}" if known and len(known) == len(values) else "–")
+            open_end = any(not reaches_below(each, share, arm == LORA) for each in found if each is not None)
+            bound = "≤ " if open_end else ""
+            row.append(f"{bound}{statistics.fmean(known):.3g}" if known and len(known) == len(values) else "–")
         rows.append(row)
     header = ("arm", *(f"descriptions, {share:.0%}" for share in SHARES), "code, 90%", "far, 90%")
     full = [run["scales"]["1"] for run in lora]

@@ -75,6 +75,7 @@ def test_ratios_are_paired_within_cells():
     (ratio,) = log_ratios(cells, "pull_function", "lora", "code", 0.9).values()
     assert math.exp(ratio) == pytest.approx(0.02 / 0.2)
     assert log_ratios(cells, "pull_function", "replay", "code", 0.9) == {}
+    assert log_ratios(cells, "pull_function", "pull_delta", "code", 0.75) == {}  # a stronger one was not trained
 
 
 def test_an_interval_is_students():
@@ -102,9 +103,9 @@ def test_the_page_has_what_was_measured_and_names_what_was_not(tmp_path):
     assert "Not run yet: KL to the base in the loss" in text
     assert (tmp_path / "page" / "figure.png").stat().st_size > 1000
     # the runs that were kept are the input of the next report
-    (folder / "runs.jsonl").write_text(json.dumps(record("replay", 1.0, 2.1, 0.1)) + "\n")
+    (folder / "runs.jsonl").write_text(json.dumps(record("replay", 1.0, 2.2, 0.1)) + "\n")
     report.write_report(folder, tmp_path / "runs.jsonl.gz", tmp_path / "page")
-    assert "| replay | 0.20 (1) |" in (tmp_path / "page" / "README.md").read_text()
+    assert "| replay | 0.10 (1) |" in (tmp_path / "page" / "README.md").read_text()
 
 
 def test_a_page_of_no_run_is_no_error(tmp_path):
