@@ -43,7 +43,7 @@ from .report import Arm, draw, render
 
 
 MODULE = "examples.language_demo"
-REFERENCE, RETAINED, TEST = 64, 24, 96  # texts
+REFERENCE, RETAINED, TEST = 48, 16, 64  # texts
 
 
 @dataclass(frozen=True)
@@ -251,7 +251,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--target-kl", type=float, default=0.03, help="the budget in nats a token")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--examples", type=int, default=64, help="for the plan")
+    parser.add_argument("--examples", type=int, default=32, help="for the plan")
     parser.add_argument("--output", default="demo_output")
     parser.add_argument("--quick", action="store_true", help="a few texts and steps")
     options = parser.parse_args(argv)
