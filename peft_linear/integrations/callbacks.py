@@ -27,7 +27,7 @@ class ProximalCallback(TrainerCallback):
     several adapters differ), `proximal_exponent` and `proximal_removed_share` (Σ λ·η so far, and the share of an
     unopposed displacement that it removes). The term itself acts with or without this callback.
 
-    With `reference=`, it also logs `kl_to_base`, KL(pretrained ‖ tuned) in nats a token on that data, twenty times a
+    With `reference=`, it also logs `kl_to_base`, KL(pretrained ‖ tuned) in nats a token on that data, twelve times a
     run; and with `target_kl=`, λ is steered so that the run ends there. An adapter with `proximal_space="function"`
     that has no reference yet gets one: it is collected from every other text or batch of the data. In function space
     the KL is measured on the rest of them alone.

@@ -29,7 +29,7 @@ from .updates import step_counters
 
 
 LARGEST_GAIN = 1e6
-MEASUREMENTS = 20  # in a run, by default
+MEASUREMENTS = 12  # in a run, by default
 TOLERANCE = 0.2  # of the target, at the end
 
 
@@ -65,7 +65,7 @@ class KlBudget:
         num_steps: The optimizer steps of the whole run, those before a resume included.
         scheduler: Of the learning rates, torch's or accelerate's wrapper; simulated, not changed.
         tokenizer: Of texts.
-        every: Optimizer steps between measurements; default: 20 measurements in the run. Each takes two forward passes
+        every: Optimizer steps between measurements; default: 12 measurements in the run. Each takes two forward passes
             of the reference.
 
     Attributes:
