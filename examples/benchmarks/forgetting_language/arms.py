@@ -190,9 +190,10 @@ class Budget(PullFunction):
     def begin(self, optimizer: Optimizer, schedule: Any) -> Callable[[], None]:
         steps = self.request.steps
         attach_proximal(self.wrapped, optimizer, num_steps=steps, scheduler=schedule)
-        texts = [pad(self.request.held_out[:8], pad_token=0), pad(self.request.held_out[8:], pad_token=0)]
+        texts, rows = self.request.held_out, 8
+        batches = [pad(texts[start : start + rows], pad_token=0) for start in range(0, len(texts), rows)]
         target = self.request.strength
-        self.budget = KlBudget(self.wrapped, optimizer, texts, target, num_steps=steps, scheduler=schedule)
+        self.budget = KlBudget(self.wrapped, optimizer, batches, target, num_steps=steps, scheduler=schedule)
         return lambda: (self.budget.step(), None)[1]
 
     def notes(self) -> dict[str, Any]:
