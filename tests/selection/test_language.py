@@ -283,7 +283,8 @@ def test_it_is_saved_shown_and_taken_to_other_tools(recommendation, tmp_path):
 
 def test_the_loss_falls_by_training_at_the_rate(llama, recommendation):
     model = get_peft_model(
-        small.seeded(small.llama, True, dtype=torch.float32, num_hidden_layers=4), recommendation.to_config()
+        small.seeded(small.llama, True, dtype=torch.float32, num_hidden_layers=4),
+        recommendation.to_config(proximal_lambda=0),
     )
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=recommendation.learning_rate)
     batches = learnable_batches(20, seed=1)
