@@ -100,6 +100,14 @@ class ProximalCallback(TrainerCallback):
         if values:
             log_to_all(self, args, state, control, values)
 
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Measures a run that stopped early once more, and says if it missed its budget."""
+        measured = None if self._budget is None else self._budget.finish()
+        if measured is not None:
+            log_to_all(self, args, state, control, {"kl_to_base": measured.kl})
+
     def on_log(
         self,
         args: TrainingArguments,

@@ -128,6 +128,21 @@ class KlBudget:
             self._conclude()
         return self.history[-1]
 
+    def finish(self) -> Measurement | None:
+        """To be called after the last step of a run that stops before its `num_steps`; measures, and warns as `step`.
+
+        None where the planned end was reached, or no step was taken.
+        """
+        counters = self._counters()
+        done = max(int(counter.read().steps) for _, counter in counters)
+        if not done or done >= self.num_steps:
+            return None
+        if not self.history or self.history[-1].step != done:
+            strength = max(proximal_strength(self._model).values())
+            self.history.append(Measurement(done, mean_kl(self._model, self._batches), strength))
+        self._conclude()
+        return self.history[-1]
+
     def _conclude(self) -> None:
         last = self.history[-1]
         if abs(last.kl - self.target) <= TOLERANCE * self.target:

@@ -92,6 +92,19 @@ def test_a_trainer_ends_at_its_budget(tmp_path, space, accumulation):
         assert proximal_distance(model, space="function") > 0
 
 
+def test_a_run_that_stops_early_is_measured_and_says_if_it_missed(tmp_path):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 8
+
+    model = adapted(proximal_space="delta")
+    with pytest.warns(UserWarning, match="the run ends at a KL of"):
+        trainer = fit(model, tmp_path, [ProximalCallback(TEXTS, 100.0), Stop()])
+    last = [entry for entry in trainer.state.log_history if "kl_to_base" in entry][-1]
+    assert last["step"] == 8
+    assert last["kl_to_base"] == pytest.approx(held_out(model, TEXTS), rel=1e-6)
+
+
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 10, "max_steps": 30}
     whole = adapted(proximal_space="function")
