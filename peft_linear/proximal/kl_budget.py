@@ -52,8 +52,9 @@ class KlBudget:
             optimizer.step()
             budget.step()
 
-    It works in every space and in every mode but "projection", from any λ > 0; `proximal_lambda="auto"` leaves it the
-    least to correct. A run that stays below the target without a pull is left alone.
+    It works in every space, decoupled and coupled, at every step (not selective), from any λ > 0;
+    `proximal_lambda="auto"` leaves it the least to correct. A run that stays below the target without a pull is left
+    alone.
 
     Args:
         model: A model with an active ProximalLoRA adapter.
@@ -72,8 +73,8 @@ class KlBudget:
         history: All `Measurement`s of this object.
 
     Raises:
-        PeftLinearError: an invalid argument, no active ProximalLoRA adapter, none of it in the optimizer, λ = 0, or
-            `proximal_mode="projection"`.
+        PeftLinearError: an invalid argument, no active ProximalLoRA adapter, none of it in the optimizer, λ = 0,
+            `proximal_mode="projection"` or `proximal_selective=True`.
     """
 
     def __init__(
@@ -197,7 +198,12 @@ def check_steerable(model: nn.Module) -> None:
                 f"adapter {adapter.name!r} has proximal_mode='projection', which holds a distance and cannot be "
                 "steered to a KL; use proximal_mode='decoupled'"
             )
+        if adapter.config.proximal_selective:
+            raise PeftLinearError(
+                f"adapter {adapter.name!r} has proximal_selective=True: its pull acts at steps that the rule picks, "
+                "whatever λ is, and cannot be steered to a KL; set it to False"
+            )
         if not adapter.strengths.active():
             raise PeftLinearError(
-                f"adapter {adapter.name!r} has λ = 0, which no gain changes; set it to 'auto' or a number > 0"
+                f"adapter {adapter.name!r} has λ = 0, which no gain changes; set 'auto' or a number > 0"
             )

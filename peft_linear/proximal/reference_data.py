@@ -34,6 +34,8 @@ def counted_predictions(logits: Tensor, batch: Batch, shift: int) -> Tensor:  # 
         mask = batch.inputs.get("attention_mask")
         if isinstance(mask, Tensor) and mask.shape == shape:
             known = mask.bool()
+            if shift:  # the first token of a text is predicted from padding where that is on the left
+                return (known[:, 1:] & known[:, :-1]).to(logits.device)
         else:
             known = torch.ones(shape, dtype=torch.bool, device=logits.device)
     return known[:, shift:].to(logits.device)

@@ -65,13 +65,15 @@ def test_an_adapter_that_changes_nothing_has_none():
     assert kl_to_base(model, small_models.causal_batches()) == pytest.approx(0.0, abs=1e-14)
 
 
-def test_without_labels_all_but_padding_counts_and_padding_changes_nothing():
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_without_labels_all_but_padding_counts_and_padding_changes_nothing(side):
     model = tuned(llama())
     ids = torch.randint(2, 40, (1, 9), generator=torch.Generator().manual_seed(3))
-    padded = {
-        "input_ids": torch.cat([ids, torch.zeros(1, 4, dtype=torch.long)], dim=1),
-        "attention_mask": (torch.arange(13) < 9).long().unsqueeze(0),
-    }
+    parts, mask = [ids, torch.zeros(1, 4, dtype=torch.long)], (torch.arange(13) < 9).long().unsqueeze(0)
+    if side == "left":
+        parts, mask = parts[::-1], mask.flip(1)
+    padded = {"input_ids": torch.cat(parts, dim=1), "attention_mask": mask}
+    padded["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)
     assert kl_to_base(model, [padded]) == pytest.approx(kl_to_base(model, [{"input_ids": ids}]), rel=1e-10)
 
 

@@ -162,6 +162,10 @@ def test_what_cannot_be_steered_is_refused():
     for model, message in (
         (adapted(0.0), "has λ = 0, which no gain changes"),
         (adapted(1.0, proximal_space="factors", proximal_mode="projection"), "proximal_mode='projection'"),
+        (
+            adapted(1.0, proximal_selective=True),
+            "proximal_selective=True: its pull acts at steps that the rule picks",
+        ),
         (adapted(None), "ProximalLoRA"),
     ):
         optimizer, _ = optimizer_of(model)
